@@ -1,0 +1,335 @@
+"""What a unit is: a convolution filter, a row of a linear layer, an attention head.
+
+Ranking, editing and plots all go through one registry, which maps
+
+    unit id  <->  slice of a parameter  <->  layer  <->  stage
+
+so that what is ranked is what is edited. Ids count up in the order in which the parameters were registered, the
+order of the published statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some units of equal shape in one parameter: unit ``j`` is ``rows`` slices of it from ``offset + j * rows`` on.
+
+    Attributes
+    ----------
+    parameter : str
+        Name in ``model.named_parameters()``.
+    shape : tuple of int
+        Shape of the whole parameter.
+    count : int
+        Number of units.
+    dim : int
+        Dimension along which the units lie: 0, or for transposed convolutions the output channels.
+    rows : int
+        Slices per unit: 1 for filters and linear rows, the head size for heads.
+    offset : int
+        First slice of the first unit.
+    label : str
+        What the units are, as ``filter``, ``row``, ``q``, ``k``, ``v``.
+    groups : int
+        Groups of a transposed convolution (its output channels repeat in every group), otherwise 1.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    count: int
+    dim: int = 0
+    rows: int = 1
+    offset: int = 0
+    label: str = "filter"
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of the module that owns the parameter, with q, k or v for heads."""
+        module = self.parameter.rpartition(".")[0] or self.parameter
+        return f"{module}.{self.label}" if self.label in ("q", "k", "v") else module
+
+    @property
+    def size(self) -> int:
+        """Parameters per unit."""
+        return int(np.prod(self.shape)) // self.groups // (self.shape[self.dim]) * self.rows
+
+    def index(self, j: int) -> tuple[slice, ...]:
+        """Index of unit ``j`` into the parameter: ``parameter[layer.index(j)]`` is a view of it."""
+        whole = [slice(None)] * len(self.shape)
+        if self.groups > 1:  # output channel j of a grouped transposed convolution: input channels of its group
+            per_group, inputs = self.shape[1], self.shape[0] // self.groups
+            group, channel = divmod(j, per_group)
+            whole[0] = slice(group * inputs, (group + 1) * inputs)
+            whole[1] = slice(channel, channel + 1)
+        else:
+            start = self.offset + j * self.rows
+            whole[self.dim] = slice(start, start + self.rows)
+        return tuple(whole)
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the parameters of each unit: ``(B, *shape)`` to ``(B, count)``."""
+        if self.groups > 1:
+            batch, (inputs, outputs) = len(values), self.shape[:2]
+            grouped = values.reshape(batch, self.groups, inputs // self.groups, outputs, -1)
+            return grouped.mean(dim=(2, 4)).reshape(batch, self.count)
+        values = values.movedim(self.dim + 1, 1)[:, self.offset : self.offset + self.count * self.rows]
+        return values.reshape(len(values), self.count, -1).mean(dim=2)
+
+
+class Units:
+    """The units of a model, in one numbering.
+
+    Use `Units.of`. Ids are ``0 .. len(units) - 1``.
+    """
+
+    def __init__(self, layers: Sequence[Layer], stages: Sequence[str], kind: str = "own"):
+        if not layers:
+            raise ValueError("no units: give at least one layer (a model without convolutions has kind='rows')")
+        if len(layers) != len(stages):
+            raise ValueError(f"{len(layers)} layers but {len(stages)} stages: give one stage per layer")
+        _refuse_overlap(layers)
+        self.layers = tuple(layers)
+        self.layer_stages = tuple(stages)
+        self.kind = kind
+        self.starts = tuple(int(s) for s in np.cumsum([0, *(layer.count for layer in layers)]))
+
+    @classmethod
+    def of(cls, model: nn.Module, kind: str | Callable[[nn.Module], Iterable[Layer]] = "filters") -> Units:
+        """List the units of a model.
+
+        Parameters
+        ----------
+        model : nn.Module
+        kind : {"filters", "rows", "heads", "all"} or callable
+            ``filters``: output channels of every convolution (grouped, depthwise and transposed too);
+            ``rows``: rows (output features) of every linear layer; ``heads``: the q, k and v heads of every attention
+            layer; ``all``: filters and rows. A callable takes the model and yields `Layer`.
+
+        Returns
+        -------
+        Units
+
+        Raises
+        ------
+        ValueError
+            If the kind is unknown, or the model has no unit of that kind.
+        """
+        if callable(kind):
+            layers, kind = list(kind(model)), "own"
+        elif kind in _KINDS:
+            layers = list(_KINDS[kind](model))
+        else:
+            raise ValueError(f"unknown kind of unit {kind!r}: expected one of {sorted(_KINDS)} or a callable")
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no unit of kind {kind!r}: try another of {sorted(_KINDS)}")
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        for layer in layers:
+            if shapes.get(layer.parameter) != layer.shape:
+                raise ValueError(
+                    f"parameter {layer.parameter!r} of shape {layer.shape} is not in {type(model).__name__} "
+                    f"(there it is {shapes.get(layer.parameter)})"
+                )
+        stage = stage_names(model)
+        return cls(layers, [stage(layer.parameter) for layer in layers], kind)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __repr__(self) -> str:
+        return f"Units({len(self)} {self.kind} in {len(self.layers)} layers, stages {', '.join(self.stages)})"
+
+    def locate(self, unit: int) -> tuple[int, int]:
+        """Layer number and index within the layer of a unit id."""
+        unit = int(unit)
+        if not 0 <= unit < len(self):
+            raise IndexError(f"unit {unit} is outside 0..{len(self) - 1}")
+        layer = bisect_right(self.starts, unit) - 1
+        return layer, unit - self.starts[layer]
+
+    def view(self, model: nn.Module, unit: int) -> torch.Tensor:
+        """The unit's own parameters in the model, as a view: editing it edits the model."""
+        number, j = self.locate(unit)
+        layer = self.layers[number]
+        return model.get_parameter(layer.parameter)[layer.index(j)]
+
+    def span(self, layer: int) -> slice:
+        """Ids of the units of a layer (by number), as a slice."""
+        return slice(self.starts[layer], self.starts[layer + 1])
+
+    def name(self, unit: int) -> str:
+        """Readable name, as ``layer4.1.conv2[7]``."""
+        number, j = self.locate(unit)
+        return f"{self.layers[number].name}[{j}]"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stage names in order of their first unit."""
+        return tuple(dict.fromkeys(self.layer_stages))
+
+    @property
+    def stage_ids(self) -> np.ndarray:
+        """Index into `stages` of every unit, shape (U,)."""
+        numbers = [self.stages.index(s) for s in self.layer_stages]
+        return np.repeat(numbers, [layer.count for layer in self.layers])
+
+    @property
+    def layer_ids(self) -> np.ndarray:
+        """Number of the layer of every unit, shape (U,)."""
+        return np.repeat(np.arange(len(self.layers)), [layer.count for layer in self.layers])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Parameters per unit, shape (U,)."""
+        return np.repeat([layer.size for layer in self.layers], [layer.count for layer in self.layers])
+
+    def table(self) -> pd.DataFrame:
+        """One row a unit: id, name, layer, index in the layer, stage, kind, parameter, number of parameters."""
+        number = self.layer_ids
+        at = lambda values: np.asarray(values, dtype=object)[number]  # noqa: E731
+        return pd.DataFrame(
+            {
+                "unit": np.arange(len(self)),
+                "name": [self.name(u) for u in range(len(self))],
+                "layer": at([layer.name for layer in self.layers]),
+                "index": np.arange(len(self)) - np.asarray(self.starts)[number],
+                "stage": at(self.layer_stages),
+                "label": at([layer.label for layer in self.layers]),
+                "parameter": at([layer.parameter for layer in self.layers]),
+                "size": self.sizes,
+            }
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the units' structure (names, shapes, order): changes when the model's structure does."""
+        text = repr([(layer, stage) for layer, stage in zip(self.layers, self.layer_stages, strict=True)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def reduce(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean over each unit: ``{parameter: (B, *shape)}`` to ``(B, U)``; the caller takes absolute values first."""
+        return torch.cat([layer.reduce(gradients[layer.parameter]) for layer in self.layers], dim=1)
+
+
+def _refuse_overlap(layers: Sequence[Layer]) -> None:
+    """Two units that share parameters would be edited twice."""
+    taken: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for other in taken.setdefault(layer.parameter, []):
+            first, second = sorted((layer, other), key=lambda x: x.offset)
+            if first.dim != second.dim or first.offset + first.count * first.rows > second.offset:
+                raise ValueError(f"units overlap: {layer.parameter} is listed twice for the same slices")
+        taken[layer.parameter].append(layer)
+
+
+def _filters(model: nn.Module) -> Iterable[Layer]:
+    for name, module in _modules(model, _CONVOLUTIONS + _TRANSPOSED):
+        shape, groups = tuple(module.weight.shape), module.groups
+        if isinstance(module, _TRANSPOSED):  # weight: (in, out / groups, …)
+            yield Layer(f"{name}weight", shape, shape[1] * groups, dim=1, groups=groups)
+        else:
+            yield Layer(f"{name}weight", shape, shape[0])
+
+
+def _rows(model: nn.Module) -> Iterable[Layer]:
+    for name, module in _modules(model, (nn.Linear,)):
+        yield Layer(f"{name}weight", tuple(module.weight.shape), module.out_features, label="row")
+
+
+def _heads(model: nn.Module) -> Iterable[Layer]:
+    for name, module in _modules(model, (nn.Module,)):
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            parameter, weight, heads = f"{name}in_proj_weight", module.in_proj_weight, module.num_heads
+        elif isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+            parameter, weight, heads = f"{name}qkv.weight", module.qkv.weight, module.num_heads
+        else:
+            continue
+        width = weight.shape[0] // 3
+        for part, label in enumerate("qkv"):
+            yield Layer(parameter, tuple(weight.shape), heads, rows=width // heads, offset=part * width, label=label)
+
+
+def _all(model: nn.Module) -> Iterable[Layer]:
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted([*_filters(model), *_rows(model)], key=lambda layer: order[layer.parameter])
+
+
+_KINDS = {"filters": _filters, "rows": _rows, "heads": _heads, "all": _all}
+
+
+def _modules(model: nn.Module, types: tuple[type, ...]) -> Iterable[tuple[str, nn.Module]]:
+    """Modules of the types that own a parameter, each parameter once, with the prefix of their parameters' names."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, types) and (weight is None or id(weight) not in seen):
+            seen.add(id(weight))
+            yield (f"{name}." if name else ""), module
+
+
+_CONTAINERS = {
+    "features",
+    "encoder",
+    "layers",
+    "blocks",
+    "model",
+    "module",
+    "backbone",
+    "trunk",
+    "stages",
+    "net",
+}
+_RESNET = re.compile(r"(?:^|\.)layer(\d+)\.")
+_DENSENET = re.compile(r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)")
+_INCEPTION = re.compile(r"(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits)")
+_TRANSFORMER = re.compile(r"(?:^|\.)(encoder_layer_\d+|blocks\.\d+)\.")
+
+
+def stage_names(model: nn.Module) -> Callable[[str], str]:
+    """Give the function from a parameter's name to its stage.
+
+    ResNets have the papers' names (``conv1``, ``conv2_x`` … ``conv5_x``), from the names of their parameters and never
+    from constants; DenseNet, Inception and transformers their blocks; VGG's convolutions are numbered by the
+    pooling layers before them. Anything else: the first component of the name that is not a mere container.
+    """
+    pools: dict[str, int] = {}
+    features = getattr(model, "features", None)
+    if isinstance(features, nn.Sequential) and any(isinstance(m, _POOLS) for m in features):
+        passed = 1
+        for number, module in features.named_children():
+            passed += isinstance(module, _POOLS)
+            pools[f"features.{number}"] = passed
+    is_resnet = any(_RESNET.search(name) for name, _ in model.named_parameters())
+
+    def stage(parameter: str) -> str:
+        if is_resnet:
+            found = _RESNET.search(parameter)
+            return f"conv{int(found[1]) + 1}_x" if found else parameter.split(".")[-2 if "." in parameter else 0]
+        for pattern in (_DENSENET, _INCEPTION, _TRANSFORMER):
+            if found := pattern.search(parameter):
+                return found[1]
+        parts = parameter.split(".")
+        if (prefix := ".".join(parts[:2])) in pools:
+            return f"conv{pools[prefix]}"
+        for depth, part in enumerate(parts[:-1]):
+            if part not in _CONTAINERS:
+                return ".".join(parts[: depth + 1])
+        return parts[0]
+
+    return stage

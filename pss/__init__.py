@@ -1,4 +1,4 @@
-"""Parameter-space saliency: which parameters made a network misclassify an image, and can they be repaired?"""
+"""Parameter-space saliency: which parameters made a network misclassify an image, and can they be repaired."""
 
 from pss.gradients import parameter_saliency, profile
 from pss.units import Units

@@ -1,0 +1,178 @@
+"""Rank the units of each image by how unusual their saliency is.
+
+All methods rank the same population, every unit of the model, so that their tops can be compared. Dead units
+(constant over the reference set) come last whatever the method.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from pss.reference import Reference
+from pss.units import Units
+
+METHODS = (
+    "zscore",
+    "abs_zscore",
+    "pot",
+    "exponential",
+    "ratio",
+    "raw",
+    "stage",
+    "random",
+    "layer_matched_random",
+    "least",
+)
+_NEEDS_UNITS = ("stage", "layer_matched_random")
+
+
+def rank(
+    profiles: Tensor,
+    reference: Reference | None = None,
+    method: str = "pot",
+    k: int | None = None,
+    units: Units | None = None,
+    generator: torch.Generator | int = 0,
+    match: str = "pot",
+    stage: str | None = None,
+) -> Tensor:
+    """Ids of the k most anomalous units of every image, most anomalous first.
+
+    Parameters
+    ----------
+    profiles : Tensor, shape (B, U)
+    reference : Reference, optional
+        Needed by every method but ``raw``, ``random`` and ``stage``; where given, dead units come last.
+    method : str
+        ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
+        (POT with the shape held at zero), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``stage`` (the
+        papers' conv5 heuristic: random units of the last stage), ``random``, ``layer_matched_random`` (random units
+        with as many in each layer as the top k by ``match``), ``least`` (the lowest z-scores first).
+    k : int, optional
+        How many; all units by default.
+    units : Units, optional
+        Needed by ``stage`` and ``layer_matched_random``.
+    generator : torch.Generator or int
+        Source of randomness, or its seed.
+    match : str
+        Method whose layers ``layer_matched_random`` copies.
+    stage : str, optional
+        Stage that ``stage`` draws from; the last by default.
+
+    Returns
+    -------
+    Tensor of int64, shape (B, k)
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, a k outside 1..U, or a missing reference or units.
+    """
+    count = profiles.shape[1]
+    k = count if k is None else k
+    if not 1 <= k <= count:
+        raise ValueError(f"k = {k} is outside 1..{count}, the number of units")
+    if method in _NEEDS_UNITS and units is None:
+        raise ValueError(f"method {method!r} needs units=: pass the Units that the profiles were made with")
+    if units is not None and len(units) != count:
+        raise ValueError(f"profiles have {count} units, units= has {len(units)}: they are of different models")
+    if method == "stage":
+        return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator))
+    if method == "layer_matched_random":
+        base = rank(profiles, reference, match, k, units)
+        return _layer_matched(base, units, _generator(generator))
+    scores = score(profiles, reference, method, generator)
+    if reference is not None:
+        scores = scores.masked_fill(reference.dead.to(scores.device), -torch.inf)
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def score(profiles: Tensor, reference: Reference | None, method: str, generator: torch.Generator | int = 0) -> Tensor:
+    """Number that a method ranks by, float64 (B, U): larger is more anomalous.
+
+    For ``pot`` and ``exponential`` the negative log tail probability; beyond the end of a bounded tail, where the
+    probability is zero, a million and the distance beyond it, so that the order goes on.
+    """
+    if method == "raw":
+        return profiles.double()
+    if method == "random":
+        draws = torch.rand(profiles.shape, generator=_generator(generator), dtype=torch.float64)
+        return draws.to(profiles.device)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    if reference is None:
+        raise ValueError(f"method {method!r} needs a reference: pss.Reference.fit(profiles of a validation set)")
+    profiles = profiles.double()
+    if method in ("pot", "exponential"):
+        tail = "gpd" if method == "pot" else "exponential"
+        negative = -reference.log_tail_probability(profiles, tail)
+        return torch.where(negative.isinf(), 1e6 + reference.beyond(profiles, tail), negative)
+    if method == "least":
+        return -reference.zscore(profiles)
+    return getattr(reference, method)(profiles)
+
+
+def _generator(source: torch.Generator | int) -> torch.Generator:
+    return source if isinstance(source, torch.Generator) else torch.Generator().manual_seed(source)
+
+
+def _random_in_stage(profiles: Tensor, k: int, units: Units, stage: str, generator: torch.Generator) -> Tensor:
+    if stage not in units.stages:
+        raise ValueError(f"unknown stage {stage!r}: this model has {', '.join(units.stages)}")
+    members = torch.from_numpy(np.flatnonzero(units.stage_ids == units.stages.index(stage)))
+    if k > len(members):
+        raise ValueError(f"k = {k} is more than the {len(members)} units of stage {stage}")
+    order = torch.rand(len(profiles), len(members), generator=generator).argsort(dim=1)[:, :k]
+    return members[order].to(profiles.device)
+
+
+def _layer_matched(base: Tensor, units: Units, generator: torch.Generator) -> Tensor:
+    """Replace every unit by a random one of its layer, without repeats within an image."""
+    layers = torch.from_numpy(units.layer_ids)[base.cpu()]
+    drawn = torch.empty_like(base, device="cpu")
+    for row, row_layers in enumerate(layers):
+        for layer in row_layers.unique():
+            at = (row_layers == layer).nonzero()[:, 0]
+            span = units.span(int(layer))
+            drawn[row, at] = span.start + torch.randperm(span.stop - span.start, generator=generator)[: len(at)]
+    return drawn.to(base.device)
+
+
+def significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tensor:
+    """Units whose tail probability is significant at false-discovery rate q; bool, (B, U).
+
+    Benjamini and Hochberg (1995) over the units of each image; ``dependent`` takes Benjamini and Yekutieli (2001),
+    valid under any dependence between units, which do share their image's gradient size.
+    """
+    if not 0 < q < 1:
+        raise ValueError(f"q = {q} is outside (0, 1): it is the share of false discoveries allowed, as 0.05")
+    p = log_p.double().exp().clamp(max=1).cpu().numpy()
+    adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
+    return torch.from_numpy(adjusted <= q).to(log_p.device)
+
+
+def stage_shares(ids: Tensor, units: Units) -> pd.DataFrame:
+    """Share of each stage among the top units, beside the share of all units that it holds (the prior).
+
+    Parameters
+    ----------
+    ids : Tensor of int, shape (B, k)
+    units : Units
+
+    Returns
+    -------
+    DataFrame
+        Index stage; ``share`` (mean over images, 0..1), ``error`` (its standard error over images), ``prior``.
+    """
+    stages = torch.from_numpy(units.stage_ids)[ids.cpu()]
+    each = torch.stack([(stages == i).double().mean(dim=1) for i in range(len(units.stages))], dim=1)  # (B, stages)
+    error = each.std(dim=0) / len(each) ** 0.5 if len(each) > 1 else torch.full((each.shape[1],), torch.nan)
+    prior = np.bincount(units.stage_ids, minlength=len(units.stages)) / len(units)
+    return pd.DataFrame(
+        {"share": each.mean(dim=0).numpy(), "error": error.numpy(), "prior": prior},
+        index=pd.Index(units.stages, name="stage"),
+    )

@@ -1,0 +1,331 @@
+r"""What is usual for each unit, measured on a validation set, and how unusual a new profile is.
+
+Two standards are offered side by side. The z-score :math:`\hat s = (\bar s - \mu) / \sigma` (Levin et al. 2022,
+section 2.1) measures distance in deviations. Peaks over threshold (Wang and Sato 2023, section 3) fits a generalized
+Pareto distribution to the excesses over a high quantile :math:`u` and measures the tail probability
+
+.. math:: P(\bar S \ge \bar s) = (n_u / n)\,(1 + \xi (\bar s - u) / \beta)^{-1/\xi},
+
+which means the same for every unit, however heavy its tail. Below the threshold the probability is the empirical
+one, so that every unit has a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pss import evt
+from pss.profiles import blocks
+from pss.units import Units
+
+GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%
+MIN_IMAGES = 20
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of every unit over a reference set; all tensors float64 of shape (U,) unless said otherwise.
+
+    Attributes
+    ----------
+    mean, std : Tensor
+        Mean and unbiased standard deviation.
+    n : int
+        Number of reference images; 0 where it is not known (published statistics).
+    level : float
+        The threshold is this quantile.
+    threshold : Tensor or None
+        None where a reference has no tail (published statistics): then only z-scores can be had.
+    xi, scale, xi_error, scale_error : Tensor or None
+        Generalized Pareto fit of the excesses, with standard errors; NaN where it was not fitted.
+    fitted : Tensor of bool or None
+        False for too few or tied excesses. There the tail is taken as exponential.
+    n_excess, mean_excess : Tensor or None
+        Number of values above the threshold and their mean excess (the scale of the exponential tail).
+    quantiles : Tensor or None
+        Shape (U, 101): quantiles at evenly spaced levels from 0 to ``level``.
+    scale_free : bool
+        Whether every profile was first divided by its own mean over units.
+    about : dict of str to str
+        What the reference was made of: fingerprints of model, units and data, loss, version.
+    """
+
+    mean: Tensor
+    std: Tensor
+    n: int = 0
+    level: float = 0.90
+    threshold: Tensor | None = None
+    xi: Tensor | None = None
+    scale: Tensor | None = None
+    xi_error: Tensor | None = None
+    scale_error: Tensor | None = None
+    fitted: Tensor | None = None
+    n_excess: Tensor | None = None
+    mean_excess: Tensor | None = None
+    quantiles: Tensor | None = None
+    scale_free: bool = False
+    about: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        profiles: Any,
+        level: float = 0.90,
+        scale_free: bool = False,
+        max_bytes: int = 1 << 27,
+        about: dict[str, str] | None = None,
+    ) -> Reference:
+        """Fit the statistics of every unit, a block of units at a time.
+
+        Parameters
+        ----------
+        profiles : ProfileStore, ndarray, Tensor or dask array, shape (N, U)
+            Saliency profiles of the reference images, also larger than memory.
+        level : float
+            Quantile taken as the threshold, inside (0, 1).
+        scale_free : bool
+            Divide each profile by its own mean over units first. Most of the heavy tail is one number per image,
+            its overall gradient size; this takes it out.
+        max_bytes : int
+            Size of a block; memory in use stays within a few times this.
+
+        Raises
+        ------
+        ValueError
+            If the level is outside (0, 1), there are fewer than 20 images, or a profile is not finite.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level {level} is outside (0, 1): it is the quantile taken as the threshold, as 0.90")
+        n = len(profiles)
+        if n < MIN_IMAGES:
+            raise ValueError(f"a reference needs at least {MIN_IMAGES} images, here are {n}: profile more images")
+        sizes = _row_means(profiles, max_bytes) if scale_free else None
+        parts = _map_blocks(profiles, max_bytes, level, sizes)
+        whole = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
+        about = {**getattr(profiles, "about", {}), **(about or {})}
+        return cls(n=n, level=float(level), scale_free=scale_free, about=about, **whole)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __repr__(self) -> str:
+        if self.threshold is None:
+            return f"Reference({len(self)} units, mean and deviation only, {int(self.dead.sum())} dead)"
+        return (
+            f"Reference({len(self)} units, {self.n} images, level {self.level}, "
+            f"{int((~self.fitted).sum())} tails not fitted, {int(self.dead.sum())} dead)"
+        )
+
+    @property
+    def dead(self) -> Tensor:
+        """Units that never changed over the reference images, shape (U,): reported, never ranked first."""
+        return ~(self.std > 0)
+
+    def zscore(self, profiles: Tensor) -> Tensor:
+        r"""Standardized saliency :math:`(\bar s - \mu) / \sigma`, signed as in the first paper's program; (B, U).
+
+        Zero for dead units. The Japanese explainer writes the absolute value: `abs_zscore`.
+        """
+        s = self._prepare(profiles)
+        safe = torch.where(self.dead, 1.0, self.std).to(s.device)
+        z = (s - self.mean.to(s.device)) / safe
+        return z.masked_fill(self.dead.to(s.device), 0).to(profiles.dtype)
+
+    def abs_zscore(self, profiles: Tensor) -> Tensor:
+        r""":math:`|\bar s - \mu| / \sigma`: a unit far below its mean counts as far above it does; (B, U)."""
+        return self.zscore(profiles).abs()
+
+    def ratio(self, profiles: Tensor) -> Tensor:
+        r"""Saliency over its reference mean, :math:`\bar s / \mu`; (B, U), zero where the mean is zero."""
+        s = self._prepare(profiles)
+        mean = self.mean.to(s.device)
+        return (s / mean).masked_fill(mean == 0, 0).to(profiles.dtype)
+
+    def log_tail_probability(self, profiles: Tensor, tail: str = "gpd") -> Tensor:
+        r"""Natural log of the probability of a saliency at least as large; float64, (B, U).
+
+        Above the threshold from the fitted tail, below it from the reference quantiles; 0 (probability 1) for dead
+        units, and ``-inf`` beyond the end of a bounded tail (:math:`\xi < 0`).
+
+        Parameters
+        ----------
+        profiles : Tensor, shape (B, U)
+        tail : {"gpd", "exponential"}
+            ``exponential`` takes :math:`\xi = 0` and the mean excess as the scale.
+        """
+        if self.threshold is None:
+            raise ValueError(
+                "this reference has no tail, only mean and deviation: rank by 'zscore', or fit one with Reference.fit"
+            )
+        s = self._prepare(profiles)
+        excess = s - self.threshold.to(s.device)
+        xi, scale = (t.to(s.device) for t in self._tail(tail))
+        alive = scale > 0
+        above = evt.gpd_log_survival(excess.clamp(min=0), xi, torch.where(alive, scale, 1.0))
+        above = above + (self.n_excess.clamp(min=1) / self.n).log().to(s.device)
+        log_p = torch.where(excess > 0, above, self._log_empirical(s))
+        return log_p.masked_fill(self.dead.to(s.device) | ~alive & (excess > 0), 0)
+
+    def beyond(self, profiles: Tensor, tail: str = "gpd") -> Tensor:
+        r"""How far beyond the end :math:`u - \beta/\xi` of a bounded tail, in units of its length; 0 inside; (B, U)."""
+        s = self._prepare(profiles)
+        excess = s - self.threshold.to(s.device)
+        xi, scale = (t.to(s.device) for t in self._tail(tail))
+        return torch.where((xi < 0) & (scale > 0), -xi * excess / scale.clamp(min=1e-300) - 1, 0.0).clamp(min=0)
+
+    def _tail(self, tail: str) -> tuple[Tensor, Tensor]:
+        """Shape and scale; where the fit was not possible the tail is exponential."""
+        if tail not in ("gpd", "exponential"):
+            raise ValueError(f"unknown tail {tail!r}: expected 'gpd' or 'exponential'")
+        use = self.fitted if tail == "gpd" else torch.zeros_like(self.fitted)
+        return torch.where(use, self.xi, 0.0), torch.where(use, self.scale, self.mean_excess)
+
+    def _log_empirical(self, s: Tensor) -> Tensor:
+        """Log P(S >= s) below the threshold, linear between the kept quantiles; 0 at and below the smallest."""
+        grid = self.quantiles.to(s.device)
+        values = s.T.contiguous()
+        right = torch.searchsorted(grid, values).clamp(1, grid.shape[1] - 1)  # first quantile at or above s
+        low, high = grid.gather(1, right - 1), grid.gather(1, right)
+        part = ((values - low) / torch.where(high > low, high - low, 1.0)).clamp(0, 1)
+        step = self.level / (grid.shape[1] - 1)
+        return torch.log1p(-step * (right - 1 + part)).T
+
+    def _prepare(self, profiles: Tensor) -> Tensor:
+        if profiles.ndim != 2 or profiles.shape[1] != len(self):
+            raise ValueError(
+                f"profiles of shape {tuple(profiles.shape)} do not fit this reference of {len(self)} units: "
+                f"expected (B, {len(self)}); were they made with the same units?"
+            )
+        s = profiles.double()
+        return s / _positive(s.mean(dim=1, keepdim=True)) if self.scale_free else s
+
+    def check(self, units: Units, **about: str) -> Reference:
+        """Refuse units, a model, data or a loss other than what this reference was fitted with; returns itself.
+
+        Raises
+        ------
+        ValueError
+            Naming every fingerprint that differs.
+        """
+        if len(units) != len(self):
+            raise ValueError(f"the reference has {len(self)} units, the model {len(units)}: fit one for this model")
+        given = {"units": units.fingerprint, **about}
+        other = {k: (self.about[k], v) for k, v in given.items() if k in self.about and self.about[k] != str(v)}
+        if other:
+            what = "; ".join(f"{k}: reference {a}, given {b}" for k, (a, b) in other.items())
+            raise ValueError(f"the reference was fitted with something else ({what}): fit one for this use")
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        plain = {"n": self.n, "level": self.level, "scale_free": self.scale_free, "about": self.about}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"pss": json.dumps(plain)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, units: Units | None = None) -> Reference:
+        """Read a reference of ours, or the published ``ImageNet_val_saliency_stat_<model>_filter_wise.pth``.
+
+        The published files hold mean and deviation only, from a run over ImageNet's validation set; they may predate a
+        correction of their program (mean of absolute gradients against absolute mean gradient).
+
+        Raises
+        ------
+        ValueError
+            If the file holds no such statistics, or their number differs from that of ``units``.
+        """
+        path = Path(path)
+        if path.suffix in (".pth", ".pt"):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
+                raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
+            reference = cls(held["mean"].double(), held["std"].double(), about={"source": path.name})
+        else:
+            with safe_open(path, "pt") as file:
+                plain = json.loads((file.metadata() or {}).get("pss", "null"))
+                if plain is None:
+                    raise ValueError(f"{path.name} is no reference of pss: its header has no 'pss' entry")
+                reference = cls(**{key: file.get_tensor(key) for key in file.keys()}, **plain)  # noqa: SIM118
+        return reference if units is None else reference.check(units)
+
+    def to(self, device: torch.device | str) -> Reference:
+        """Copy on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{key: tensor.to(device) for key, tensor in moved.items()})
+
+
+def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Statistics of a block of units, (N, b) to arrays of length b."""
+    if not np.isfinite(block).all():
+        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        raise ValueError(f"profiles of images {bad[:10].tolist()} are not finite: leave them out or mend them")
+    if sizes is not None:
+        block = block / sizes[:, None]
+    ordered = np.sort(block.T, axis=1)  # (b, N), each unit's values in a row
+    n = ordered.shape[1]
+    mean = ordered.mean(axis=1, dtype=np.float64)
+    std = np.where(ordered[:, 0] == ordered[:, -1], 0.0, ordered.std(axis=1, dtype=np.float64, ddof=1))
+    positions = np.linspace(0, level, GRID) * (n - 1)
+    left = np.floor(positions).astype(int)
+    low = ordered[:, left].astype(np.float64)
+    quantiles = low + (positions - left) * (ordered[:, np.minimum(left + 1, n - 1)] - low)
+    threshold = quantiles[:, -1]
+    excess = ordered[:, left[-1] + 1 :] - threshold[:, None]  # all that can lie above
+    excess[excess <= 0] = np.nan
+    fit = evt.fit_gpd(torch.from_numpy(excess))
+    n_excess = np.isfinite(excess).sum(axis=1)
+    return {
+        "mean": mean,
+        "std": std,
+        "threshold": threshold,
+        "quantiles": quantiles,
+        "n_excess": n_excess,
+        "mean_excess": np.nansum(excess, axis=1) / np.maximum(n_excess, 1),
+        "xi": fit.xi.numpy(),
+        "scale": fit.scale.numpy(),
+        "xi_error": fit.xi_error.numpy(),
+        "scale_error": fit.scale_error.numpy(),
+        "fitted": fit.fitted.numpy(),
+    }
+
+
+def _map_blocks(profiles: Any, max_bytes: int, level: float, sizes: np.ndarray | None) -> list[dict[str, np.ndarray]]:
+    """Apply `_fit_block` to every block of columns; a dask array computes them on its own scheduler."""
+    if hasattr(profiles, "dask"):
+        import dask
+
+        width = max(1, math.floor(max_bytes / (len(profiles) * profiles.dtype.itemsize)))
+        columns = profiles.rechunk({0: -1, 1: width}).to_delayed()[0]
+        return list(dask.compute(*[dask.delayed(_fit_block)(c, level, sizes) for c in columns]))
+    return [_fit_block(block, level, sizes) for _, block in blocks(profiles, max_bytes)]
+
+
+def _row_means(profiles: Any, max_bytes: int) -> np.ndarray:
+    """Mean over units of every profile, shape (N,): what `scale_free` divides by."""
+    if hasattr(profiles, "dask"):
+        return _positive(np.asarray(profiles.astype(np.float64).mean(axis=1)))
+    total = sum(block.sum(axis=1, dtype=np.float64) for _, block in blocks(profiles, max_bytes))
+    return _positive(total / profiles.shape[1])
+
+
+def _positive(size: Any) -> Any:
+    """An image whose gradient vanishes altogether keeps its zeros."""
+    return size + (size == 0)

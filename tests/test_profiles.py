@@ -1,0 +1,489 @@
+"""One pass over a data set: equal to `profile`, whole after every kill, shared by ranks, refused if it does not fit."""
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+import pss
+from pss.gradients import cross_entropy
+from pss.profiles import ProfileStore, blocks, choose_batch_size, main, profile_dataset
+from pss.units import Units
+
+N, PIXELS = 26, 8
+
+
+def make_model(seed: int = 0, width: int = 4) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, width, 3), nn.Tanh(), nn.Conv2d(width, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(80, 4)]
+        return nn.Sequential(*layers)
+
+
+def make_data(n: int = N, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, PIXELS, PIXELS, generator=generator)
+    return TensorDataset(images, torch.randint(4, (n,), generator=generator))
+
+
+class Faulty(Dataset):
+    """The same data, but some items raise, are slow, or kill the process that reads them."""
+
+    def __init__(self, bad=(), nan=(), delay=0.0, deadly=None, data=None):
+        self.data = make_data() if data is None else data
+        self.bad, self.nan, self.delay, self.deadly = bad, nan, delay, deadly
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        time.sleep(self.delay)
+        if i in self.bad:
+            raise OSError("image file is truncated")
+        if i == self.deadly:
+            os.kill(os.getpid(), 9)
+        image, label = self.data[i]
+        return (image * np.nan if i in self.nan else image), label
+
+
+def run(path, model=None, data=None, units=None, **options):
+    options = {"batch_size": 4, "progress": False, "data_name": "test", **options}
+    return profile_dataset(model or make_model(), data or make_data(), units, path, **options)
+
+
+def contents(path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0x10
+    file.write_bytes(content)
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def test_equals_profile_and_the_model_itself(tmp_path):
+    model, data = make_model(), make_data()
+    images, labels = data.tensors
+    store = run(tmp_path / "new" / "store", model, data)
+    # smooth activations: the batch that a row was computed in shows in the last bits only
+    torch.testing.assert_close(
+        torch.tensor(store.profiles), pss.profile(model, images, labels), rtol=1e-5, atol=1e-9, check_dtype=True
+    )
+    logits = model(images).detach()
+    probabilities = logits.double().softmax(1).numpy()
+    np.testing.assert_array_equal(store.labels, labels)
+    np.testing.assert_array_equal(store.predictions, logits.argmax(1))
+    np.testing.assert_allclose(store.losses, nn.functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-5)
+    np.testing.assert_allclose(store.confidences, probabilities.max(1), rtol=1e-5)
+    np.testing.assert_allclose(store.true_confidences, probabilities[np.arange(N), labels], rtol=1e-5)
+    np.testing.assert_array_equal(store.misclassified, np.flatnonzero(logits.argmax(1) != labels))
+    assert len(store) == N and store.shape == (N, 9) and store.profiles.dtype == np.float32 and store.finished.all()
+    table = store.table()
+    assert len(table) == N and list(table.index[table["misclassified"]]) == list(store.misclassified)
+
+
+def test_signed_loss_and_units_reach_profile(tmp_path):
+    model, data = make_model(), make_data(5)
+    units = Units.of(model, "all")
+    store = run(tmp_path, model, data, units, signed=True, loss="logit")
+    expected = pss.profile(model, *data.tensors, units, loss="logit", signed=True)
+    np.testing.assert_allclose(store.profiles, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(store.losses, model(data.tensors[0]).detach()[range(5), data.tensors[1]], rtol=1e-5)
+    assert (store.profiles < 0).any()
+    assert store.about["units"] == units.fingerprint and store.about["signed"] == "True"
+
+
+def test_finished_store_reopens_without_reading_an_image(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    unreadable = Faulty(bad=range(N))
+    store = run(tmp_path, data=unreadable)
+    assert contents(tmp_path) == before and len(store) == N
+    with pytest.raises(ValueError, match="read-only"):
+        store.losses[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        store.profiles[0, 0] = 1
+
+
+def test_model_and_random_state_are_left_alone(tmp_path):
+    model = make_model().train()
+    model[0].weight.requires_grad_(False)
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    run(tmp_path, model, workers=1)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert model.training and not model[0].weight.requires_grad and model[2].weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_double_model_and_loss_callable(tmp_path):
+    def twice(outputs, labels):
+        return 2 * cross_entropy(outputs, labels)
+
+    model, data = make_model().double(), make_data(6)
+    images, labels = data.tensors
+    store = run(tmp_path, model, data, loss=twice)
+    np.testing.assert_allclose(store.profiles, 2 * pss.profile(model, images.double(), labels), rtol=1e-6)
+    assert store.manifest["loss"].endswith("twice")
+
+
+def test_workers_write_the_same_bytes(tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "b", workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_batch_size_that_fits():
+    model = make_model()
+
+    class Big(nn.Module):  # 224 pixels and 1,000 channels: 192 MiB of activations an image
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1000, 1)
+
+        def forward(self, x):
+            return self.conv(x).tanh().mean((2, 3))
+
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert choose_batch_size(model, torch.zeros(3, PIXELS, PIXELS)) == 256
+    assert choose_batch_size(conv, torch.zeros(3, 224, 224)) == 8
+    assert choose_batch_size(conv, torch.zeros(3, 448, 448)) == 2
+    assert choose_batch_size(Big(), torch.zeros(3, 224, 224)) == 5
+    assert choose_batch_size(nn.Sequential(nn.Linear(7, 3)), torch.zeros(7)) == 256
+
+
+# --- bad images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_is_an_error_that_names_it(tmp_path, workers):
+    with pytest.raises(ValueError, match=r"item 9 of the data set could not be read \(OSError: image file is trunc"):
+        run(tmp_path, data=Faulty(bad=[9]), workers=workers)
+    with pytest.raises(ValueError, match=r"not finished \(8 of 26 rows\)"):
+        ProfileStore.open(tmp_path)
+    assert len(run(tmp_path)) == N  # mended: goes on
+    with pytest.raises(ValueError, match=r"item 4 of the data set could not be read .*NaN"):
+        run(tmp_path / "nan", data=Faulty(nan=[4]))
+
+
+def test_bad_images_are_skipped_and_listed(tmp_path, caplog):
+    whole = run(tmp_path / "whole")
+    bad = Faulty(bad=[0, 9, 12, 13, 14, 15], nan=[25])  # 12..15 is a batch of its own
+    store = run(tmp_path / "part", data=bad, on_error="skip")
+    assert sorted(store.skipped) == [0, 9, 12, 13, 14, 15, 25]
+    assert store.skipped[9] == "OSError: image file is truncated" and "NaN" in store.skipped[25]
+    assert "item 9 of the data set is skipped" in caplog.text
+    kept = np.setdiff1d(np.arange(N), list(store.skipped))
+    assert len(store) == len(kept) == store.shape[0]
+    np.testing.assert_array_equal(np.flatnonzero(store.finished), kept)
+    np.testing.assert_allclose(store.profiles[kept], whole.profiles[kept], rtol=1e-5)
+    assert np.isnan(store.profiles[9]).all() and store.labels[9] == -1 and np.isnan(store.losses[9])
+    assert not set(store.misclassified) & set(store.skipped)
+    np.testing.assert_array_equal(np.concatenate([b for _, b in blocks(store, 300)], 1), store.profiles[kept])
+    with pytest.raises(ValueError, match=r"leaves out items \[0, 9, 12"):
+        run(tmp_path / "part", data=bad)
+    assert [f.name for f in sorted((tmp_path / "part").iterdir())] == ["manifest.json", "profiles.npy", "samples.npy"]
+
+
+def test_profile_that_is_not_finite(tmp_path):
+    class Square(nn.Module):
+        def forward(self, x):
+            return x * x
+
+    model, data = nn.Sequential(nn.Conv2d(3, 4, 8), Square(), nn.Flatten()), make_data(6)
+    data.tensors[0][3] *= 1e30  # finite, but not its square
+    with pytest.raises(ValueError, match="item 3 of the data set: its loss or its profile is NaN"):
+        run(tmp_path / "a", model, data)
+    store = run(tmp_path / "b", model, data, on_error="skip")
+    assert list(store.skipped) == [3] and np.isfinite(store.profiles[store.finished]).all()
+
+
+def test_what_cannot_be_profiled(tmp_path):
+    shapes = [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)]
+    cases = [
+        ({"data": shapes}, ValueError, "images differ in shape"),
+        ({"data": [("a.png", 0)]}, ValueError, "none of the 1 images can be read"),
+        ({"data": []}, ValueError, "the data set has no items"),
+        ({"on_error": "ignore"}, ValueError, "unknown on_error 'ignore'"),
+        ({"device": "meta"}, ValueError, "the model is on cpu, but device is meta"),
+        ({"model": nn.Flatten()}, ValueError, "no unit of kind|no parameters"),
+    ]
+    for number, (options, error, message) in enumerate(cases):
+        options = {"batch_size": None, **options}
+        with pytest.raises(error, match=message):
+            if options.get("data") == []:
+                profile_dataset(make_model(), [], None, tmp_path / str(number))
+            else:
+                run(tmp_path / str(number), **options)
+
+
+# --- other profiles in the folder -------------------------------------------------------------------------------------
+
+
+def test_refuses_profiles_of_something_else_and_says_what(tmp_path, monkeypatch):
+    run(tmp_path)
+    before = contents(tmp_path)
+    other_units = Units.of(make_model(), "rows")
+    cases = {
+        "model": {"model": make_model(seed=1)},
+        "units": {"units": other_units},
+        "n_units": {"units": other_units},
+        "samples": {"data": make_data(N - 1)},
+        "data: stored 'test', given 'train'": {"data_name": "train"},
+        "preprocessing: stored '', given 'crop'": {"preprocessing": "crop"},
+        "loss: stored 'cross_entropy', given 'logit'": {"loss": "logit"},
+        "signed: stored False, given True": {"signed": True},
+        "options": {"precision": "bf16"},
+    }
+    for field, options in cases.items():
+        with pytest.raises(ValueError, match=f"made of something else:(.|\n)*{field}(.|\n)*rebuild=True"):
+            run(tmp_path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(pss, "__version__", "0.0.0")
+        with pytest.raises(ValueError, match=f"pss: stored '{pss.__version__}', given '0.0.0'|stored .* given '0.0.0'"):
+            run(tmp_path)
+    assert contents(tmp_path) == before
+    run(tmp_path, model=make_model(seed=1), rebuild=True)
+    assert contents(tmp_path)["profiles.npy"] != before["profiles.npy"]
+
+
+def test_unfinished_store_keeps_torch_version_and_batches(tmp_path, monkeypatch):
+    whole = contents(run(tmp_path / "whole").path)
+    with pytest.raises(ValueError, match="item 9"):
+        run(tmp_path / "part", data=Faulty(bad=[9]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        run(tmp_path / "whole")  # a finished one may be read by another torch
+        with pytest.raises(ValueError, match=r"torch: stored .* given '1.0'"):
+            run(tmp_path / "part")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run(tmp_path / "part", batch_size=7)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "part") == whole
+
+
+def test_data_identity(tmp_path):
+    class Named(TensorDataset):
+        fingerprint = "digits 1"
+
+    named = Named(*make_data().tensors)
+    assert run(tmp_path / "a", data=named, data_name=None).manifest["data"] == "digits 1"
+    run(tmp_path / "b", data_name=None)
+    with pytest.raises(ValueError, match="data: stored '26 items, sample"):
+        run(tmp_path / "b", data=make_data(seed=1), data_name=None)
+
+
+def test_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "profiles.npy").write_text("mine")
+    for rebuild in (False, True):
+        with pytest.raises(FileExistsError, match="holds other files"):
+            run(tmp_path, rebuild=rebuild)
+    assert contents(tmp_path) == {"profiles.npy": b"mine"}
+    with pytest.raises(FileNotFoundError, match="holds no profiles"):
+        ProfileStore.open(tmp_path)
+
+
+def test_disk_too_small(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"26 profiles of 9 units need 0.00 GB, but 0.00 GB are free"):
+        run(tmp_path / "a")
+    assert contents(tmp_path / "a") == {}
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["profiles.npy", "samples.npy", "manifest.json"])
+def test_every_damage_is_found(tmp_path, name):
+    run(tmp_path)
+    whole, file = contents(tmp_path), tmp_path / name
+    size = len(whole[name])
+    for position in [*range(0, size, max(1, size // 60)), size - 2]:
+        flip(file, position)
+        if name == "manifest.json" and file.read_text("latin-1").split() == whole[name].decode("latin-1").split():
+            continue  # white space
+        with pytest.raises(ValueError, match=rf"({name}|profiles.npy) is damaged .*rebuild=True|is not finished"):
+            ProfileStore.open(tmp_path)
+        file.write_bytes(whole[name])
+    for length in (0, 10, 100, size // 2, size - 2):
+        file.write_bytes(whole[name][:length])
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            ProfileStore.open(tmp_path)
+    file.write_bytes(whole[name] + b"\0")
+    if name != "manifest.json":
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            ProfileStore.open(tmp_path)
+    file.unlink()
+    if name != "manifest.json":
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            run(tmp_path)
+        assert len(run(tmp_path, rebuild=True)) == N
+        assert contents(tmp_path) == whole
+
+
+def test_damage_names_the_row_and_resuming_mends_it(tmp_path):
+    whole = contents(run(tmp_path).path)
+    header = len(whole["profiles.npy"]) - N * 9 * 4
+    flip(tmp_path / "profiles.npy", header + 17 * 9 * 4 + 3)
+    with pytest.raises(ValueError, match="1 rows are not as written, the first is 17"):
+        run(tmp_path)
+    assert len(ProfileStore.open(tmp_path, verify=False)) == N
+    from pss.profiles import _read_manifest, _write_manifest
+
+    _write_manifest(tmp_path, {**_read_manifest(tmp_path), "complete": False})  # as if it had been found in time
+    run(tmp_path, data=Faulty(bad=[*range(16), *range(20, N)]))  # reads that row's batch only
+    assert contents(tmp_path) == whole
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    run(tmp_path)
+    np.save(tmp_path / "samples.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"samples.npy is damaged"):
+        ProfileStore.open(tmp_path)
+
+
+# --- killed, and resumed ----------------------------------------------------------------------------------------------
+
+
+def _slow(path, delay, workers=0):
+    torch.set_num_threads(1)
+    run(path, data=Faulty(delay=delay), workers=workers)
+
+
+def test_killed_at_random_moments(tmp_path):
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = contents(run(tmp_path / "whole").path)
+    finally:
+        torch.set_num_threads(torch_threads)
+    processes = multiprocessing.get_context("forkserver")  # imports torch once
+    processes.set_forkserver_preload(["torch", "pss.profiles"])
+    rng, path, kills = random.Random(0), tmp_path / "part", 0
+    for attempt in range(40):
+        worker = processes.Process(target=_slow, args=(path, 0.02))
+        worker.start()
+        while not path.exists() and worker.is_alive():
+            time.sleep(0.001)
+        worker.join(rng.uniform(0, 0.1 * (attempt + 1)))  # later on it gets the time to finish
+        if worker.is_alive():
+            worker.kill()
+        worker.join(60)
+        assert worker.exitcode in (0, -9)
+        if worker.exitcode == 0:
+            break
+        kills += 1
+        with pytest.raises((ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"):
+            ProfileStore.open(path)
+    assert worker.exitcode == 0 and kills >= 3, kills
+    assert contents(path) == whole
+
+
+def test_killed_loader(tmp_path):
+    whole = contents(run(tmp_path / "whole").path)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed|exited)"):
+        run(tmp_path / "part", data=Faulty(deadly=14), workers=1)
+    with pytest.raises(ValueError, match="not finished"):
+        ProfileStore.open(tmp_path / "part")
+    run(tmp_path / "part")
+    assert contents(tmp_path / "part") == whole
+
+
+def test_interrupted(tmp_path):
+    class Interrupted(Faulty):
+        def __getitem__(self, i):
+            if i == 10:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=Interrupted())
+    run(tmp_path, data=Faulty(bad=range(8)))  # two batches were kept
+    assert len(ProfileStore.open(tmp_path)) == N
+
+
+# --- command line and ranks -------------------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    *("--model", "test_profiles:make_model", "width=3", "--data", "test_profiles:make_data", "n=23"),
+    *("--batch-size", "4", "--quiet", "--preprocessing", "as it is", "--threads", "1"),
+]
+
+
+def test_command_line(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert main([*ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.gradients:logit"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "ProfileStore(23 images × 12 units" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.gradients.logit"
+    with pytest.raises(SystemExit, match="'oops' is no argument"):
+        main(["--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
+
+
+def test_two_ranks_equal_one(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        main([*ARGUMENTS, "--out", str(tmp_path / "one")])
+    finally:
+        torch.set_num_threads(threads)
+    module = [*ARGUMENTS, "--out", str(tmp_path / "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "pss.profiles", *module], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ProfileStore(23 images × 8 units") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_against_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("pss.profiles._CHUNK", 5 * 9 * 4)  # five rows at a time
+    store = run(tmp_path)
+    whole = np.array(store.profiles)
+    for source in (store, store.profiles, whole, torch.tensor(whole), torch.tensor(whole, requires_grad=True)):
+        for max_bytes in (1, N * 4 * 2, N * 4 * 5 + 1, 10**9):
+            parts = list(blocks(source, max_bytes))
+            assert [i for columns, _ in parts for i in range(9)[columns]] == list(range(9))
+            for columns, block in parts:
+                assert block.dtype == np.float32 and block.nbytes <= max(max_bytes, N * 4)
+                np.testing.assert_array_equal(block, whole[:, columns])
+    np.testing.assert_array_equal(store.columns(slice(2, 7)), whole[:, 2:7])
+    np.testing.assert_array_equal(store.columns(slice(None, None, 3)), whole[:, ::3])
+    assert next(blocks(whole.astype(np.float64)))[1].dtype == np.float64
+    assert next(blocks(torch.tensor(whole).to(torch.bfloat16)))[1].dtype == np.float64
+    with pytest.raises(ValueError, match=r"expected \(N, U\)"):
+        next(blocks(whole[0]))
+    with pytest.raises(ValueError, match="must be positive"):
+        next(blocks(whole, 0))
+
+
+def test_blocks_of_a_dask_array():
+    dask = pytest.importorskip("dask.array")
+    whole = np.arange(60, dtype=np.float32).reshape(10, 6)
+    parts = [block for _, block in blocks(dask.from_array(whole, chunks=(3, 2)), 10 * 4 * 4)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)

@@ -7,6 +7,7 @@ taken for every sample of a batch on its own: absolute values of per-sample grad
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pss.units import Units
+from pss.interception import Sweep, Unknown
+from pss.units import Layer, Units
+
+log = logging.getLogger(__name__)
+GRADIENT_BYTES = 2**28  # what the general path holds of whole gradients at once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,7 +62,9 @@ def get_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)")
+        raise ValueError(
+            f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)"
+        )
     return LOSSES[loss]
 
 
@@ -65,13 +72,16 @@ def get_loss(loss: str | Loss) -> Loss:
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """Put the model into evaluation mode, and leave it as it was found, also when the body raises.
 
-    Restores ``training`` of every module, and ``requires_grad`` and ``.grad`` of every parameter.
+    Restores ``training`` of every module, ``requires_grad`` and ``.grad`` of every parameter, and the state of the
+    random generators.
     """
     modes = [(module, module.training) for module in model.modules()]
     states = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    model.eval()
+    devices = {p.device for p, *_ in states if p.is_cuda}
     try:
-        yield model
+        with torch.random.fork_rng(list(devices)):
+            model.eval()
+            yield model
     finally:
         for module, training in modes:
             module.training = training
@@ -83,22 +93,40 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 def parameter_saliency(
     model: nn.Module, images: Tensor, labels: Tensor, loss: str | Loss = "cross_entropy", signed: bool = False
 ) -> dict[str, Tensor]:
-    """Per-sample gradient of every parameter: B times the model in memory, for small models and for teaching.
+    r"""Saliency of every parameter for each sample: B times the model in memory, for small models and for teaching.
+
+    .. math:: s(x, y)_i = |\partial L(x, y; \theta) / \partial \theta_i|
+
+    Parameters
+    ----------
+    model : nn.Module
+    images : Tensor, shape (B, ...)
+    labels : Tensor, shape (B,)
+    loss : str or callable
+        One of `LOSSES`, or a callable ``(outputs, labels) -> (B,)``.
+    signed : bool
+        Keep the sign of the gradient.
 
     Returns
     -------
     dict of str to Tensor
-        ``{parameter name: (B, *shape)}``, absolute unless ``signed``.
+        ``{parameter name: (B, *shape)}``; zero for parameters that the loss does not depend on.
+
+    Raises
+    ------
+    ValueError
+        If images, labels, outputs or losses are not what is described here.
+
+    References
+    ----------
+    Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
-    loss = get_loss(loss)
-    with undisturbed(model):
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-        def one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-            return loss(torch.func.functional_call(model, parameters, (image[None],)), label[None])[0]
-
-        gradients = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(parameters, images, labels)
-    return gradients if signed else {name: g.abs() for name, g in gradients.items()}
+    loss, names = get_loss(loss), [name for name, _ in model.named_parameters()]
+    _check_inputs(model, images, labels)
+    with _ready(model, images):
+        parts = list(_gradients(model, _laid_out(images), labels, names, loss))
+    whole = {name: torch.cat([part[name] for part in parts]) for name in names}
+    return whole if signed else {name: g.abs_() for name, g in whole.items()}
 
 
 def profile(
@@ -108,11 +136,316 @@ def profile(
     units: Units | None = None,
     loss: str | Loss = "cross_entropy",
     signed: bool = False,
+    path: str = "auto",
+    fold: bool = True,
+    precision: str = "fp32",
 ) -> Tensor:
-    """Saliency profile of each sample: mean absolute gradient of every unit, shape (B, U)."""
-    units = units or Units.of(model)
-    rows = [
-        units.reduce(parameter_saliency(model, images[i : i + 1], labels[i : i + 1], loss, signed))
-        for i in range(len(images))
+    r"""Saliency profile of each sample: mean absolute gradient of every unit.
+
+    .. math:: \bar s(x, y)_k = \frac{1}{|\alpha_k|} \sum_{i \in \alpha_k} |\partial L(x, y; \theta) / \partial \theta_i|
+
+    A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found.
+
+    Parameters
+    ----------
+    model : nn.Module
+    images : Tensor, shape (B, ...)
+        On the model's device, of its dtype.
+    labels : Tensor of int, shape (B,)
+    units : Units, optional
+        Units of this model; by default the filters of its convolutions.
+    loss : str or callable
+        One of `LOSSES`, or a callable ``(outputs, labels) -> (B,)``.
+    signed : bool
+        Mean gradient, instead of mean absolute gradient.
+    path : {"auto", "fast", "vmap", "loop"}
+        ``fast``: one forward and backward pass over the batch, an error where that cannot be; ``vmap``: gradients of
+        whole samples, vectorized over a few; ``loop``: one sample at a time. ``auto``: fast where it can be,
+        otherwise vmap, otherwise loop, with a log line at INFO.
+    fold : bool
+        On the fast path, compute BatchNorm within the convolution before it, where it directly follows one. Exact.
+    precision : {"fp32", "bf16"}
+        ``bf16``: the backward pass of the fast path in bfloat16 products (the forward pass never).
+
+    Returns
+    -------
+    Tensor, shape (B, U)
+        Of the model's dtype. Units that the loss does not depend on have zero.
+
+    Raises
+    ------
+    ValueError
+        If images, labels, units, outputs or losses are not what is described here.
+
+    References
+    ----------
+    Levin et al. 2022, arXiv 2108.01335, section 2.1.
+    """
+    for value, known in ((path, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
+        if value not in known:
+            raise ValueError(f"unknown option {value!r}: expected one of {known}")
+    loss, units = get_loss(loss), units or Units.of(model)
+    _check_inputs(model, images, labels, units)
+    size = _images_at_once(images)
+    with _ready(model, images):
+        chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
+        return torch.cat(
+            [_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks]
+        )
+
+
+def _profile(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    units: Units,
+    loss: Loss,
+    signed: bool,
+    path: str,
+    fold: bool,
+    precision: str,
+) -> Tensor:
+    """Profile of as many images as are taken at once: the fast path, and the general path for what it leaves."""
+    names = _canonical_names(model)
+    rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
+    means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
+    if path in ("auto", "fast"):
+        in_rows = [
+            name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)
+        ]
+        try:
+            means = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
+            reason = "used in a way that the fast path does not know"
+        except RuntimeError as error:  # Unknown, or what an operation says that cannot be intercepted
+            if path == "fast":
+                raise
+            reason = str(error)
+        rest = [name for name in rest if name not in means]
+    if rest and path == "fast":
+        raise Unknown(f"path='fast' cannot do {', '.join(rest)}: {reason}; use path='auto'")
+    if rest and path == "auto":
+        log.info(
+            "general path for %d of %d parameters (%s …): %s",
+            len(rest),
+            len(rest) + len(means),
+            rest[0],
+            reason,
+        )
+    slow: dict[int, Tensor] = {}
+    if rest:
+        numbers = [i for i, layer in enumerate(units.layers) if names[layer.parameter] in rest]
+        parts = []
+        for gradients in _gradients(model, images, labels, list(rest), loss, vectorized=path != "loop"):
+            whole = gradients if signed else {name: g.abs_() for name, g in gradients.items()}
+            parts.append([units.layers[i].reduce(whole[names[units.layers[i].parameter]]) for i in numbers])
+        slow = {i: torch.cat(columns) for i, columns in zip(numbers, zip(*parts, strict=True), strict=True)}
+    columns = [
+        slow[i] if i in slow else layer.reduce(means[names[layer.parameter]])
+        for i, layer in enumerate(units.layers)
     ]
-    return torch.cat(rows)
+    return torch.cat(columns, dim=1)
+
+
+def _row_means(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    names: list[str],
+    loss: Loss,
+    signed: bool,
+    fold: bool,
+    bf16: bool,
+) -> dict[str, Tensor]:
+    """Fast path: mean (absolute) gradient of every row of the named parameters, where it knows their use."""
+    wanted = {name: model.get_parameter(name) for name in names}
+    if not wanted:
+        return {}
+    _require_gradients(model, wanted)
+
+    def watch(watcher: Sweep, images: Tensor, labels: Tensor) -> Tensor:
+        with watcher:
+            outputs = model(images)
+            _check_outputs(outputs, labels, loss)
+            return loss(outputs, labels)
+
+    try:
+        sweep = Sweep(wanted, len(images), signed, fold, bf16)
+        losses = watch(sweep, images, labels)
+        _check_losses(losses, labels)
+        if sweep.unplaced:
+            alone = Sweep(wanted, 1, signed, fold, bf16)
+            alone.watched = set(sweep.unplaced)
+            watch(alone, images[-1:], labels[-1:])
+            sweep.place(alone)
+        return sweep.row_means(losses)
+    except Unknown:
+        if not fold:
+            raise
+        return _row_means(model, images, labels, names, loss, signed, False, bf16)
+
+
+def _gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, names: list[str], loss: Loss, vectorized: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """General path: gradients of whole samples, ``{name: (b, *shape)}`` for a few samples after the other."""
+    parameters = {name: model.get_parameter(name) for name in names}
+    numbers = sum(p.numel() for p in parameters.values())
+    at_once = max(1, min(len(images), GRADIENT_BYTES // (numbers * images.element_size())))
+    with torch.no_grad():
+        _check_outputs(model(images[:1]), labels, loss)
+    for chunk in zip(images.split(at_once), labels.split(at_once), strict=True):
+        if vectorized:
+            try:
+                yield _vectorized(model, *chunk, parameters, loss)
+                continue
+            except (RuntimeError, NotImplementedError) as error:
+                vectorized = False
+                log.info(
+                    "one sample at a time: torch.func.vmap cannot run this model (%s)",
+                    str(error).split("\n")[0],
+                )
+        rows = [_of_one(model, image, label, parameters, loss) for image, label in _pairs(*chunk)]
+        yield {name: torch.stack(row) for name, row in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+
+def _vectorized(
+    model: nn.Module, images: Tensor, labels: Tensor, parameters: dict[str, Tensor], loss: Loss
+) -> dict[str, Tensor]:
+    def one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(model, parameters, (image[None],)), label[None])
+
+    def scalar(*arguments) -> tuple[Tensor, Tensor]:
+        losses = one(*arguments)
+        return losses.sum(), losses
+
+    detached = {name: p.detach() for name, p in parameters.items()}
+    per_sample = torch.func.vmap(torch.func.grad(scalar, has_aux=True), in_dims=(None, 0, 0))
+    gradients, losses = per_sample(detached, images, labels)
+    _check_losses(losses[:, 0] if losses.dim() == 2 and losses.shape[1] == 1 else losses, labels)
+    return gradients
+
+
+def _of_one(
+    model: nn.Module, image: Tensor, label: Tensor, parameters: dict[str, Tensor], loss: Loss
+) -> tuple[Tensor, ...]:
+    _require_gradients(model, parameters)
+    losses = loss(model(image), label)
+    _check_losses(losses, label)
+    inputs = tuple(parameters.values())
+    if not losses.requires_grad:
+        return tuple(torch.zeros_like(p) for p in inputs)
+    gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, inputs, strict=True))
+
+
+def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(images.split(1), labels.split(1), strict=True)
+
+
+def _require_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """Of the wanted parameters, and of no other."""
+    ids = {id(p) for p in wanted.values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in ids)
+
+
+def _in_rows(layer: Layer) -> bool:
+    """Whether the units are made of whole rows of a matrix, of which means are enough."""
+    return layer.dim == 0 and layer.groups == 1 and len(layer.shape) > 1
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """First name of every parameter, by each of its names: shared parameters have several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _images_at_once(images: Tensor) -> int:
+    """Larger batches are slower on a CPU: about 8 images at 224 pixels; a GPU wants more."""
+    numbers = (64 if images.is_cuda else 8) * 3 * 224 * 224
+    return max(1, min(256, numbers // images[0].numel()))
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """Channels last where it pays: on a CPU. A copy if autograd may not save the images."""
+    images = images.detach()
+    images = images.clone() if images.is_inference() else images
+    channels_last = images.dim() == 4 and not images.is_cuda
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+
+@contextmanager
+def _ready(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Gradients on, whatever the caller has set, and the model undisturbed."""
+    without_autocast = torch.autocast(images.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast, undisturbed(model):
+        yield
+
+
+def _check_inputs(model: nn.Module, images: Tensor, labels: Tensor, units: Units | None = None) -> None:
+    """Refuse what would fail late, or not at all."""
+    if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)"
+        )
+    if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"labels are {shape} for images {tuple(images.shape)}: expected a tensor with one label per image"
+        )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for layer in units.layers if units else ():
+        if shapes.get(layer.parameter) != layer.shape:
+            raise ValueError(
+                f"the units are not of this model: they have {layer.parameter!r} of shape {layer.shape}, "
+                f"the model has {shapes.get(layer.parameter)}; make them with Units.of(model)"
+            )
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"{type(model).__name__} has no parameters")
+    for what, tensor in (("images", images), ("labels", labels)):
+        if tensor.device != parameter.device:
+            raise ValueError(
+                f"{what} are on {tensor.device}, the model on {parameter.device}: move one to the other"
+            )
+    if images.is_floating_point():
+        if images.dtype != parameter.dtype:
+            raise ValueError(
+                f"images are {images.dtype}, the model {parameter.dtype}: convert one to the other"
+            )
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"images {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")
+
+
+def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss) -> None:
+    """Whether the losses of this module can take the outputs; own losses take what they like."""
+    if loss not in LOSSES.values():
+        return
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"outputs are {shape}: expected logits (B, C) with C >= 2, or give a loss (outputs, labels) -> (B,)"
+        )
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected class numbers, int64 (B,)"
+        )
+    classes = outputs.shape[1]
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")
+
+
+def _check_losses(losses: Tensor, labels: Tensor) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"the loss returned {shape} for {len(labels)} samples: expected one value per sample, ({len(labels)},)"
+        )
+    finite = torch.isfinite(losses)
+    if not finite.all():
+        raise ValueError(
+            f"the loss is not finite for samples {(~finite).nonzero()[:, 0].tolist()} of the batch"
+        )

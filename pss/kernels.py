@@ -1,0 +1,154 @@
+r"""Weight gradients of each sample, for one call of a convolution or a linear layer.
+
+Autograd sums the weight gradient over the batch. Here it is formed for each sample from what the call saw, its input
+:math:`x`, and what came back, the gradient :math:`g` of its output,
+
+.. math:: \frac{\partial L_b}{\partial W_{of}} = \sum_p g_{bpo} \, c_{bpf},
+
+where :math:`p` runs over the positions of sample :math:`b` and :math:`c_{bp}` is the patch of :math:`x` under position
+:math:`p` (a linear layer's patch is its input vector). A saliency profile needs only the sum of absolute values
+over each row :math:`o`, so the gradients are made in blocks that stay in the cache, reduced, and overwritten.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a block of weight gradients: 2 MB on a CPU, the second-level cache of one core. A GPU wants long kernels.
+CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution's weight shape and geometry, in one, two or three dimensions."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the output for an input of this shape."""
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.shape[2:], strict=True)]
+        size = zip(shape[2:], self.padding, spans, self.stride, strict=True)
+        return (shape[0], self.shape[0], *((n + 2 * p - span - 1) // s + 1 for n, p, span, s in size))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output of the convolution."""
+        return torch.convolution(x, weight, bias, *self._geometry)
+
+    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the loss to the input."""
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[
+            0
+        ]
+
+    def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
+        positions = g[0, 0].numel()
+        if self.groups == 1 and (positions <= 4 * self.shape[0] or x.is_cuda):
+            # Copying patches costs positions x row; separate convolutions cost copies of the weight, filters x row.
+            return self._sums_of_patches(x, g, signed)
+        return torch.stack([_sum_rows(self._gradient(*pair), signed) for pair in _one_by_one(x, g)])
+
+    def gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Weight gradient of each sample, ``(B, *weight.shape)``."""
+        return torch.stack([self._gradient(*pair) for pair in _one_by_one(x, g)])
+
+    @property
+    def _geometry(self) -> tuple:
+        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+
+    def _gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        like = x.new_empty(()).expand(self.shape)  # only its shape is read
+        mask = (False, True, False)
+        return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, mask)[1]
+
+    def _sums_of_patches(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over filters by matrix products, a few samples at a time: the patches must not fill the memory."""
+        g = g.flatten(2).transpose(1, 2)  # (B, P, O)
+        row = math.prod(self.shape[1:])
+        step = max(1, 4 * _block(x) // (g.shape[1] * row))
+        parts = zip(x.split(step), g.split(step), strict=True)
+        return torch.cat([sums_of_products(self._patches(a), b, signed) for a, b in parts])
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """What each output position sees, ``(B, P, C·K)``: a copy, or for 1×1 a view. The order of C·K is free."""
+        dims = len(self.stride)
+        channels_last = x.stride(1) == 1
+        if any(self.padding):
+            x = F.pad(x, [p for padding in reversed(self.padding) for p in (padding, padding)])
+        for axis, (k, s, d) in enumerate(
+            zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2
+        ):
+            x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+        # (B, C, *P, *K): keep as the fastest dimension the one that is so in memory
+        if channels_last:
+            return x.movedim(1, -1).flatten(dims + 1).flatten(1, dims)
+        return x.movedim(tuple(range(2, dims + 2)), tuple(range(-dims, 0))).flatten(-dims).flatten(1, -2).mT
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer on ``(B, P, F)``: P positions of each sample share the weight."""
+
+    shape: tuple[int, int]
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output of the layer."""
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the loss to the input."""
+        return g @ weight
+
+    def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over each row of the (absolute) gradient of each sample, ``(B, O)``."""
+        return sums_of_products(x, g, signed)
+
+    def gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Weight gradient of each sample, ``(B, O, F)``."""
+        return g.mT @ x
+
+
+def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
+    r"""Sum over f of :math:`|\sum_p g_{bpo} c_{bpf}|`: (B, P, F) and (B, P, O) to (B, O), in blocks."""
+    samples, positions, rows, columns = *g.shape, patches.shape[2]
+    if signed:  # without absolute values the sums change places
+        return (g * patches.sum(2, keepdim=True)).sum(1)
+    if positions == 1:  # the gradient is an outer product
+        return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
+    many = max(1, _block(g) // (rows * columns))
+    few = min(rows, max(1, _block(g) // columns))
+    block = g.new_empty(min(many, samples), few, columns)
+    sums = g.new_empty(samples, rows, dtype=_sum_dtype(g))
+    for b in range(0, samples, many):
+        for r in range(0, rows, few):
+            left, right = g[b : b + many, :, r : r + few].mT, patches[b : b + many]
+            out = block[: len(left), : left.shape[1]]
+            torch.bmm(left, right, out=out)
+            torch.sum(out.abs_(), 2, dtype=sums.dtype, out=sums[b : b + many, r : r + few])
+    return sums
+
+
+def _sum_rows(gradient: Tensor, signed: bool) -> Tensor:
+    gradient = gradient if signed else gradient.abs_()
+    return gradient.flatten(1).sum(1, dtype=_sum_dtype(gradient))
+
+
+def _one_by_one(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(x[b : b + 1], g[b : b + 1]) for b in range(len(x))]
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else values.dtype
+
+
+def _block(values: Tensor) -> int:
+    return GPU_BLOCK if values.is_cuda else CPU_BLOCK

@@ -1,17 +1,12 @@
 r"""Saliency profiles of a whole data set, on disk.
 
 One pass writes the profile of every image, :math:`\bar s(x, y) \in R^U`, as a row of a ``.npy`` file: the matrix from
-which a reference is fitted (Levin et al. 2022, section 2.1; Wang and Sato 2023, section 3). A store is a folder:
+which a reference is fitted (Levin et al. 2022, section 2.1; Wang and Sato 2023, section 3). `pss.store` describes
+the folder.
 
-=================  ====================================================================================
-``profiles.npy``   (N, U) float32, one row an image
-``samples.npy``    (N,) records: label, prediction, loss, confidences, status and checksum of the row
-``manifest.json``  what the rows were made of; its ``complete`` becomes true last
-=================  ====================================================================================
-
-A row is finished once its record says so *and* its checksum fits, so a pass may be killed at any moment. Batches have
-fixed boundaries, since in float32 the last bit of a row depends on the batch it was computed in: a pass that is
-resumed, or shared by several processes, takes whole batches and writes the same bytes as an undisturbed one.
+A pass may be killed at any moment, and goes on where it was. Batches have fixed boundaries, since in float32 the last
+bit of a row depends on the batch it was computed in: a pass that is resumed, or shared by several processes, takes
+whole batches and writes the same bytes as an undisturbed one.
 
     python -m pss.profiles --model pss.models:digits --data pss.data:digits split=test --out runs/digits
     torchrun --nproc-per-node 2 -m pss.profiles --model … --data … --out …
@@ -20,21 +15,18 @@ resumed, or shared by several processes, takes whole batches and writes the same
 from __future__ import annotations
 
 import argparse
-import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import pkgutil
-import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,32 +34,15 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import pss
+from pss import store as folder
+from pss.data import cache_folder
 from pss.gradients import Loss, get_loss, profile, undisturbed
 from pss.models import fingerprint
+from pss.store import ProfileStore, blocks
 from pss.units import Units
 
+__all__ = ["ProfileStore", "blocks", "choose_batch_size", "profile_dataset"]
 log = logging.getLogger(__name__)
-
-RECORD = np.dtype(
-    [
-        ("label", "<i8"),
-        ("prediction", "<i8"),
-        ("loss", "<f4"),
-        ("confidence", "<f4"),  # of the predicted class
-        ("true_confidence", "<f4"),
-        ("status", "u1"),
-        ("checksum", "<u4"),  # CRC-32 of the profile and of this record
-    ]
-)
-PENDING, FINISHED, SKIPPED = range(3)
-
-# A store is refused if one of these differs; the last line only as long as rows are missing.
-_WHAT = ("model", "units", "data", "preprocessing", "loss", "signed", "options", "pss")
-_IDENTITY = (*_WHAT, "format", "samples", "n_units")
-_WHILE_PENDING = ("torch", "device")
-_FORMAT = 1
-_CHUNK = 1 << 26  # bytes of rows mapped at a time
-
 
 # --- one pass over a data set -----------------------------------------------------------------------------------------
 
@@ -75,8 +50,8 @@ _CHUNK = 1 << 26  # bytes of rows mapped at a time
 def profile_dataset(
     model: nn.Module,
     dataset: Dataset,
-    units: Units | None,
-    path: str | os.PathLike,
+    units: Units | None = None,
+    path: str | os.PathLike | None = None,
     loss: str | Loss = "cross_entropy",
     signed: bool = False,
     batch_size: int | None = None,
@@ -102,8 +77,10 @@ def profile_dataset(
         Map-style, of ``(image, label)``, with images of one shape.
     units : Units or None
         None for the filters of the model.
-    path : path
-        Folder of the store, made if it is not there. Several ranks need it on a file system that they share.
+    path : path, optional
+        Folder of the store, made if it is not there; by default one in `pss.data.cache_folder`, named by what is
+        profiled, so that whoever asks for the same profiles again has them at once. Several ranks need it on a file
+        system that they share.
     loss, signed
         As in `profile`.
     batch_size : int, optional
@@ -145,10 +122,10 @@ def profile_dataset(
         raise ValueError(f"unknown on_error {on_error!r}: expected 'raise' or 'skip'")
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise ValueError("the data set has no items (or no length): expected a map-style data set of (image, label)")
-    path, units = Path(path), units or Units.of(model)
+    units = units or Units.of(model)
     device = _check_device(model, device)
     made_of = {
-        "format": _FORMAT,
+        "format": folder.FORMAT,
         "pss": pss.__version__,
         "torch": torch.__version__,
         "device": device.type,
@@ -162,19 +139,20 @@ def profile_dataset(
         "signed": bool(signed),
         "options": {key: _name(options[key]) for key in sorted(options)},
     }
+    path = Path(path) if path is not None else cache_folder() / "profiles" / _key(made_of)
     first = _rank()[0] == 0
     exists = (path / "manifest.json").exists()
     if first and exists and rebuild:
-        _remove(path)
+        folder.remove(path)
     if first and (rebuild or not exists):
         size = batch_size or choose_batch_size(model, _first_image(dataset).to(device))
-        _begin(path, {**made_of, "batch_size": size, "threads": torch.get_num_threads()})
+        folder.begin(path, {**made_of, "batch_size": size, "threads": torch.get_num_threads()})
     _barrier()
-    manifest = _read_manifest(path)
-    _refuse_other(path, manifest, made_of)
+    manifest = folder.read_manifest(path)
+    folder.refuse_other(path, manifest, made_of)
     if not manifest["complete"]:
         if first:
-            _lay_out(path, manifest)
+            folder.lay_out(path, manifest)
         _barrier()
 
         def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -184,9 +162,11 @@ def profile_dataset(
             _fill(path, manifest, dataset, compute, workers, on_error == "skip", progress)
         _barrier()
         if first:
-            _finish(path, manifest)
+            folder.finish(path, manifest)
         _barrier()
     store = ProfileStore.open(path, verify=first)
+    for note in path.glob("skipped-*.txt") if first else ():
+        note.unlink()
     if store.skipped and on_error == "raise":
         raise ValueError(
             f"{path} leaves out items {list(store.skipped)[:10]} ({next(iter(store.skipped.values()))}): accept them "
@@ -195,13 +175,19 @@ def profile_dataset(
     return store
 
 
+def _key(made_of: dict) -> str:
+    """Name of the folder of cached profiles: what makes them, and nothing of when or where."""
+    text = json.dumps({name: made_of[name] for name in (*folder.IDENTITY, *folder.WHILE_PENDING)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
 def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, skip: bool, progress: bool) -> None:
     """Compute and write the batches of this process that are not finished."""
     n, size = manifest["samples"], manifest["batch_size"]
     rank, ranks = _rank()
     batches = [slice(start, min(start + size, n)) for start in range(0, n, size)][rank::ranks]
-    rows, records = _open_arrays(path, manifest)
-    pending = [batch for batch in batches if not _done(rows[batch], records[batch])]
+    rows, records = folder.open_arrays(path, manifest)
+    pending = [batch for batch in batches if not folder.is_done(rows[batch], records[batch])]
     loader = DataLoader(
         _Guarded(dataset, skip),
         batch_sampler=[range(batch.start, batch.stop) for batch in pending],
@@ -211,9 +197,9 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
     )
     total, left = (sum(batch.stop - batch.start for batch in some) for some in (batches, pending))
     bar = tqdm(total=total, initial=total - left, unit="image", desc="profiles", disable=not progress or rank > 0)
-    with bar, _Writer(path, manifest) as writer:
+    with bar, folder.Writer(path, manifest) as writer:
         for batch, (ids, images, labels, bad) in zip(pending, loader, strict=True):
-            rows, records = _empty_rows(batch.stop - batch.start, manifest["n_units"])
+            rows, records = folder.empty_rows(batch.stop - batch.start, manifest["n_units"])
             if ids:
                 at = np.asarray(ids) - batch.start
                 try:
@@ -222,22 +208,15 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
                     error.add_note(f"this happened while profiling items {ids[0]} to {ids[-1]} of the data set")
                     raise
                 broken = at[~np.isfinite(rows[at]).all(axis=1) | ~np.isfinite(records["loss"][at])]
-                rows[broken], records[broken] = _empty_rows(len(broken), manifest["n_units"])
+                rows[broken], records[broken] = folder.empty_rows(len(broken), manifest["n_units"])
                 bad |= {batch.start + int(i): "its loss or its profile is NaN or infinite" for i in broken}
             for index, reason in bad.items():
                 if not skip:
                     raise ValueError(f"item {index} of the data set: {reason}; mend it, or pass on_error='skip'")
                 log.warning("item %d of the data set is skipped: %s", index, reason)
-                _write_whole(path / f"skipped-{index}.txt", reason)
+                folder.write_whole(path / f"skipped-{index}.txt", reason)
             writer.write(batch.start, rows, records)
             bar.update(len(rows))
-
-
-def _empty_rows(count: int, units: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and records as they stay where an image is skipped."""
-    records = np.zeros(count, RECORD)
-    records[:] = (-1, -1, np.nan, np.nan, np.nan, SKIPPED, 0)
-    return np.full((count, units), np.nan, np.float32), records
 
 
 def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.ndarray, np.ndarray]:
@@ -248,8 +227,8 @@ def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.nd
     with undisturbed(model), torch.no_grad():
         outputs = model(images)
         losses = get_loss(loss)(outputs, labels)
-    _, records = _empty_rows(len(images), 0)
-    records["status"], records["loss"] = FINISHED, losses.float().cpu().numpy()
+    _, records = folder.empty_rows(len(images), 0)
+    records["status"], records["loss"] = folder.FINISHED, losses.float().cpu().numpy()
     classes = labels.ndim == 1 and not labels.is_floating_point()
     if classes:
         records["label"] = labels.cpu().numpy()
@@ -331,173 +310,6 @@ def _collate(items: list) -> tuple[list[int], Tensor | None, Tensor | None, dict
     return ids, images, default_collate([label for _, _, label, _ in good]), bad
 
 
-# --- the files --------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Writes rows, then the records that call them finished.
-
-    Plain writes, not a writable memory map: a full disk is an error here and kills the process there, and ranks on a
-    network file system would overwrite each other's rows in the same page.
-    """
-
-    def __init__(self, path: Path, manifest: dict):
-        rows, records = _open_arrays(path, manifest)
-        self.offsets, self.strides = (rows.offset, records.offset), (rows.strides[0], records.strides[0])
-        self.files = [open(path / name, "r+b", buffering=0) for name in ("profiles.npy", "samples.npy")]  # noqa: SIM115
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files:
-            file.close()
-
-    def write(self, start: int, rows: np.ndarray, records: np.ndarray) -> None:
-        records["checksum"] = _checksums(rows, records)
-        for file, offset, stride, values in zip(self.files, self.offsets, self.strides, (rows, records), strict=True):
-            data = memoryview(values.tobytes())
-            file.seek(offset + start * stride)
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
-
-
-def _checksums(rows: np.ndarray, records: np.ndarray) -> np.ndarray:
-    """CRC-32 of every row with its record (3 GiB/s here: as fast as a disk, and enough against accidents)."""
-    blank = np.array(records)
-    blank["checksum"] = 0
-    blank = blank.view(np.uint8).reshape(len(blank), -1)
-    return np.array([zlib.crc32(b, zlib.crc32(row)) for row, b in zip(rows, blank, strict=True)], np.uint32)
-
-
-def _damaged(rows: np.ndarray, records: np.ndarray) -> np.ndarray:
-    """Rows that are neither finished nor skipped, or whose bytes changed since; shape (n,)."""
-    return (records["status"] == PENDING) | (_checksums(rows, records) != records["checksum"])
-
-
-def _done(rows: np.ndarray, records: np.ndarray) -> bool:
-    return (records["status"] != PENDING).all() and not _damaged(rows, records).any()
-
-
-_FILES = (
-    "profiles.npy",
-    "profiles.npy.partial",
-    "samples.npy",
-    "samples.npy.partial",
-    "manifest.json.partial",
-    "manifest.json",
-)
-
-
-def _remove(path: Path) -> None:
-    """Take a store away; its manifest last, so that what is left of it is still known as one."""
-    for file in [*path.glob("skipped-*.txt*"), *(path / name for name in _FILES)]:
-        file.unlink(missing_ok=True)
-
-
-def _begin(path: Path, manifest: dict) -> None:
-    """Claim a folder for a store, which is the one whose manifest it holds."""
-    path.mkdir(parents=True, exist_ok=True)
-    foreign = sorted({file.name for file in path.iterdir()} - {"manifest.json.partial"})
-    if foreign:
-        raise FileExistsError(f"{path} holds other files ({foreign[0]}, …): give the profiles a folder of their own")
-    n, count = manifest["samples"], manifest["n_units"]
-    needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(path).free
-    if needed > free:
-        what = f"{n} profiles of {count} units need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free at"
-        raise OSError(errno.ENOSPC, what, str(path))
-    _write_manifest(path, {**manifest, "complete": False, "skipped": {}})
-
-
-def _lay_out(path: Path, manifest: dict) -> None:
-    """Make the files of a new store at their full size (sparse, all rows pending)."""
-    for name, dtype, shape in _arrays(manifest):
-        if not (path / name).exists():
-            beside = path / f"{name}.partial"
-            np.lib.format.open_memmap(beside, "w+", dtype, shape).flush()
-            os.replace(beside, path / name)
-
-
-def _arrays(manifest: dict) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
-    n, count = manifest["samples"], manifest["n_units"]
-    return [("profiles.npy", np.dtype("<f4"), (n, count)), ("samples.npy", RECORD, (n,))]
-
-
-def _finish(path: Path, manifest: dict) -> None:
-    _, records = _open_arrays(path, manifest)
-    if (missing := np.flatnonzero(records["status"] == PENDING)).size:
-        raise RuntimeError(f"{path}: {len(missing)} rows from {missing[0]} on were not written: did a rank fail?")
-    skipped = {str(i): (path / f"skipped-{i}.txt") for i in np.flatnonzero(records["status"] == SKIPPED)}
-    reasons = {i: note.read_text("utf-8") for i, note in skipped.items()}
-    _write_manifest(path, {**manifest, "complete": True, "skipped": reasons})
-    for note in path.glob("skipped-*.txt"):
-        note.unlink()
-
-
-def _write_manifest(path: Path, manifest: dict) -> None:
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    content["checksum"] = _manifest_checksum(content)
-    _write_whole(path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _read_manifest(path: Path) -> dict:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        if manifest["checksum"] != _manifest_checksum({k: v for k, v in manifest.items() if k != "checksum"}):
-            raise ValueError("its checksum does not fit")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} holds no profiles: make them with profile_dataset") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damage(path / "manifest.json", error) from error
-    return manifest
-
-
-def _manifest_checksum(manifest: dict) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _open_arrays(path: Path, manifest: dict) -> tuple[np.memmap, np.memmap]:
-    """Profiles and records as read-only maps; refused unless they are what the manifest says."""
-    arrays = []
-    for name, dtype, shape in _arrays(manifest):
-        try:
-            array = np.lib.format.open_memmap(path / name, "r")
-            found, size = (array.dtype, array.shape), (path / name).stat().st_size
-            if found != (dtype, shape) or not array.flags.c_contiguous or size != array.offset + array.nbytes:
-                raise ValueError(f"it holds {found[1]} {found[0]} in {size} bytes, expected {shape} {dtype}")
-        except PermissionError:
-            raise
-        except Exception as error:  # a damaged header can fail anywhere in NumPy's parser
-            raise _damage(path / name, error) from error
-        arrays.append(array)
-    return tuple(arrays)
-
-
-def _damage(path: Path, what: object) -> ValueError:
-    return ValueError(f"{path} is damaged ({what}): compute it anew with profile_dataset(…, rebuild=True)")
-
-
-def _refuse_other(path: Path, manifest: dict, made_of: dict) -> None:
-    keys = _IDENTITY if manifest["complete"] else _IDENTITY + _WHILE_PENDING
-    differ = [key for key in keys if manifest.get(key) != made_of[key]]
-    if differ:
-        what = "".join(f"\n  {key}: stored {manifest.get(key)!r}, given {made_of[key]!r}" for key in differ)
-        raise ValueError(
-            f"the profiles in {path} were made of something else:{what}\n"
-            "give another path, or rebuild=True to compute them anew; ProfileStore.open reads finished ones as they are"
-        )
-
-
 # --- what the rows are made of ----------------------------------------------------------------------------------------
 
 
@@ -505,10 +317,13 @@ def _name(value: Any) -> Any:
     """A value as it stands in the manifest: functions by their qualified name."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if callable(value):
-        named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-    return repr(value)
+    if isinstance(value, functools.partial):
+        return f"{_name(value.func)} with {value.args} {value.keywords}"
+    if hasattr(value, "__qualname__"):
+        if "<lambda>" in value.__qualname__:
+            raise ValueError("a lambda has no name to know the profiles by: write it as a function with def")
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value) if " at 0x" not in repr(value) else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _sampled_fingerprint(dataset: Dataset) -> str:
@@ -566,184 +381,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class ProfileStore:
-    """Profiles of a data set on disk, finished and read-only. Use `ProfileStore.open` or `profile_dataset`.
-
-    The arrays have one row for every item of the data set, in its order. Where an image was skipped `finished` is
-    False, the profile is NaN, and the label is -1. ``len`` and ``shape`` count finished rows only, which are those
-    that `blocks`, and so a reference, sees.
-
-    Attributes
-    ----------
-    path : Path
-    manifest : dict
-        What the profiles were made of.
-    skipped : dict of int to str
-        Items that were left out, and why.
-    labels, predictions : ndarray of int64, shape (N,)
-        Predictions are -1 if the model's output is not (B, classes).
-    losses, confidences, true_confidences : ndarray of float32, shape (N,)
-        Loss of each image; softmax probability of the predicted and of the true class.
-    finished : ndarray of bool, shape (N,)
-    """
-
-    def __init__(self, path: Path, manifest: dict, records: np.ndarray):
-        self.path, self.manifest = path, manifest
-        self.skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-        columns = {name: np.ascontiguousarray(records[name]) for name in RECORD.names}
-        columns["finished"] = columns.pop("status") == FINISHED
-        for values in columns.values():
-            values.flags.writeable = False
-        self.labels, self.predictions, self.losses = columns["label"], columns["prediction"], columns["loss"]
-        self.confidences, self.true_confidences = columns["confidence"], columns["true_confidence"]
-        self.finished = columns["finished"]
-
-    @classmethod
-    def open(cls, path: str | os.PathLike, verify: bool = True) -> ProfileStore:
-        """Open a finished store; nothing is computed.
-
-        Parameters
-        ----------
-        path : path
-        verify : bool
-            Read every row and compare its checksum (at the speed of the disk).
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no store.
-        ValueError
-            If it is not finished, truncated, or a byte of it has changed; the message names the file and the rows.
-        """
-        path = Path(path)
-        manifest = _read_manifest(path)
-        rows, records = _open_arrays(path, manifest)
-        if not manifest["complete"]:
-            done, n = int((records["status"] != PENDING).sum()), len(records)
-            raise ValueError(f"{path} is not finished ({done} of {n} rows): call profile_dataset again, as before")
-        if verify:
-            bad = [_damaged(part, records[at]) for at, part in _row_chunks(rows)]
-            if (bad := np.flatnonzero(np.concatenate(bad))).size:
-                raise _damage(path / "profiles.npy", f"{len(bad)} rows are not as written, the first is {bad[0]}")
-        return cls(path, manifest, records)
-
-    def __len__(self) -> int:
-        return int(self.finished.sum())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Finished rows and units."""
-        return len(self), self.manifest["n_units"]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """float32."""
-        return np.dtype(np.float32)
-
-    @property
-    def profiles(self) -> np.memmap:
-        """All rows, as a read-only memory map, shape (N, U)."""
-        return _open_arrays(self.path, self.manifest)[0]
-
-    @property
-    def misclassified(self) -> np.ndarray:
-        """Positions in the data set of the images that the model gets wrong."""
-        known = self.finished & (self.labels >= 0) & (self.predictions >= 0)
-        return np.flatnonzero(known & (self.labels != self.predictions))
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What the profiles were made of, as text, for the record of a reference."""
-        return {key: str(self.manifest[key]) for key in (*_WHAT, "torch")}
-
-    def columns(self, columns: slice, finished: bool = False) -> np.ndarray:
-        """Some units of all images, shape (N, b), in memory.
-
-        Rows are read a few at a time and only these columns kept, so memory stays near the size of the result, also
-        where the file is larger than memory. With ``finished`` the rows of skipped images are left out.
-        """
-        keep = self.finished if finished else np.ones(len(self.finished), bool)
-        block = np.empty((int(keep.sum()), len(np.arange(self.shape[1])[columns])), np.float32)
-        filled = 0
-        for at, rows in _row_chunks(self.profiles):
-            part = rows[:, columns] if keep[at].all() else rows[keep[at], columns]
-            block[filled : filled + len(part)] = part
-            filled += len(part)
-        return block
-
-    def table(self) -> pd.DataFrame:
-        """One row an image: label, prediction, loss, confidences, and whether it is finished and misclassified."""
-        wrong = np.zeros(len(self.finished), bool)
-        wrong[self.misclassified] = True
-        return pd.DataFrame(
-            {
-                "label": self.labels,
-                "prediction": self.predictions,
-                "loss": self.losses,
-                "confidence": self.confidences,
-                "true_confidence": self.true_confidences,
-                "misclassified": wrong,
-                "finished": self.finished,
-            }
-        )
-
-    def __repr__(self) -> str:
-        n, count = self.shape
-        return f"ProfileStore({n} images × {count} units, {len(self.misclassified)} misclassified, {self.path})"
-
-
-def _row_chunks(rows: np.memmap) -> Iterator[tuple[slice, np.memmap]]:
-    """Rows in order, a few megabytes at a time, each in a map of its own: pages of the last one can go."""
-    step = max(1, _CHUNK // max(1, rows.strides[0]))
-    for start in range(0, len(rows), step):
-        count = min(step, len(rows) - start)
-        offset = rows.offset + start * rows.strides[0]
-        part = np.memmap(rows.filename, rows.dtype, "r", offset, (count, *rows.shape[1:]))
-        yield slice(start, start + count), part
-
-
-def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.ndarray]]:
-    """Go through profiles by blocks of units that fit in memory.
-
-    Parameters
-    ----------
-    profiles : ProfileStore, ndarray, memmap, Tensor, or anything alike (dask), shape (N, U)
-        Rows that a store skipped are left out.
-    max_bytes : int
-        Size of a block, at most (but at least one column).
-
-    Yields
-    ------
-    units : slice
-    block : ndarray, shape (N, b)
-        float32 where the profiles are, otherwise float64. Of an array in memory it may be a view: do not write to it.
-
-    Raises
-    ------
-    ValueError
-        If the profiles are not a matrix, or max_bytes is not positive.
-    """
-    if len(profiles.shape) != 2:
-        raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (N, U)")
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes {max_bytes} must be positive")
-    n, count = profiles.shape
-    itemsize = 4 if str(profiles.dtype).removeprefix("torch.") == "float32" else 8
-    width = max(1, max_bytes // max(1, n * itemsize))
-    for start in range(0, count, width):
-        columns = slice(start, min(start + width, count))
-        if isinstance(profiles, ProfileStore):
-            yield columns, profiles.columns(columns, finished=True)
-            continue
-        block = profiles[:, columns]
-        if isinstance(block, Tensor):
-            block = block.detach().to("cpu", torch.float32 if itemsize == 4 else torch.float64)
-        yield columns, np.asarray(block, np.float32 if itemsize == 4 else np.float64)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

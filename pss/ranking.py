@@ -94,8 +94,8 @@ def rank(
 def score(profiles: Tensor, reference: Reference | None, method: str, generator: torch.Generator | int = 0) -> Tensor:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.
 
-    For ``pot`` and ``exponential`` the negative log tail probability; beyond the end of a bounded tail, where the
-    probability is zero, a million and the distance beyond it, so that the order goes on.
+    For ``pot`` and ``exponential`` the negative log tail probability, and beyond the end of a bounded tail, where the
+    probability is zero, by how far beyond.
     """
     if method == "raw":
         return profiles.double()
@@ -109,8 +109,7 @@ def score(profiles: Tensor, reference: Reference | None, method: str, generator:
     profiles = profiles.double()
     if method in ("pot", "exponential"):
         tail = "gpd" if method == "pot" else "exponential"
-        negative = -reference.log_tail_probability(profiles, tail)
-        return torch.where(negative.isinf(), 1e6 + reference.beyond(profiles, tail), negative)
+        return reference.tail_score(profiles, tail)
     if method == "least":
         return -reference.zscore(profiles)
     return getattr(reference, method)(profiles)

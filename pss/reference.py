@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Reference:
         The threshold is this quantile.
     threshold : Tensor or None
         None where a reference has no tail (published statistics): then only z-scores can be had.
-    xi, scale, xi_error, scale_error : Tensor or None
+    xi, scale, se_xi, se_scale : Tensor or None
         Generalized Pareto fit of the excesses, with standard errors; NaN where it was not fitted.
     fitted : Tensor of bool or None
         False for too few or tied excesses. There the tail is taken as exponential.
@@ -68,8 +69,8 @@ class Reference:
     threshold: Tensor | None = None
     xi: Tensor | None = None
     scale: Tensor | None = None
-    xi_error: Tensor | None = None
-    scale_error: Tensor | None = None
+    se_xi: Tensor | None = None
+    se_scale: Tensor | None = None
     fitted: Tensor | None = None
     n_excess: Tensor | None = None
     mean_excess: Tensor | None = None
@@ -164,32 +165,28 @@ class Reference:
         tail : {"gpd", "exponential"}
             ``exponential`` takes :math:`\xi = 0` and the mean excess as the scale.
         """
+        return self._tail(profiles, tail, evt.log_tail_probability)
+
+    def tail_score(self, profiles: Tensor, tail: str = "gpd") -> Tensor:
+        """Finite number to rank by, float64 (B, U): -log p, and beyond a bounded tail by how far beyond its end."""
+        return -self._tail(profiles, tail, lambda *of_tail: -evt.tail_score(*of_tail))
+
+    def _tail(self, profiles: Tensor, tail: str, above_threshold: Callable[..., Tensor]) -> Tensor:
         if self.threshold is None:
             raise ValueError(
                 "this reference has no tail, only mean and deviation: rank by 'zscore', or fit one with Reference.fit"
             )
-        s = self._prepare(profiles)
-        excess = s - self.threshold.to(s.device)
-        xi, scale = (t.to(s.device) for t in self._tail(tail))
-        alive = scale > 0
-        above = evt.gpd_log_survival(excess.clamp(min=0), xi, torch.where(alive, scale, 1.0))
-        above = above + (self.n_excess.clamp(min=1) / self.n).log().to(s.device)
-        log_p = torch.where(excess > 0, above, self._log_empirical(s))
-        return log_p.masked_fill(self.dead.to(s.device) | ~alive & (excess > 0), 0)
-
-    def beyond(self, profiles: Tensor, tail: str = "gpd") -> Tensor:
-        r"""How far beyond the end :math:`u - \beta/\xi` of a bounded tail, in units of its length; 0 inside; (B, U)."""
-        s = self._prepare(profiles)
-        excess = s - self.threshold.to(s.device)
-        xi, scale = (t.to(s.device) for t in self._tail(tail))
-        return torch.where((xi < 0) & (scale > 0), -xi * excess / scale.clamp(min=1e-300) - 1, 0.0).clamp(min=0)
-
-    def _tail(self, tail: str) -> tuple[Tensor, Tensor]:
-        """Shape and scale; where the fit was not possible the tail is exponential."""
         if tail not in ("gpd", "exponential"):
             raise ValueError(f"unknown tail {tail!r}: expected 'gpd' or 'exponential'")
-        use = self.fitted if tail == "gpd" else torch.zeros_like(self.fitted)
-        return torch.where(use, self.xi, 0.0), torch.where(use, self.scale, self.mean_excess)
+        s = self._prepare(profiles)
+        here = self.to(s.device)
+        excess = s - here.threshold
+        use = here.fitted if tail == "gpd" else torch.zeros_like(here.fitted)
+        scale = torch.where(use, here.scale, here.mean_excess)  # where a fit was not possible the tail is exponential
+        scale = torch.where(scale > 0, scale, here.std)  # nothing lay above the threshold
+        xi, scale = torch.where(use, here.xi, 0.0), torch.where(here.dead, 1.0, scale)
+        above = above_threshold(excess.clamp(min=0), xi, scale, here.n_excess.clamp(min=1).double() / self.n)
+        return torch.where(excess > 0, above, self._log_empirical(s)).masked_fill(here.dead, 0)
 
     def _log_empirical(self, s: Tensor) -> Tensor:
         """Log P(S >= s) below the threshold, linear between the kept quantiles; 0 at and below the smallest."""
@@ -296,13 +293,13 @@ def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> dic
         "mean": mean,
         "std": std,
         "threshold": threshold,
-        "quantiles": quantiles,
+        "quantiles": np.ascontiguousarray(quantiles),
         "n_excess": n_excess,
         "mean_excess": np.nansum(excess, axis=1) / np.maximum(n_excess, 1),
         "xi": fit.xi.numpy(),
         "scale": fit.scale.numpy(),
-        "xi_error": fit.xi_error.numpy(),
-        "scale_error": fit.scale_error.numpy(),
+        "se_xi": fit.se_xi.numpy(),
+        "se_scale": fit.se_scale.numpy(),
         "fitted": fit.fitted.numpy(),
     }
 

@@ -1,0 +1,125 @@
+"""Ranking methods against direct computation, and their populations."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from pss import ranking
+from pss.ranking import METHODS, rank, significant, stage_shares
+from pss.reference import Reference
+from pss.units import Units
+
+
+@pytest.fixture(scope="module")
+def units() -> Units:
+    model = nn.Module()
+    model.conv1, model.layer1, model.layer2 = nn.Conv2d(3, 10, 3), nn.Module(), nn.Module()
+    model.layer1.conv, model.layer2.conv = nn.Conv2d(10, 20, 3), nn.Conv2d(20, 30, 3)
+    return Units.of(model)
+
+
+@pytest.fixture(scope="module")
+def profiles() -> torch.Tensor:
+    values = torch.from_numpy(np.random.default_rng(0).lognormal(sigma=1.5, size=(400, 60)))
+    values[:, 17] = 0.5  # dead
+    return values
+
+
+@pytest.fixture(scope="module")
+def reference(profiles) -> Reference:
+    return Reference.fit(profiles)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ranks_every_unit_once(method, profiles, reference, units):
+    k = 30 if method == "stage" else 60
+    ids = rank(profiles[:8], reference, method, k, units)
+    assert ids.shape == (8, k) and ids.dtype == torch.int64
+    if method == "stage":
+        assert all(len(set(row.tolist())) == 30 and row.min() >= 30 for row in ids)
+    else:
+        assert torch.equal(ids.sort(dim=1).values, torch.arange(60).expand(8, 60))
+
+
+@pytest.mark.parametrize("method", ["zscore", "abs_zscore", "pot", "exponential", "ratio", "raw", "least", "random"])
+def test_dead_units_come_last(method, profiles, reference):
+    new = profiles[:5].clone()
+    new[:, 17] = 1e6
+    assert (rank(new, reference, method)[:, -1] == 17).all()
+
+
+def test_orders_are_those_of_the_definitions(profiles, reference):
+    new = profiles[:1]
+    alive = [u for u in range(60) if u != 17]
+    z = (new[0] - profiles.mean(dim=0)) / profiles.std(dim=0)
+    by = lambda key: sorted(alive, key=key)  # noqa: E731
+    assert rank(new, reference, "zscore")[0, :59].tolist() == by(lambda u: -z[u])
+    assert rank(new, reference, "abs_zscore")[0, :59].tolist() == by(lambda u: -abs(z[u]))
+    assert rank(new, reference, "least")[0, :59].tolist() == by(lambda u: z[u])
+    assert rank(new, reference, "raw")[0, :59].tolist() == by(lambda u: -new[0, u])
+    log_p = reference.log_tail_probability(new)[0]
+    assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
+
+
+def test_beyond_the_support_comes_first_and_in_order(profiles):
+    bounded = torch.rand(500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    reference = Reference.fit(bounded)
+    new = torch.tensor([[0.5, 3.0, 0.99, 9.0]], dtype=torch.float64)
+    assert rank(new, reference, "pot", 4)[0].tolist() == [3, 1, 2, 0]
+
+
+def test_layer_matched_random_copies_the_layers_not_the_units(profiles, reference, units):
+    base = rank(profiles[:50], reference, "zscore", 12, units)
+    drawn = rank(profiles[:50], reference, "layer_matched_random", 12, units, match="zscore")
+    layers = torch.from_numpy(units.layer_ids)
+    assert torch.equal(layers[base], layers[drawn])
+    assert all(len(set(row)) == 12 for row in drawn.tolist())
+    assert (base == drawn).double().mean() < 0.2
+
+
+def test_randomness_comes_from_the_generator(profiles, units):
+    draw = lambda seed: rank(profiles[:3], None, "random", 10, generator=seed)  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+def test_significant_is_benjamini_hochberg_by_hand():
+    p = torch.tensor([[0.001, 0.5, 0.012, 0.03, 0.9]])  # sorted: .001 .012 .03 .5 .9 against .01 .02 .03 .04 .05
+    assert significant(p.log(), q=0.05).tolist() == [[True, False, True, True, False]]
+    assert significant(p.log(), q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+
+
+def test_false_discoveries_are_held_at_q():
+    p = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    any_found = significant(p.log(), q=0.1).any(dim=1).double().mean().item()
+    assert 0.08 < any_found < 0.12  # every discovery is false: the rate of any is q
+
+
+def test_stage_shares(units):
+    shares = stage_shares(torch.tensor([[0, 1, 10, 30], [0, 10, 11, 12]]), units)
+    expected = pd.DataFrame(
+        {"share": [3 / 8, 4 / 8, 1 / 8], "error": [0.125, 0.25, 0.125], "prior": [1 / 6, 2 / 6, 3 / 6]},
+        index=pd.Index(["conv1", "conv2_x", "conv3_x"], name="stage"),
+    )
+    pd.testing.assert_frame_equal(shares, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "best"}, "unknown method 'best'"),
+        ({"k": 0}, r"k = 0 is outside 1\.\.60"),
+        ({"k": 61}, r"k = 61 is outside 1\.\.60"),
+        ({"method": "pot"}, "needs a reference"),
+        ({"method": "stage"}, "needs units="),
+        ({"units": Units.of(nn.Conv2d(1, 2, 3))}, "units= has 2"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(profiles, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rank(profiles[:1], **{"method": "raw", **arguments})
+
+
+def test_methods_are_listed_once():
+    assert len(set(METHODS)) == len(METHODS) and set(ranking._NEEDS_UNITS) < set(METHODS)

@@ -1,0 +1,169 @@
+"""Reference statistics against NumPy, SciPy and each other; saving, loading, refusing."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from pss.reference import Reference
+from pss.units import Units
+
+U = 7
+
+
+@pytest.fixture(scope="module")
+def profiles() -> torch.Tensor:
+    """300 images, 7 units: heavy and light tails, many zeros, a dead unit, a nearly dead one."""
+    rng = np.random.default_rng(1)
+    values = rng.lognormal(size=(300, U)) * 10.0 ** np.arange(-9, -2)
+    values[:, 2] = stats.genpareto.rvs(0.6, scale=1e-3, size=300, random_state=rng)
+    values[:, 3] = rng.beta(1, 3, size=300)
+    values[rng.uniform(size=300) < 0.6, 4] = 0
+    values[:, 5] = 0
+    values[:, 6] = 0
+    values[7, 6] = 1.0
+    return torch.from_numpy(values)
+
+
+@pytest.fixture(scope="module")
+def reference(profiles) -> Reference:
+    return Reference.fit(profiles)
+
+
+def test_mean_deviation_threshold_are_those_of_numpy(profiles, reference):
+    values = profiles.numpy()
+    np.testing.assert_allclose(reference.mean, values.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(reference.std, values.std(axis=0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(reference.threshold, np.quantile(values, 0.9, axis=0), rtol=1e-12)
+    assert reference.n == 300 and reference.n_excess[:5].tolist() == [30] * 5
+    assert reference.dead.tolist() == [False] * 5 + [True, False]
+    assert reference.fitted.tolist() == [True] * 5 + [False, False]
+
+
+def test_tail_fit_is_as_likely_as_that_of_scipy(profiles, reference):
+    for unit in range(5):
+        values = profiles[:, unit].numpy()
+        excess = values[values > reference.threshold[unit].item()] - reference.threshold[unit].item()
+        shape, _, scale = stats.genpareto.fit(excess / excess.mean(), floc=0)
+        theirs = stats.genpareto.logpdf(excess, shape, scale=scale * excess.mean()).sum()
+        ours = stats.genpareto.logpdf(excess, reference.xi[unit].item(), scale=reference.scale[unit].item()).sum()
+        assert ours >= theirs - 1e-6 * len(excess)
+
+
+def test_tail_probability_above_and_below_the_threshold(profiles, reference):
+    log_p = reference.log_tail_probability(profiles)
+    for unit in range(4):
+        values, u = profiles[:, unit].numpy(), reference.threshold[unit].item()
+        above = values > u
+        tail = stats.genpareto(reference.xi[unit].item(), loc=u, scale=reference.scale[unit].item())
+        np.testing.assert_allclose(log_p[above, unit], np.log(0.1) + tail.logsf(values[above]), rtol=1e-9)
+        share = np.array([(values >= v).mean() for v in values[~above]])  # empirical P(S >= s)
+        np.testing.assert_allclose(log_p[~above, unit].exp(), share, atol=0.012)
+
+
+def test_zero_saliency_is_never_unusual(profiles, reference):
+    zero = reference.log_tail_probability(torch.zeros(1, U))
+    assert (zero == 0).all()
+
+
+def test_tail_probability_is_monotone_and_continuous_at_the_threshold(reference):
+    grid = torch.linspace(0, 3, 4001, dtype=torch.float64)[:, None] * reference.threshold
+    for tail in ("gpd", "exponential"):
+        steps = reference.tail_score(grid, tail).diff(dim=0)
+        assert (steps >= -1e-12).all()
+        assert steps[:, :3].max() < 0.06
+
+
+def test_beyond_the_end_of_a_bounded_tail_the_order_goes_on(reference):
+    assert reference.xi[3] < 0  # Beta(1, 3): the tail ends at 1
+    end = reference.threshold[3] - reference.scale[3] / reference.xi[3]
+    x = torch.zeros(3, U, dtype=torch.float64)
+    x[:, 3] = torch.stack([0.999 * end, 1.5 * end, 2 * end])
+    log_p, score = reference.log_tail_probability(x)[:, 3], reference.tail_score(x)[:, 3]
+    assert log_p[0].isfinite() and log_p[1:].isneginf().all()
+    assert score[0] == -log_p[0] and score[0] < score[1] < score[2] < torch.inf
+
+
+def test_zscores(profiles, reference):
+    z = reference.zscore(profiles)
+    expected = stats.zscore(profiles[:, :5].numpy(), ddof=1, axis=0)
+    np.testing.assert_allclose(z[:, :5], expected, rtol=1e-9, atol=1e-12)
+    assert (z[:, 5] == 0).all()
+    assert torch.equal(reference.abs_zscore(profiles), z.abs())
+    np.testing.assert_allclose(reference.ratio(profiles)[:, :5].mean(dim=0), 1, rtol=1e-9)
+
+
+def test_results_keep_the_dtype_and_leave_the_argument_alone(profiles, reference):
+    given = profiles[:2].float()
+    before = given.clone()
+    assert reference.zscore(given).dtype == torch.float32
+    reference.log_tail_probability(given)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 300 * 8 * 2, 1 << 30])
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_blocks_give_the_whole(profiles, max_bytes, scale_free):
+    whole = Reference.fit(profiles.numpy(), scale_free=scale_free)
+    parts = Reference.fit(profiles.numpy(), scale_free=scale_free, max_bytes=max_bytes)
+    for name in ("mean", "std", "threshold", "quantiles", "xi", "scale", "n_excess"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
+    reference = Reference.fit(profiles, scale_free=True)
+    z = reference.zscore(profiles[:5])
+    torch.testing.assert_close(reference.zscore(1e4 * profiles[:5]), z, rtol=1e-9, atol=1e-9)
+    shares = profiles / profiles.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(reference.mean, shares.mean(dim=0))
+
+
+def test_save_and_load(tmp_path, profiles, reference):
+    reference = Reference.fit(profiles, about={"model": "abc"})
+    reference.save(tmp_path / "sub" / "ref.safetensors")
+    loaded = Reference.load(tmp_path / "sub" / "ref.safetensors")
+    assert loaded.about == {"model": "abc"} and loaded.n == 300 and loaded.level == 0.9
+    assert torch.equal(loaded.log_tail_probability(profiles), reference.log_tail_probability(profiles))
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["ref.safetensors"]
+
+
+def test_published_statistics(peer_data):
+    counts = {"resnet50": (26560, 280), "vgg19": (5504, 0), "densenet121": (10240, 5), "inception_v3": (18112, 903)}
+    for name, (units, dead) in counts.items():
+        reference = Reference.load(peer_data / f"ImageNet_val_saliency_stat_{name}_filter_wise.pth")
+        assert len(reference) == units and int(reference.dead.sum()) == dead
+        with pytest.raises(ValueError, match="no tail"):
+            reference.log_tail_probability(torch.rand(1, units))
+
+
+def test_refuses_another_models_units(tmp_path):
+    torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / "stat.pth")
+    units = Units.of(nn.Conv2d(1, 8, 3))
+    with pytest.raises(ValueError, match="10 units, the model 8"):
+        Reference.load(tmp_path / "stat.pth", units)
+    other = Reference(torch.ones(8), torch.ones(8), about={"units": "0000", "loss": "logit"})
+    with pytest.raises(ValueError, match=r"units: reference 0000.*loss: reference logit, given cross_entropy"):
+        other.check(units, loss="cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": 1.0}, r"outside \(0, 1\)"),
+        ({"level": 0.0}, r"outside \(0, 1\)"),
+        ({"profiles": torch.rand(19, 3)}, "at least 20 images, here are 19"),
+        (
+            {"profiles": torch.rand(40, 3).index_fill(0, torch.tensor([5]), float("nan"))},
+            r"images \[5\] are not finite",
+        ),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Reference.fit(**{"profiles": torch.rand(40, 3), **arguments})
+
+
+def test_refuses_profiles_of_other_units(reference):
+    with pytest.raises(ValueError, match=r"expected \(B, 7\)"):
+        reference.zscore(torch.rand(2, 8))

@@ -163,13 +163,14 @@ def train(
     seed: int = 0,
     width: int = WIDTH,
     epochs: int = EPOCHS,
-    train_set: Dataset | None = None,
-    validation_set: Dataset | None = None,
+    train_set: data.ImageSet | None = None,
+    validation_set: data.ImageSet | None = None,
+    threads: int = 1,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Train a ResNet-18 on digits: SGD with momentum, one learning-rate cycle, no augmentation.
 
     The same seed gives the same weights, bit for bit, on the same kind of processor with the same library versions.
-    It runs on one thread, because sums are taken in another order with two.
+    Other numbers of threads take sums in another order and so give other weights, each as good.
 
     Parameters
     ----------
@@ -178,6 +179,8 @@ def train(
     width, epochs : int
     train_set, validation_set : ImageSet, optional
         By default the 4,000 and 1,000 digits of `pss.data.mnist`.
+    threads : int
+        For torch, while this runs; worth raising at width 64.
 
     Returns
     -------
@@ -195,7 +198,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=batches * epochs)
     order = torch.Generator().manual_seed(seed)
     progress = tqdm(range(epochs), desc=f"training, seed {seed}", unit="epoch", disable=None)
-    with _one_thread():
+    with _threads(threads):
         for _ in progress:
             for batch in torch.randperm(len(images), generator=order).split(_BATCH):
                 loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -209,6 +212,7 @@ def train(
         "seed": seed,
         "width": width,
         "epochs": epochs,
+        "threads": threads,
         "recipe": _RECIPE,
         "torch": torch.__version__,
         "train_set": train_set.fingerprint,
@@ -219,9 +223,9 @@ def train(
 
 
 @contextmanager
-def _one_thread():
+def _threads(count: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -470,13 +474,16 @@ def main(arguments: list[str] | None = None) -> int:
     trains.add_argument("--seed", type=int, default=0)
     trains.add_argument("--width", type=int, default=WIDTH, help="64 is torchvision's ResNet-18 (default: %(default)s)")
     trains.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
+    trains.add_argument(
+        "--threads", type=int, default=1, help="other weights for another number (default: %(default)s)"
+    )
     evaluates = commands.add_parser("evaluate", help="print the accuracy on every built-in set")
     evaluates.add_argument("weights", type=Path, nargs="?", help="a file that train wrote (default: the shipped one)")
     chosen = parser.parse_args(arguments)
     if chosen.command == "train":
         if chosen.out.suffix != ".safetensors":
             parser.error(f"--out {chosen.out}: expected a name that ends in .safetensors")
-        model, record = train(chosen.seed, chosen.width, chosen.epochs)
+        model, record = train(chosen.seed, chosen.width, chosen.epochs, threads=chosen.threads)
         save_weights(model, chosen.out, record)
         print(_as_text({**record, "sha256": fingerprint(model), "file": chosen.out}))
         return 0

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 import pss
 from pss.gradients import cross_entropy
 from pss.profiles import ProfileStore, blocks, choose_batch_size, main, profile_dataset
+from pss.store import read_manifest, write_manifest
 from pss.units import Units
 
 N, PIXELS = 26, 8
@@ -138,6 +139,8 @@ def test_double_model_and_loss_callable(tmp_path):
     store = run(tmp_path, model, data, loss=twice)
     np.testing.assert_allclose(store.profiles, 2 * pss.profile(model, images.double(), labels), rtol=1e-6)
     assert store.manifest["loss"].endswith("twice")
+    with pytest.raises(ValueError, match="a lambda has no name"):
+        run(tmp_path / "b", model, data, loss=lambda outputs, labels: outputs[:, 0])
 
 
 def test_workers_write_the_same_bytes(tmp_path):
@@ -346,9 +349,7 @@ def test_damage_names_the_row_and_resuming_mends_it(tmp_path):
     with pytest.raises(ValueError, match="1 rows are not as written, the first is 17"):
         run(tmp_path)
     assert len(ProfileStore.open(tmp_path, verify=False)) == N
-    from pss.profiles import _read_manifest, _write_manifest
-
-    _write_manifest(tmp_path, {**_read_manifest(tmp_path), "complete": False})  # as if it had been found in time
+    write_manifest(tmp_path, {**read_manifest(tmp_path), "complete": False})  # as if it had been found in time
     run(tmp_path, data=Faulty(bad=[*range(16), *range(20, N)]))  # reads that row's batch only
     assert contents(tmp_path) == whole
 
@@ -462,7 +463,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 
 def test_blocks_against_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("pss.profiles._CHUNK", 5 * 9 * 4)  # five rows at a time
+    monkeypatch.setattr("pss.store._CHUNK", 5 * 9 * 4)  # five rows at a time
     store = run(tmp_path)
     whole = np.array(store.profiles)
     for source in (store, store.profiles, whole, torch.tensor(whole), torch.tensor(whole, requires_grad=True)):

@@ -1,0 +1,394 @@
+r"""A folder of saliency profiles: its files, their checks, and how they are read. `pss.profiles` fills it.
+
+=================  ====================================================================================
+``profiles.npy``   (N, U) float32, one row an image
+``samples.npy``    (N,) records: label, prediction, loss, confidences, status and checksum of the row
+``manifest.json``  what the rows were made of; its ``complete`` becomes true last
+=================  ====================================================================================
+
+A row is finished once its record says so *and* its checksum fits, so whoever writes may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+RECORD = np.dtype(
+    [
+        ("label", "<i8"),
+        ("prediction", "<i8"),
+        ("loss", "<f4"),
+        ("confidence", "<f4"),  # of the predicted class
+        ("true_confidence", "<f4"),
+        ("status", "u1"),
+        ("checksum", "<u4"),  # CRC-32 of the profile and of this record
+    ]
+)
+PENDING, FINISHED, SKIPPED = range(3)
+
+# What a store was made of. It is refused if one of these differs; the last line only as long as rows are missing.
+WHAT = ("model", "units", "data", "preprocessing", "loss", "signed", "options", "pss")
+IDENTITY = (*WHAT, "format", "samples", "n_units")
+WHILE_PENDING = ("torch", "device")
+FORMAT = 1
+_CHUNK = 1 << 26  # bytes of rows mapped at a time
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class ProfileStore:
+    """Profiles of a data set on disk, finished and read-only. Use `ProfileStore.open` or `profile_dataset`.
+
+    The arrays have one row for every item of the data set, in its order. Where an image was skipped `finished` is
+    False, the profile is NaN, and the label is -1. ``len`` and ``shape`` count finished rows only, which are those
+    that `blocks`, and so a reference, sees.
+
+    Attributes
+    ----------
+    path : Path
+    manifest : dict
+        What the profiles were made of.
+    skipped : dict of int to str
+        Items that were left out, and why.
+    labels, predictions : ndarray of int64, shape (N,)
+        Predictions are -1 if the model's output is not (B, classes).
+    losses, confidences, true_confidences : ndarray of float32, shape (N,)
+        Loss of each image; softmax probability of the predicted and of the true class.
+    finished : ndarray of bool, shape (N,)
+    """
+
+    def __init__(self, path: Path, manifest: dict, records: np.ndarray):
+        self.path, self.manifest = path, manifest
+        self.skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
+        columns = {name: np.ascontiguousarray(records[name]) for name in RECORD.names}
+        columns["finished"] = columns.pop("status") == FINISHED
+        for values in columns.values():
+            values.flags.writeable = False
+        self.labels, self.predictions, self.losses = columns["label"], columns["prediction"], columns["loss"]
+        self.confidences, self.true_confidences = columns["confidence"], columns["true_confidence"]
+        self.finished = columns["finished"]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, verify: bool = True) -> ProfileStore:
+        """Open a finished store; nothing is computed.
+
+        Parameters
+        ----------
+        path : path
+        verify : bool
+            Read every row and compare its checksum (at the speed of the disk).
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no store.
+        ValueError
+            If it is not finished, truncated, or a byte of it has changed; the message names the file and the rows.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        rows, records = open_arrays(path, manifest)
+        if not manifest["complete"]:
+            done, n = int((records["status"] != PENDING).sum()), len(records)
+            raise ValueError(f"{path} is not finished ({done} of {n} rows): call profile_dataset again, as before")
+        if verify:
+            bad = [_damaged(part, records[at]) for at, part in _row_chunks(rows)]
+            if (bad := np.flatnonzero(np.concatenate(bad))).size:
+                raise _damage(path / "profiles.npy", f"{len(bad)} rows are not as written, the first is {bad[0]}")
+        return cls(path, manifest, records)
+
+    def __len__(self) -> int:
+        return int(self.finished.sum())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Finished rows and units."""
+        return len(self), self.manifest["n_units"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def profiles(self) -> np.memmap:
+        """All rows, as a read-only memory map, shape (N, U)."""
+        return open_arrays(self.path, self.manifest)[0]
+
+    @property
+    def misclassified(self) -> np.ndarray:
+        """Positions in the data set of the images that the model gets wrong."""
+        known = self.finished & (self.labels >= 0) & (self.predictions >= 0)
+        return np.flatnonzero(known & (self.labels != self.predictions))
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the profiles were made of, as text, for the record of a reference."""
+        return {key: str(self.manifest[key]) for key in (*WHAT, "torch")}
+
+    def columns(self, columns: slice, finished: bool = False) -> np.ndarray:
+        """Some units of all images, shape (N, b), in memory.
+
+        Rows are read a few at a time and only these columns kept, so memory stays near the size of the result, also
+        where the file is larger than memory. With ``finished`` the rows of skipped images are left out.
+        """
+        keep = self.finished if finished else np.ones(len(self.finished), bool)
+        block = np.empty((int(keep.sum()), len(np.arange(self.shape[1])[columns])), np.float32)
+        filled = 0
+        for at, rows in _row_chunks(self.profiles):
+            part = rows[:, columns] if keep[at].all() else rows[keep[at], columns]
+            block[filled : filled + len(part)] = part
+            filled += len(part)
+        return block
+
+    def table(self) -> pd.DataFrame:
+        """One row an image: label, prediction, loss, confidences, and whether it is finished and misclassified."""
+        wrong = np.zeros(len(self.finished), bool)
+        wrong[self.misclassified] = True
+        return pd.DataFrame(
+            {
+                "label": self.labels,
+                "prediction": self.predictions,
+                "loss": self.losses,
+                "confidence": self.confidences,
+                "true_confidence": self.true_confidences,
+                "misclassified": wrong,
+                "finished": self.finished,
+            }
+        )
+
+    def __repr__(self) -> str:
+        n, count = self.shape
+        return f"ProfileStore({n} images × {count} units, {len(self.misclassified)} misclassified, {self.path})"
+
+
+def _row_chunks(rows: np.memmap) -> Iterator[tuple[slice, np.memmap]]:
+    """Rows in order, a few megabytes at a time, each in a map of its own: pages of the last one can go."""
+    step = max(1, _CHUNK // max(1, rows.strides[0]))
+    for start in range(0, len(rows), step):
+        count = min(step, len(rows) - start)
+        offset = rows.offset + start * rows.strides[0]
+        part = np.memmap(rows.filename, rows.dtype, "r", offset, (count, *rows.shape[1:]))
+        yield slice(start, start + count), part
+
+
+def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.ndarray]]:
+    """Go through profiles by blocks of units that fit in memory.
+
+    Parameters
+    ----------
+    profiles : ProfileStore, ndarray, memmap, Tensor, or anything alike (dask), shape (N, U)
+        Rows that a store skipped are left out.
+    max_bytes : int
+        Size of a block, at most (but at least one column).
+
+    Yields
+    ------
+    units : slice
+    block : ndarray, shape (N, b)
+        float32 where the profiles are, otherwise float64. Of an array in memory it may be a view: do not write to it.
+
+    Raises
+    ------
+    ValueError
+        If the profiles are not a matrix, or max_bytes is not positive.
+    """
+    if len(profiles.shape) != 2:
+        raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (N, U)")
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes {max_bytes} must be positive")
+    n, count = profiles.shape
+    itemsize = 4 if str(profiles.dtype).removeprefix("torch.") == "float32" else 8
+    width = max(1, max_bytes // max(1, n * itemsize))
+    for start in range(0, count, width):
+        columns = slice(start, min(start + width, count))
+        if isinstance(profiles, ProfileStore):
+            yield columns, profiles.columns(columns, finished=True)
+            continue
+        block = profiles[:, columns]
+        if isinstance(block, Tensor):
+            block = block.detach().to("cpu", torch.float32 if itemsize == 4 else torch.float64)
+        yield columns, np.asarray(block, np.float32 if itemsize == 4 else np.float64)
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes rows, then the records that call them finished.
+
+    Plain writes, not a writable memory map: a full disk is an error here and kills the process there, and ranks on a
+    network file system would overwrite each other's rows in the same page.
+    """
+
+    def __init__(self, path: Path, manifest: dict):
+        rows, records = open_arrays(path, manifest)
+        self.offsets, self.strides = (rows.offset, records.offset), (rows.strides[0], records.strides[0])
+        self.files = [open(path / name, "r+b", buffering=0) for name in ("profiles.npy", "samples.npy")]  # noqa: SIM115
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.close()
+
+    def write(self, start: int, rows: np.ndarray, records: np.ndarray) -> None:
+        """Write rows from number ``start`` on; the checksums are put into ``records``."""
+        records["checksum"] = _checksums(rows, records)
+        for file, offset, stride, values in zip(self.files, self.offsets, self.strides, (rows, records), strict=True):
+            data = memoryview(values.tobytes())
+            file.seek(offset + start * stride)
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+
+
+def _checksums(rows: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """CRC-32 of every row with its record (3 GiB/s here: as fast as a disk, and enough against accidents)."""
+    blank = np.array(records)
+    blank["checksum"] = 0
+    blank = blank.view(np.uint8).reshape(len(blank), -1)
+    return np.array([zlib.crc32(b, zlib.crc32(row)) for row, b in zip(rows, blank, strict=True)], np.uint32)
+
+
+def _damaged(rows: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """Rows that are neither finished nor skipped, or whose bytes changed since; shape (n,)."""
+    return (records["status"] == PENDING) | (_checksums(rows, records) != records["checksum"])
+
+
+def is_done(rows: np.ndarray, records: np.ndarray) -> bool:
+    """Whether all these rows are written and whole."""
+    return (records["status"] != PENDING).all() and not _damaged(rows, records).any()
+
+
+def remove(path: Path) -> None:
+    """Take a store away; its manifest last, so that what is left of it is still known as one."""
+    for pattern in ("skipped-*.txt*", "profiles.npy*", "samples.npy*", "manifest.json.partial", "manifest.json"):
+        for file in path.glob(pattern):
+            file.unlink()
+
+
+def begin(path: Path, manifest: dict) -> None:
+    """Claim a folder for a store, which is the one whose manifest it holds."""
+    path.mkdir(parents=True, exist_ok=True)
+    foreign = sorted({file.name for file in path.iterdir()} - {"manifest.json.partial"})
+    if foreign:
+        raise FileExistsError(f"{path} holds other files ({foreign[0]}, …): give the profiles a folder of their own")
+    n, count = manifest["samples"], manifest["n_units"]
+    needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(path).free
+    if needed > free:
+        what = f"{n} profiles of {count} units need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free at"
+        raise OSError(errno.ENOSPC, what, str(path))
+    write_manifest(path, {**manifest, "complete": False, "skipped": {}})
+
+
+def lay_out(path: Path, manifest: dict) -> None:
+    """Make the files of a new store at their full size (sparse, all rows pending)."""
+    for name, dtype, shape in _arrays(manifest):
+        if not (path / name).exists():
+            beside = path / f"{name}.partial"
+            np.lib.format.open_memmap(beside, "w+", dtype, shape).flush()
+            os.replace(beside, path / name)
+
+
+def _arrays(manifest: dict) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    n, count = manifest["samples"], manifest["n_units"]
+    return [("profiles.npy", np.dtype("<f4"), (n, count)), ("samples.npy", RECORD, (n,))]
+
+
+def finish(path: Path, manifest: dict) -> None:
+    """Declare a store complete, and list what was skipped and why (``skipped-<item>.txt`` kept it until now)."""
+    _, records = open_arrays(path, manifest)
+    if (missing := np.flatnonzero(records["status"] == PENDING)).size:
+        raise RuntimeError(f"{path}: {len(missing)} rows from {missing[0]} on were not written: did a rank fail?")
+    skipped = {str(i): (path / f"skipped-{i}.txt") for i in np.flatnonzero(records["status"] == SKIPPED)}
+    reasons = {i: note.read_text("utf-8") for i, note in skipped.items()}
+    write_manifest(path, {**manifest, "complete": True, "skipped": reasons})
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write the manifest with its own checksum."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    content["checksum"] = _manifest_checksum(content)
+    write_whole(path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_manifest(path: Path) -> dict:
+    """Read the manifest of a folder; an error if there is none, or it is damaged."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        if manifest["checksum"] != _manifest_checksum({k: v for k, v in manifest.items() if k != "checksum"}):
+            raise ValueError("its checksum does not fit")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} holds no profiles: make them with profile_dataset") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damage(path / "manifest.json", error) from error
+    return manifest
+
+
+def _manifest_checksum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    beside = path.with_name(f"{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def open_arrays(path: Path, manifest: dict) -> tuple[np.memmap, np.memmap]:
+    """Profiles and records as read-only maps; refused unless they are what the manifest says."""
+    arrays = []
+    for name, dtype, shape in _arrays(manifest):
+        try:
+            array = np.lib.format.open_memmap(path / name, "r")
+            found, size = (array.dtype, array.shape), (path / name).stat().st_size
+            if found != (dtype, shape) or not array.flags.c_contiguous or size != array.offset + array.nbytes:
+                raise ValueError(f"it holds {found[1]} {found[0]} in {size} bytes, expected {shape} {dtype}")
+        except PermissionError:
+            raise
+        except Exception as error:  # a damaged header can fail anywhere in NumPy's parser
+            raise _damage(path / name, error) from error
+        arrays.append(array)
+    return tuple(arrays)
+
+
+def _damage(path: Path, what: object) -> ValueError:
+    return ValueError(f"{path} is damaged ({what}): compute it anew with profile_dataset(…, rebuild=True)")
+
+
+def refuse_other(path: Path, manifest: dict, made_of: dict) -> None:
+    """Raise ValueError if the store was made of something else, saying what differs."""
+    keys = IDENTITY if manifest["complete"] else IDENTITY + WHILE_PENDING
+    differ = [key for key in keys if manifest.get(key) != made_of[key]]
+    if differ:
+        what = "".join(f"\n  {key}: stored {manifest.get(key)!r}, given {made_of[key]!r}" for key in differ)
+        raise ValueError(
+            f"the profiles in {path} were made of something else:{what}\n"
+            "give another path, or rebuild=True to compute them anew; ProfileStore.open reads finished ones as they are"
+        )
+
+
+def empty_rows(count: int, units: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and records as they stay where an image is skipped."""
+    records = np.zeros(count, RECORD)
+    records[:] = (-1, -1, np.nan, np.nan, np.nan, SKIPPED, 0)
+    return np.full((count, units), np.nan, np.float32), records

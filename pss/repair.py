@@ -1,0 +1,694 @@
+r"""Repairing a mistake through a few units: pruning and one-step fine-tuning, always undone.
+
+Both papers judge a ranking by editing its first :math:`k` units, one after the other, and watching the
+confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; Wang and Sato 2023, section 4):
+
+- ``prune``: the unit's parameters become zero;
+- ``finetune``: one gradient step on the image's own loss, :math:`-\eta\, g_u`, with :math:`g_u` the gradient
+  at the *unedited* model. A unit with a large gradient moves far, so this rewards large gradients by
+  construction. With ``norm`` :math:`= \varepsilon` every unit moves equally far,
+  :math:`-\varepsilon\, g_u / \lVert g_u \rVert`, and what is left to compare is the ranking.
+
+`edit_curves` takes one pass for all edits of several images (see `pss._variants`) where the model allows it, and
+otherwise edits in place and undoes it: the same numbers, slower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pss import _variants
+from pss.gradients import Loss, get_loss, undisturbed
+from pss.units import Units
+
+log = logging.getLogger(__name__)
+
+Edit = Literal["finetune", "prune"]
+Ids = Sequence | np.ndarray | Tensor
+
+# Images times variants times numbers in an image: 25 edits of one image at 224 pixels, or of 50 images at 32.
+_CHUNK = 2**22
+
+
+@contextmanager
+def edited(
+    model: nn.Module, units: Units, ids: Ids, edit: Edit = "prune", steps: Sequence[Tensor] | None = None
+) -> Iterator[nn.Module]:
+    """Edit units of the model, and undo it on leaving: every weight is then bit-identical to what it was.
+
+    Inside, the model is in evaluation mode. Undone also when the body raises.
+
+    Parameters
+    ----------
+    ids : (k,) unit ids
+    edit : {"prune", "finetune"}
+        ``prune`` sets the units to zero; ``finetune`` adds ``steps`` to them.
+    steps : sequence of k tensors
+        What to add to each unit, as from `unit_steps`. Only for ``finetune``.
+
+    Raises
+    ------
+    ValueError
+        If the edit is unknown, an id is out of range or given twice, or the steps do not fit the ids.
+    """
+    ids = _check_ids(ids, units, dims=1, least=0)
+    _check_edit(edit)
+    if (steps is None) != (edit == "prune"):
+        raise ValueError(
+            "steps go with edit='finetune', which adds them to the units; edit='prune' needs none"
+        )
+    if steps is not None and len(steps) != len(ids):
+        raise ValueError(
+            f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them"
+        )
+    with undisturbed(model), _undone(model, units, ids) as views:
+        for i, view in enumerate(views):
+            _apply(view, None if steps is None else steps[i])
+        yield model
+
+
+def unit_steps(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    units: Units,
+    ids: Ids,
+    loss: str | Loss = "cross_entropy",
+    lr: float = 1e-3,
+    norm: float | None = None,
+    path: str = "auto",
+) -> list[list[Tensor]]:
+    r"""One fine-tuning step of the given units of each image, from the gradient of its loss at the unedited model.
+
+    :math:`-\eta\, g_u`, or with ``norm`` :math:`-\varepsilon\, g_u/\lVert g_u\rVert_2` (a unit without gradient stays).
+
+    Parameters
+    ----------
+    images, labels : (B, …), (B,)
+    ids : (B, K) unit ids of each image
+    loss : str or callable ``(outputs, labels) -> (B,)``
+    lr : float
+        The rate :math:`\eta`; 1e-3 in Levin et al. 2022, section 3.1.
+    norm : float, optional
+        The length :math:`\varepsilon` of every unit's step, instead of ``lr``.
+    path : {"auto", "variants", "in_place"}
+        As in `edit_curves`.
+
+    Returns
+    -------
+    list of B lists of K tensors
+        Each of the shape of its unit (``units.view(model, id)``).
+
+    Raises
+    ------
+    ValueError
+        If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``norm`` is not positive.
+    """
+    ids = _check_ids(ids, units, dims=2)
+    task = _Task(model, units, "finetune", lr, norm, loss, path)
+    _check_batch(images, labels, ids)
+    result = []
+    with undisturbed(model):
+        for part in _chunks(images, 1):
+            result += task.steps(images[part], labels[part], ids[part])
+    return result
+
+
+def edit_curve(
+    model: nn.Module,
+    image: Tensor,
+    label: int | Tensor,
+    ids: Ids,
+    units: Units,
+    edit: Edit = "finetune",
+    lr: float = 1e-3,
+    norm: float | None = None,
+    loss: str | Loss = "cross_entropy",
+    path: str = "auto",
+    image_id: Any = 0,
+) -> pd.DataFrame:
+    """Edit the first k units, for k = 0 .. K, and see what the model then says of the image.
+
+    Parameters
+    ----------
+    image, label
+        One input without the batch dimension, and its class; or both with a batch dimension of one.
+    ids : (K,) unit ids, in the order of the edits
+
+    See `edit_curves` for the rest, and for the columns.
+    """
+    label = torch.as_tensor(label, device=image.device)
+    if label.dim() == 0:
+        image, label = image[None], label[None]
+    ids = _check_ids(ids, units, dims=1)[None]
+    return edit_curves(
+        model, image, label, ids, units, edit, lr, norm, loss, path, [image_id], progress=False
+    )
+
+
+def edit_curves(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ids: Ids,
+    units: Units,
+    edit: Edit = "finetune",
+    lr: float = 1e-3,
+    norm: float | None = None,
+    loss: str | Loss = "cross_entropy",
+    path: str = "auto",
+    image_ids: Sequence | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Edit the first k units of each image's own ranking, for k = 0 .. K, and see what the model then says of it.
+
+    The edits add up; the gradient is taken once, at the unedited model (Levin et al. 2022, section 3.1). The
+    model runs in evaluation mode, and is left as it was found.
+
+    Parameters
+    ----------
+    images, labels : (B, …), (B,)
+    ids : (B, K) unit ids of each image, in the order of the edits
+    edit : {"finetune", "prune"}
+    lr, norm, loss
+        The step of ``finetune``, see `unit_steps`. The loss is also a column of the result.
+    path : {"auto", "variants", "in_place"}
+        ``variants`` carries all edits of several images through one pass, and needs a model that treats the
+        rows of a batch independently and uses the edited weights in convolution and linear calls only.
+        ``in_place`` edits the model and runs it again for each edit. ``auto`` takes the first where it works
+        (the last variant of the first image is compared with the model edited in place), otherwise
+        the second; the log says which at level INFO.
+    image_ids : sequence of B, optional
+        Ids for the column ``image``: 0 .. B-1 by default.
+    progress : bool
+        Show a progress bar when it takes more than a few seconds.
+
+    Returns
+    -------
+    DataFrame
+        B (K + 1) rows: ``image``; ``k`` edits made; ``unit`` edited last (-1 at k = 0); ``label``;
+        ``predicted0``, the class predicted before any edit; ``predicted``; ``confidence_true``;
+        ``confidence_wrong``, the confidence in ``predicted0``; ``corrected``, whether ``predicted`` is the
+        label; ``loss``.
+
+    Raises
+    ------
+    ValueError
+        If an id or label is out of range, an id is given twice for an image, there is no id, the edit or path
+        is unknown, or ``lr`` or ``norm`` is not positive and finite.
+    """
+    ids = _check_ids(ids, units, dims=2)
+    task = _Task(model, units, edit, lr, norm, loss, path)
+    _check_batch(images, labels, ids)
+    image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
+    if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
+        raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
+    frames = []
+    with undisturbed(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+        for part in _chunks(images, ids.shape[1] + 1):
+            logits = task.logits(images[part], labels[part], ids[part])
+            frames.append(_records(logits, labels[part], ids[part], image_ids[part], task.loss))
+            bar.update(len(logits))
+    return pd.concat(frames, ignore_index=True)
+
+
+class _Task:
+    """The choices of one call, and the two paths to its numbers; settles on ``in_place`` when the other fails."""
+
+    def __init__(
+        self, model: nn.Module, units: Units, edit: Edit, lr: float, norm: float | None, loss: Any, path: str
+    ):
+        _check_edit(edit)
+        if path not in ("auto", "variants", "in_place"):
+            raise ValueError(f"unknown path {path!r}: expected 'auto', 'variants' or 'in_place'")
+        for name, value in (("lr", lr), ("norm", norm)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, not {value}")
+        self.model, self.units, self.edit, self.lr, self.norm = model, units, edit, lr, norm
+        self.loss, self.path, self.checked = get_loss(loss), path, False
+
+    def _choose(self, fast: Any, slow: Any) -> Any:
+        if self.path == "in_place":
+            return slow()
+        try:
+            return fast()
+        except (
+            Exception
+        ) as error:  # whatever the model raises in the growing batch; a real fault comes again below
+            if self.path == "variants" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.info("edits one at a time, in place, because: %s", error)
+            self.path = "in_place"
+        return slow()
+
+    def steps(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
+        """Steps of each image's units; None for pruning on the in-place path."""
+        gradients = self._choose(
+            lambda: self._gradients_together(images, labels, ids),
+            lambda: self._gradients_alone(images, labels, ids),
+        )
+        return [[self._step(g) for g in own] for own in gradients]
+
+    def logits(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> Tensor:
+        """Logits of every variant, shape (B, K + 1, C)."""
+        if self.edit == "finetune":
+            steps = self.steps(images, labels, ids)
+        else:
+            steps = [[-self.units.view(self.model, u).detach() for u in own] for own in ids]
+        with torch.no_grad():
+            logits = self._choose(
+                lambda: self._logits_together(images, ids, steps),
+                lambda: self._logits_alone(images, ids, steps),
+            )
+        _check_labels(labels, logits[:, 0])
+        return logits
+
+    def _step(self, gradient: Tensor) -> Tensor:
+        if self.norm is None:
+            return -self.lr * gradient
+        # Scaled by the largest entry first: squares of 1e-25 are zero in float32.
+        largest = gradient.abs().amax()
+        scaled = gradient / torch.where(largest > 0, largest, 1)
+        length = scaled.norm()
+        return scaled * (-self.norm / torch.where(length > 0, length, 1))
+
+    def _changes(self, ids: np.ndarray, steps: list[list[Tensor]], cumulative: bool) -> dict:
+        """Changes by parameter, edit k of an image being made from its variant k on."""
+        changes: dict[nn.Parameter, list] = {}
+        for image, own in enumerate(ids):
+            for k, unit in enumerate(own):
+                number, j = self.units.locate(unit)
+                layer = self.units.layers[number]
+                if layer.dim != 0 or layer.groups != 1:
+                    raise _variants.NotCarried(
+                        "units that are not slices along the first dimension of their weight"
+                    )
+                change = _variants.Change(
+                    image, cumulative * (k + 1), layer.offset + j * layer.rows, steps[image][k]
+                )
+                changes.setdefault(self.model.get_parameter(layer.parameter), []).append(change)
+        return changes
+
+    def _gradients_together(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
+        """Gradient of each image to its own units: to changes of them that are zero."""
+        changes = [[torch.zeros_like(self.units.view(self.model, u).detach()) for u in own] for own in ids]
+        flat = [change.requires_grad_() for own in changes for change in own]
+        with undisturbed(self.model), torch.enable_grad():
+            self.model.requires_grad_(False)
+            outputs = _variants.forward(self.model, images, self._changes(ids, changes, cumulative=False), 1)[
+                :, 0
+            ]
+            _check_labels(labels, outputs)
+            gradients = iter(torch.autograd.grad(self.loss(outputs, labels).sum(), flat))
+        return [[next(gradients) for _ in own] for own in ids]
+
+    def _gradients_alone(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
+        """The same, one image at a time, cut out of the gradients of whole parameters."""
+        result = []
+        for image, label, own in zip(images, labels, ids, strict=True):
+            places = [(self.units.layers[n], j) for n, j in map(self.units.locate, own)]
+            names = list(dict.fromkeys(layer.parameter for layer, _ in places))
+            with undisturbed(self.model), torch.enable_grad():
+                self.model.requires_grad_(False)
+                parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
+                outputs = self.model(image[None])
+                _check_labels(label[None], outputs)
+                loss = self.loss(outputs, label[None]).sum()
+                # An image whose units all take no part has a loss without gradient, and steps of zero.
+                found = (
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    if loss.requires_grad
+                    else [None] * 99
+                )
+            gradient = {
+                name: torch.zeros_like(p) if g is None else g
+                for name, p, g in zip(names, parameters, found, strict=False)
+            }
+            result.append([gradient[layer.parameter][layer.index(j)].detach().clone() for layer, j in places])
+        return result
+
+    def _logits_together(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
+        changes = self._changes(ids, steps, cumulative=True)
+        logits = _variants.forward(self.model, images, changes, ids.shape[1] + 1)
+        if not self.checked:  # one run in place tells whether this model can be trusted to the growing batch
+            with _undone(self.model, self.units, ids[0]) as views:
+                for view, step in zip(views, steps[0], strict=True):
+                    _apply(view, None if self.edit == "prune" else step)
+                expected = self.model(images[:1])[0]
+            slack = 300 * torch.finfo(logits.dtype).eps
+            if not torch.allclose(logits[0, -1], expected, rtol=0, atol=slack * float(expected.abs().max())):
+                raise _variants.NotCarried(
+                    "the model edited in place says something else: its rows are not independent"
+                )
+            self.checked = True
+            log.info("all edits of up to %d images in one pass", len(images))
+        return logits
+
+    def _logits_alone(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
+        result = []
+        for image, own, own_steps in zip(images, ids, steps, strict=True):
+            rows = [self.model(image[None])[0]]
+            with _undone(self.model, self.units, own) as views:
+                for view, step in zip(views, own_steps, strict=True):
+                    _apply(view, None if self.edit == "prune" else step)
+                    rows.append(self.model(image[None])[0])
+            result.append(torch.stack(rows))
+        return torch.stack(result)
+
+
+@contextmanager
+def _undone(model: nn.Module, units: Units, ids: Ids) -> Iterator[list[Tensor]]:
+    """Views of the units, whose values are copied back on leaving."""
+    # .data: an edit that is undone must not make autograd refuse a graph that the caller holds.
+    views = [units.view(model, u).data for u in ids]
+    saved = [view.clone() for view in views]
+    try:
+        yield views
+    finally:
+        for view, values in zip(views, saved, strict=True):
+            view.copy_(values)
+
+
+def _apply(view: Tensor, step: Tensor | None) -> None:
+    """Edit a unit through a view of it: zero without a step."""
+    if step is None:
+        view.zero_()
+    elif step.shape != view.shape:
+        raise ValueError(f"a step of shape {tuple(step.shape)} for a unit of shape {tuple(view.shape)}")
+    else:
+        view.add_(step)
+
+
+def _records(
+    logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndarray, loss: Loss
+) -> pd.DataFrame:
+    """Tidy rows of the logits (B, K + 1, C)."""
+    count, variants, _ = logits.shape
+    probabilities = logits.softmax(dim=2)
+    predicted = logits.argmax(dim=2)
+    label, before = labels[:, None].expand(-1, variants), predicted[:, :1].expand(-1, variants)
+    confidence = lambda of: probabilities.gather(2, of[:, :, None])[:, :, 0]  # noqa: E731
+    tensors = {
+        "label": label,
+        "predicted0": before,
+        "predicted": predicted,
+        "confidence_true": confidence(label),
+        "confidence_wrong": confidence(before),
+        "corrected": predicted == label,
+        "loss": loss(logits.flatten(0, 1), label.flatten()).reshape(count, variants),
+    }
+    first = {
+        "image": np.repeat(image_ids, variants),
+        "k": np.tile(np.arange(variants), count),
+        "unit": np.insert(ids, 0, -1, axis=1).ravel(),
+    }
+    return pd.DataFrame(first | {name: t.detach().cpu().numpy().ravel() for name, t in tensors.items()})
+
+
+def summarize(curves: pd.DataFrame, by: str | Sequence[str] = "method", level: float = 0.95) -> pd.DataFrame:
+    """Means over images at each number of edits, with confidence intervals.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `edit_curves`; those of several methods put together, with their names in a column.
+    by : str or list of str
+        Column or columns that tell the methods apart. ``"method"`` may be missing: then there is one.
+    level : float
+        Of the intervals: Student's t over the images for the changes in confidence, Wilson's for the share corrected.
+
+    Returns
+    -------
+    DataFrame
+        One row per method and k: ``n`` images; mean ``change_wrong`` and ``change_true`` of the confidence
+        against k = 0, and the share ``corrected``, each with ``…_low`` and ``…_high`` (NaN for the changes of a
+        single image).
+    """
+    _check_level(level)
+    by = [by] if isinstance(by, str) else list(by)
+    by = [] if by == ["method"] and "method" not in curves else by
+    _require(curves, [*by, "image", "k", "confidence_wrong", "confidence_true", "corrected"])
+    _refuse_duplicates(curves, [*by, "image", "k"])
+    start = curves[curves["k"] == 0].set_index([*by, "image"])
+    rows = pd.MultiIndex.from_frame(curves[[*by, "image"]]) if by else pd.Index(curves["image"])
+    missing = ~rows.isin(start.index)
+    if missing.any():
+        raise ValueError(
+            f"{int(missing.sum())} rows belong to curves without a row k = 0: keep the row before any edit"
+        )
+    changes = curves.assign(
+        change_wrong=curves["confidence_wrong"].to_numpy()
+        - start["confidence_wrong"].reindex(rows).to_numpy(),
+        change_true=curves["confidence_true"].to_numpy() - start["confidence_true"].reindex(rows).to_numpy(),
+    )
+    groups = changes.groupby([*by, "k"], observed=True)
+    table = groups.agg(
+        n=("image", "size"),
+        change_wrong=("change_wrong", "mean"),
+        change_true=("change_true", "mean"),
+        corrected=("corrected", "mean"),
+    )
+    n = table["n"].to_numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        width = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) / np.sqrt(n)
+    for name in ("change_wrong", "change_true"):
+        margin = groups[name].std() * width
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - margin, table[name] + margin
+    successes = groups["corrected"].sum().astype(int)
+    wilson = [stats.binomtest(s, m).proportion_ci(level, "wilson") for s, m in zip(successes, n, strict=True)]
+    table["corrected_low"], table["corrected_high"] = [w.low for w in wilson], [w.high for w in wilson]
+    order = [
+        "n",
+        *(f"{v}{end}" for v in ("change_wrong", "change_true", "corrected") for end in ("", "_low", "_high")),
+    ]
+    return table[order].reset_index()
+
+
+def paired_difference(
+    curves: pd.DataFrame,
+    a: Any,
+    b: Any,
+    value: str = "confidence_true",
+    by: str = "method",
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Method a less method b on the same images, at each number of edits.
+
+    The interval is the percentile bootstrap over images: as many as there are, drawn with replacement, the same draws
+    for every k.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `edit_curves`, with the method in column ``by``.
+    a, b
+        Two values of that column.
+    value : str
+        Column to compare: ``confidence_true``, ``confidence_wrong``, ``corrected``, ``loss``.
+
+    Returns
+    -------
+    DataFrame
+        One row per k: ``k``, ``n`` images, ``mean`` difference, ``low``, ``high``.
+
+    Raises
+    ------
+    ValueError
+        If a method is not there, or the two do not have the same images and numbers of edits.
+    """
+    _check_level(level)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
+    _require(curves, [by, "image", "k", value])
+    tables = []
+    for method in (a, b):
+        own = curves[curves[by] == method]
+        if own.empty:
+            raise ValueError(
+                f"no rows with {by} = {method!r}: there are {sorted(map(str, curves[by].unique()))}"
+            )
+        _refuse_duplicates(own, ["image", "k"])
+        tables.append(own.pivot(index="image", columns="k", values=value).astype(float))  # noqa: PD010
+    first, second = tables
+    if not first.index.equals(second.index):
+        only = first.index.symmetric_difference(second.index)
+        raise ValueError(
+            f"{a!r} and {b!r} are not on the same images: {len(only)} in one only, as {list(only[:5])}"
+        )
+    if not first.columns.equals(second.columns):
+        raise ValueError(
+            f"{a!r} and {b!r} have different numbers of edits: {len(first.columns)}, {len(second.columns)}"
+        )
+    difference = (first - second).to_numpy()
+    if np.isnan(difference).any():
+        raise ValueError(f"{value} is missing for some image and k: give whole curves")
+    draws = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
+    # Means as products with how often each image was drawn: never resamples x images x k in memory.
+    weights = np.stack([np.bincount(d, minlength=len(difference)) for d in draws]) / len(difference)
+    low, high = np.quantile(weights @ difference, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame(
+        {"k": first.columns, "n": len(first), "mean": difference.mean(axis=0), "low": low, "high": high}
+    )
+
+
+def collateral(
+    model: nn.Module,
+    units: Units,
+    ids: Ids,
+    images: Tensor,
+    labels: Tensor,
+    edit: Edit = "prune",
+    steps: Sequence[Sequence[Tensor]] | None = None,
+    k: int | None = None,
+    image_ids: Sequence | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""What the edits made for some images do to other images.
+
+    Parameters
+    ----------
+    ids : (Q, K) unit ids, a row for each repaired image
+    images, labels : (G, …), (G,)
+        The other images (the guard set). They should not hold the repaired ones.
+    edit, steps
+        As in `edited`; for ``finetune`` the steps of the Q images from `unit_steps`.
+    k : int, optional
+        Make only the first k edits; all by default.
+    image_ids : sequence of Q, optional
+        Ids of the repaired images.
+    batch_size : int
+        Guard images in one forward pass.
+
+    Returns
+    -------
+    DataFrame
+        One row per repaired image: ``image``; ``k``; ``accuracy_before`` and ``accuracy_after`` on the guard set;
+        ``right``, how many were right before, and ``still_right``, the share of them that stays so; ``wrong``
+        and ``corrected``, the same for those that were wrong and become right; ``kl_mean`` and ``kl_worst``, the
+        divergence :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over those that were
+        right. NaN where there are none.
+
+    Raises
+    ------
+    ValueError
+        As `edited`; or if k is not in 1..K.
+    """
+    ids = _check_ids(ids, units, dims=2)
+    k = ids.shape[1] if k is None else k
+    if not 1 <= k <= ids.shape[1]:
+        raise ValueError(f"k must be 1..{ids.shape[1]} (the ids given), not {k}")
+    if steps is not None and len(steps) != len(ids):
+        raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(
+            f"{len(images)} guard images and {len(labels)} labels: give as many, and at least one"
+        )
+    image_ids = np.arange(len(ids)) if image_ids is None else np.asarray(image_ids)
+    if len(image_ids) != len(ids):
+        raise ValueError(f"{len(image_ids)} image_ids for {len(ids)} rows of ids")
+
+    def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
+        with torch.no_grad():
+            return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(batch_size)])
+
+    with undisturbed(model):
+        before = forward()
+        _check_labels(labels, before)
+        rows = []
+        for q, own in enumerate(tqdm(ids[:, :k], unit="image", delay=2, disable=not progress)):
+            with edited(model, units, own, edit, None if steps is None else steps[q][:k]):
+                after = forward()
+            rows.append({"image": image_ids[q], "k": k, **_damage(before, after, labels)})
+    return pd.DataFrame(rows)
+
+
+def _damage(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
+    """The columns of `collateral` from log-probabilities (G, C) of the unedited and the edited model."""
+    was, now = before.argmax(dim=1) == labels, after.argmax(dim=1) == labels
+    share = lambda hits: float(hits.double().mean()) if len(hits) else float("nan")  # noqa: E731
+    kl = (before.exp() * (before - after)).sum(dim=1)[was]
+    return {
+        "accuracy_before": share(was),
+        "accuracy_after": share(now),
+        "right": int(was.sum()),
+        "still_right": share(now[was]),
+        "wrong": int((~was).sum()),
+        "corrected": share(now[~was]),
+        "kl_mean": float(kl.mean()) if len(kl) else float("nan"),
+        "kl_worst": float(kl.max()) if len(kl) else float("nan"),
+    }
+
+
+def _chunks(images: Tensor, variants: int) -> list[slice]:
+    """Slices of as many images as go through one pass."""
+    size = max(1, _CHUNK // max(1, variants * images[:1].numel()))
+    return [slice(i, i + size) for i in range(0, len(images), size)]
+
+
+def _check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
+    """Unit ids as an array of ``dims`` dimensions, each row without repetition."""
+    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    shape = "(K,)" if dims == 1 else "(B, K), a row per image"
+    if ids.ndim != dims:
+        raise ValueError(f"ids have shape {ids.shape}: expected {shape}")
+    if ids.shape[-1] < least:
+        raise ValueError("no unit to edit: give at least one id")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids are {ids.dtype}: expected integers")
+    ids = ids.astype(np.int64)
+    outside = ids[(ids < 0) | (ids >= len(units))]
+    if outside.size:
+        raise ValueError(f"unit {outside[0]} is outside 0..{len(units) - 1} of {units}")
+    ordered = np.sort(ids, axis=-1)
+    twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+    if twice.size:
+        raise ValueError(f"unit {twice[0]} is given twice in one ranking: each unit is edited once")
+    return ids
+
+
+def _check_edit(edit: str) -> None:
+    if edit not in ("finetune", "prune"):
+        raise ValueError(f"unknown edit {edit!r}: expected 'finetune' or 'prune'")
+
+
+def _check_batch(images: Tensor, labels: Tensor, ids: np.ndarray) -> None:
+    if not len(images) == len(labels) == len(ids) or not len(images):
+        raise ValueError(
+            f"{len(images)} images, {len(labels)} labels and {len(ids)} rows of ids: give as many, and at least one"
+        )
+
+
+def _check_labels(labels: Tensor, outputs: Tensor) -> None:
+    """Refuse labels that are not classes of these outputs."""
+    outside = labels[(labels < 0) | (labels >= outputs.shape[-1])]
+    if len(outside):
+        raise ValueError(f"label {int(outside[0])} is outside 0..{outputs.shape[-1] - 1} of this model")
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, not {level}")
+
+
+def _require(curves: pd.DataFrame, columns: list[str]) -> None:
+    if missing := [name for name in columns if name not in curves]:
+        raise ValueError(f"the curves have no column {missing[0]!r}: they have {list(curves.columns)}")
+
+
+def _refuse_duplicates(curves: pd.DataFrame, columns: list[str]) -> None:
+    if (twice := curves.duplicated(columns)).any():
+        row = curves.loc[twice.idxmax(), columns].to_dict()
+        raise ValueError(f"two rows for {row}: name what tells them apart (by=) or drop one")

@@ -1,0 +1,757 @@
+"""Repair: edits that are undone, and curves that equal copying the whole model for every edit."""
+
+import copy
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+import pss.repair
+from pss._vision import torchvision
+from pss.gradients import parameter_saliency
+from pss.repair import collateral, edit_curve, edit_curves, edited, paired_difference, summarize, unit_steps
+from pss.units import Layer, Units
+
+models = torchvision.models
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+class Chain(nn.Module):
+    """Biases, groups, dilation, string padding, in-place activations, and a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding="same")
+        self.two = nn.Conv2d(8, 12, 3, groups=4, dilation=2, padding=2, padding_mode="reflect")
+        self.three = nn.Conv2d(12, 12, 3, groups=12, stride=2, bias=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.one(x), inplace=True)
+        x = self.two(x).relu_()
+        return self.head(self.three(x).tanh().mean((2, 3)))
+
+
+class Branches(nn.Module):
+    """Branches whose rows differ meet by a sum in place, by a functional call, a concatenation and an assignment."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.left, self.right, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(12, 6, 3)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x).tanh() * 0.5
+        left, right = self.left(x), self.right(x)
+        x = x.clone()
+        x.add_(left)  # x has fewer rows than left, and grows in place
+        left += right
+        both = torch.cat([x, left, right], dim=1).clone()
+        both[:, 0] = right[:, 1]
+        x = self.last(both)
+        return self.head(torch.where(x > 0, x, 0.1 * x).flatten(2).mean(2))
+
+
+class Shared(nn.Module):
+    """One convolution used as often as the shape of the data says, and a convolution in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Conv1d(18, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        for _ in range(2 if x.shape[-1] > 4 else 1):
+            x = self.conv(x).sin()
+        return self.head(self.other(x.unfold(2, 3, 3).sum(3).flatten(1, 2)).mean(2))
+
+
+class Up(nn.Module):
+    """A transposed convolution: its filters lie along the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.ConvTranspose2d(4, 6, 2, groups=2),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        return self.head(self.up(self.conv(x).tanh()).mean((2, 3)))
+
+
+class Mixing(nn.Module):
+    """Batch norm over the batch at hand, in evaluation too: the rows are not independent."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().amax((2, 3)))
+
+
+class _Hidden(torch.autograd.Function):
+    """A convolution that torch-function overrides cannot see."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (
+            torch.nn.grad.conv2d_input(x.shape, weight, grad),
+            torch.nn.grad.conv2d_weight(x, weight.shape, grad),
+        )
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(_Hidden.apply(x, self.conv.weight).tanh().mean((2, 3)))
+
+
+class Stale(nn.Module):
+    """Remembers the batch size across a layer where the batch may grow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        n = x.shape[0]
+        return self.head(self.conv(x).tanh().reshape(n, 4, -1).mean(2))
+
+
+def resnet():
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+
+def vgg():
+    features = models.vgg.make_layers([4, "M", 8, 8, "M", 8], batch_norm=True)
+    model = models.VGG(features, num_classes=5, init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(8 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 5))
+    return model
+
+
+def vit():
+    return models.VisionTransformer(16, 4, 2, 4, 16, 32, num_classes=5)
+
+
+def build(make, size=16, seed=0):
+    """Float64, batch norms calibrated on random images, weights that tell images apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+                module.momentum = None  # cumulative average
+        if isinstance(model, models.VisionTransformer):
+            nn.init.normal_(model.heads.head.weight)
+        with torch.no_grad():
+            model(torch.randn(16, 3, size, size))
+    return model.double().eval()
+
+
+def batch(count=2, size=16, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=g, dtype=torch.float64), torch.arange(count) % 5
+
+
+def rankings(units, count=2, k=8, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(len(units), generator=g)[:k] for _ in range(count)])
+
+
+def copying_loop(model, images, labels, ids, units, edit, lr):
+    """The second source: a copy of the model for every edit, the gradient from plain autograd. (B, K + 1, C)."""
+    results = []
+    for image, label, own in zip(images, labels, ids, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = dict(zip(parameters, gradients, strict=True))
+        variant = copy.deepcopy(model)
+        with torch.no_grad():
+            rows = [variant(image[None])[0]]
+            for unit in own.tolist():
+                number, j = units.locate(unit)
+                layer = units.layers[number]
+                view, gradient = units.view(variant, unit), gradients[layer.parameter]
+                if edit == "prune":
+                    view.zero_()
+                elif gradient is not None:
+                    view.sub_(lr * gradient[layer.index(j)])
+                rows.append(variant(image[None])[0])
+        results.append(torch.stack(rows))
+    return torch.stack(results)
+
+
+def assert_same_curves(curves, logits, labels, rel=1e-9):
+    count, variants, _ = logits.shape
+    probabilities = logits.softmax(2)
+    before = logits[:, 0].argmax(1)
+    pick = lambda c: probabilities.gather(2, c[:, None, None].expand(-1, variants, 1)).flatten().numpy()  # noqa: E731
+    np.testing.assert_allclose(curves["confidence_true"], pick(labels), rtol=rel)
+    np.testing.assert_allclose(curves["confidence_wrong"], pick(before), rtol=rel)
+    np.testing.assert_allclose(curves["loss"], -np.log(pick(labels)), rtol=rel, atol=1e-15)
+    assert curves["predicted"].tolist() == logits.argmax(2).flatten().tolist()
+    assert curves["predicted0"].tolist() == before.repeat_interleave(variants).tolist()
+    assert curves["k"].tolist() == list(range(variants)) * count
+
+
+def state(model):
+    """Everything that a call must leave as it was."""
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+    )
+
+
+def assert_untouched(model, before):
+    weights, *rest = before
+    now, *rest_now = state(model)
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    assert [r for r, _ in rest[0]] == [r for r, _ in rest_now[0]]
+    assert all(g is h for (_, g), (_, h) in zip(rest[0], rest_now[0], strict=True))
+    assert rest[1:] == rest_now[1:]
+
+
+def unusual(model):
+    """A state of requires_grad, .grad and training that a careless call would not restore."""
+    model.train()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[-1].grad = torch.ones_like(parameters[-1])
+    next(model.children()).eval()
+    return model
+
+
+# ------------------------------------------------------------------------- curves against the copying loop
+
+CARRIED = [
+    (resnet, 32, "filters"),
+    (resnet, 32, "all"),
+    (vgg, 32, "all"),
+    (lambda: models.densenet121(num_classes=5), 32, "filters"),
+    (lambda: models.mobilenet_v2(num_classes=5, width_mult=0.25), 32, "all"),
+    (lambda: models.shufflenet_v2_x0_5(num_classes=5), 32, "filters"),
+    (Chain, 16, "all"),
+    (Shared, 18, "all"),
+]
+ALONE = [(Up, 16, "filters"), (Hidden, 16, "filters"), (vit, 16, "heads"), (vit, 16, "all")]
+
+
+@pytest.mark.parametrize("edit", ["finetune", "prune"])
+@pytest.mark.parametrize(
+    ("make", "size", "kind", "path"), [(*c, "variants") for c in CARRIED] + [(*c, "auto") for c in ALONE]
+)
+def test_curves_equal_the_copying_loop(make, size, kind, path, edit):
+    model = build(make, size)
+    units = Units.of(model, kind)
+    (images, labels), ids = batch(3, size), rankings(units, 3)
+    expected = copying_loop(model, images, labels, ids, units, edit, 0.5)
+    assert (expected[:, 0] - expected[:, -1]).abs().max() > 1e-6, "the edits must do something"
+    before = state(unusual(model))
+    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, path=path, progress=False)
+    assert_same_curves(curves, expected, labels)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("edit", ["finetune", "prune"])
+def test_branches_of_different_rows_meet(edit):
+    model = build(Branches)
+    units = Units.of(model)
+    images, labels = batch(3)
+    used = [u for u in range(len(units)) if not units.name(u).startswith("unused")]
+    g = torch.Generator().manual_seed(0)
+    ids = torch.tensor(used)[torch.stack([torch.randperm(len(used), generator=g) for _ in images])][:, :14]
+    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, path="variants")
+    assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Mixing, "independent"),
+        (Stale, "keeps or changes its size"),
+        (Up, "first dimension"),
+        (vit, "multi_head"),
+    ],
+)
+def test_auto_falls_back_and_says_so(make, why, caplog):
+    model = build(make)
+    units = Units.of(model, "heads" if make is vit else "filters")
+    (images, labels), ids = batch(2), rankings(units, 2, k=4)
+    expected = copying_loop(model, images, labels, ids, units, "prune", 0.0)
+    with caplog.at_level(logging.INFO, logger="pss.repair"):
+        curves = edit_curves(model, images, labels, ids, units, "prune")
+    assert_same_curves(curves, expected, labels)
+    assert "in place" in caplog.text
+    assert why in caplog.text
+    with pytest.raises(RuntimeError):
+        edit_curves(model, images, labels, ids, units, "prune", path="variants")
+
+
+def test_the_log_names_the_growing_batch(caplog):
+    model = build(Chain)
+    units = Units.of(model)
+    with caplog.at_level(logging.INFO, logger="pss.repair"):
+        edit_curves(model, *batch(2), rankings(units), units)
+    assert [r.message for r in caplog.records] == ["all edits of up to 2 images in one pass"]
+
+
+def test_unused_units_change_nothing():
+    model = build(Branches)
+    units = Units.of(model)
+    ids = [u for u in range(len(units)) if units.name(u).startswith("unused")]
+    images, labels = batch(1)
+    for edit in ("prune", "finetune"):
+        curve = edit_curve(model, images[0], 0, ids, units, edit)
+        assert (curve["confidence_true"] == curve["confidence_true"][0]).all()
+    assert all(not step.any() for step in unit_steps(model, images, labels, units, [ids])[0])
+
+
+def test_own_units_of_several_rows():
+    """Units of two neighbouring rows of a linear layer, beginning at row 1."""
+    model = build(Chain)
+    units = Units.of(model, lambda m: [Layer("head.weight", (5, 12), 2, rows=2, offset=1, label="pair")])
+    images, labels = batch(2)
+    ids = torch.tensor([[1, 0], [0, 1]])
+    expected = copying_loop(model, images, labels, ids, units, "finetune", 0.5)
+    assert_same_curves(
+        edit_curves(model, images, labels, ids, units, lr=0.5, path="variants"), expected, labels
+    )
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    model = build(Chain)
+    units = Units.of(model)
+    (images, labels), ids = batch(5), rankings(units, 5)
+    whole = edit_curves(model, images, labels, ids, units, lr=0.5)
+    monkeypatch.setattr(pss.repair, "_CHUNK", 2 * images[0].numel() * 9)
+    assert [s.start for s in pss.repair._chunks(images, 9)] == [0, 2, 4]
+    pd.testing.assert_frame_equal(whole, edit_curves(model, images, labels, ids, units, lr=0.5), rtol=1e-12)
+
+
+def test_float32_stays_within_rounding():
+    model = build(resnet, 32).float()
+    units = Units.of(model)
+    images, labels = batch(2, 32)
+    ids = rankings(units, 2, k=25)
+    for edit in ("prune", "finetune"):
+        curves = edit_curves(model, images.float(), labels, ids, units, edit, lr=0.1, path="variants")
+        expected = copying_loop(model, images.float(), labels, ids, units, edit, 0.1)
+        assert_same_curves(curves, expected, labels, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+
+
+def linear():
+    model = nn.Sequential(nn.Linear(2, 3)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        model[0].bias.copy_(torch.tensor([0.0, 0.5, -1.0]))
+    return model
+
+
+def softmax(z):
+    e = np.exp(np.asarray(z, dtype=float))
+    return e / e.sum()
+
+
+@pytest.mark.parametrize("path", ["variants", "in_place"])
+def test_curve_by_hand(path):
+    """x = (2, 1), logits (2, 1.5, 2): class 0 is predicted (the first of equals), the label is 1."""
+    model, x = linear(), torch.tensor([2.0, 1.0], dtype=torch.float64)
+    units = Units.of(model, "rows")
+    pruned = edit_curve(model, x, 1, [2, 0], units, edit="prune", path=path, image_id="seven")
+    logits = [(2, 1.5, 2), (2, 1.5, -1), (0, 1.5, -1)]
+    np.testing.assert_allclose(pruned["confidence_true"], [softmax(z)[1] for z in logits])
+    np.testing.assert_allclose(pruned["confidence_wrong"], [softmax(z)[0] for z in logits])
+    assert pruned["corrected"].tolist() == [False, False, True]
+    assert pruned["predicted"].tolist() == [0, 0, 1]
+    assert pruned["unit"].tolist() == [-1, 2, 0]
+    assert pruned["image"].tolist() == ["seven"] * 3
+    assert list(pruned) == [
+        "image", "k", "unit", "label", "predicted0", "predicted",
+        "confidence_true", "confidence_wrong", "corrected", "loss",
+    ]  # fmt: skip
+
+    # gradient of row c is (p_c - [c = y]) x, and a step of -0.3 times it moves logit c by -0.3 (p_c - [c = y]) |x|^2
+    p = softmax(logits[0]) - np.array([0, 1, 0])
+    moved = np.array(logits[0]) - 0.3 * p * 5 * np.array([[0, 0, 0], [0, 1, 0], [1, 1, 0]])
+    tuned = edit_curve(model, x, torch.tensor(1), [1, 0], units, "finetune", lr=0.3, path=path)
+    np.testing.assert_allclose(tuned["confidence_true"], [softmax(z)[1] for z in moved])
+    np.testing.assert_allclose(tuned["loss"], [-np.log(softmax(z)[1]) for z in moved])
+    # equal norm: row c moves by -eps sign(p_c - [c = y]) x / |x|, its logit by eps |x| in that direction
+    moved = np.array(logits[0]) - 0.1 * np.sign(p) * np.sqrt(5) * np.array([[0, 0, 0], [0, 1, 0], [1, 1, 0]])
+    equal = edit_curve(model, x[None], torch.tensor([1]), [1, 0], units, "finetune", norm=0.1, path=path)
+    np.testing.assert_allclose(equal["confidence_true"], [softmax(z)[1] for z in moved])
+
+
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", "logit", "logit_difference", lambda z, y: z.square().sum(1)]
+)
+def test_steps_equal_per_sample_gradients(loss):
+    model = build(Chain)
+    units = Units.of(model)
+    (images, labels), ids = batch(3), rankings(units, 3)
+    gradients = parameter_saliency(model, images, labels, loss, signed=True)
+    before = state(unusual(model))
+    for path in ("variants", "in_place"):
+        steps = unit_steps(model, images, labels, units, ids, loss, lr=0.25, path=path)
+        equal = unit_steps(model, images, labels, units, ids, loss, norm=0.25, path=path)
+        for i, own in enumerate(ids.tolist()):
+            for n, unit in enumerate(own):
+                number, j = units.locate(unit)
+                layer = units.layers[number]
+                g = gradients[layer.parameter][i][layer.index(j)]
+                torch.testing.assert_close(steps[i][n], -0.25 * g, rtol=1e-9, atol=1e-15)
+                torch.testing.assert_close(equal[i][n].norm(), torch.tensor(0.25, dtype=torch.float64))
+                torch.testing.assert_close(equal[i][n], -0.25 * g / g.norm(), rtol=1e-9, atol=1e-12)
+    assert_untouched(model, before)
+
+
+def test_equal_norm_leaves_units_without_gradient_and_survives_tiny_ones():
+    task = pss.repair._Task(
+        linear(), Units.of(linear(), "rows"), "finetune", 1e-3, 0.5, "cross_entropy", "auto"
+    )
+    assert not task._step(torch.zeros(3)).any()
+    torch.testing.assert_close(task._step(torch.tensor([3e-30, -4e-30])), torch.tensor([-0.3, 0.4]))
+
+
+# ------------------------------------------------------------------------------------------ undone edits
+
+
+def test_edited_edits_and_undoes():
+    model = unusual(build(Chain))
+    units = Units.of(model, "all")
+    images, _ = batch()
+    before = state(model)
+    ids = [0, 9, 25, 33]
+    steps = [torch.full_like(units.view(model, u), 1e-3) for u in ids]
+    for arguments in ({}, {"edit": "finetune", "steps": steps}):
+        reference = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for u, step in zip(ids, steps, strict=True):
+                units.view(reference, u).copy_(
+                    units.view(reference, u) + step if arguments else torch.tensor(0.0)
+                )
+        with edited(model, units, ids, **arguments) as inside:
+            assert inside is model
+            assert not any(m.training for m in model.modules())
+            assert torch.equal(model(images), reference(images))
+        assert_untouched(model, before)
+        with pytest.raises(KeyError), edited(model, units, ids, **arguments):
+            raise KeyError("halfway")
+        assert_untouched(model, before)
+
+
+def test_undone_after_a_step_that_does_not_fit():
+    model = build(Chain)
+    units = Units.of(model)
+    before = state(model)
+    good, bad = torch.ones_like(units.view(model, 0)), torch.ones(2)
+    with (
+        pytest.raises(ValueError, match="a step of shape"),
+        edited(model, units, [0, 1], "finetune", [good, bad]),
+    ):
+        pass
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("path", ["auto", "in_place"])
+def test_undone_when_the_model_raises_halfway(path):
+    class Tired(Chain):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 4:
+                raise RuntimeError("tired")
+            return super().forward(x)
+
+    model = unusual(build(Tired))
+    model.calls = 3 if path == "auto" else 0
+    units = Units.of(model)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="tired"):
+        edit_curves(model, *batch(), rankings(units), units, "prune", path=path)
+    assert_untouched(model, before)
+
+
+def test_a_graph_of_the_caller_survives():
+    model = build(Chain)
+    units = Units.of(model)
+    (images, labels), ids = batch(), rankings(units)
+    loss = F.cross_entropy(model(images), labels)
+    edit_curves(model, images, labels, ids, units, path="in_place")
+    loss.backward()
+    assert model.one.weight.grad.abs().sum() > 0
+
+
+def test_images_are_not_marked():
+    model = build(Chain)
+    units = Units.of(model)
+    images, labels = batch()
+    edit_curves(model, images, labels, rankings(units), units, path="variants")
+    assert not vars(images)
+    assert not any(vars(p) for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [[0, 99999]]}, "unit 99999 is outside 0.."),
+        ({"ids": [[0, -1]]}, "unit -1 is outside"),
+        ({"ids": [[3, 1, 3]]}, "unit 3 is given twice"),
+        ({"ids": [[]]}, "no unit to edit"),
+        ({"ids": [0, 1]}, "expected \\(B, K\\)"),
+        ({"ids": [[0.0, 1.0]]}, "expected integers"),
+        ({"ids": [[0], [1]]}, "2 rows of ids"),
+        ({"edit": "erase"}, "unknown edit 'erase'"),
+        ({"path": "quick"}, "unknown path 'quick'"),
+        ({"loss": "mse"}, "unknown loss"),
+        ({"lr": 0.0}, "lr must be positive and finite, not 0.0"),
+        ({"lr": float("nan")}, "lr must be positive and finite"),
+        ({"norm": float("inf")}, "norm must be positive and finite"),
+        ({"labels": torch.tensor([5])}, "label 5 is outside 0..4 of this model"),
+        ({"labels": torch.tensor([-1])}, "label -1 is outside"),
+        ({"image_ids": [1, 2]}, "image_ids must be 1 different ids"),
+    ],
+)
+def test_errors_say_what_was_wrong(change, message):
+    model = build(Chain)
+    images, labels = batch(1)
+    arguments = {"images": images, "labels": labels, "ids": [[0, 1]], "units": Units.of(model)} | change
+    before = state(model)
+    for edit in ("finetune", "prune"):
+        with pytest.raises(ValueError, match=message):
+            edit_curves(model, **({"edit": edit} | arguments))
+    assert_untouched(model, before)
+
+
+def test_steps_belong_to_finetuning():
+    model = build(Chain)
+    units = Units.of(model)
+    for arguments in ({"edit": "finetune"}, {"edit": "prune", "steps": [torch.zeros(1)]}):
+        with pytest.raises(ValueError, match="steps go with"), edited(model, units, [0], **arguments):
+            pass
+    with (
+        pytest.raises(ValueError, match="1 steps for 2 units"),
+        edited(model, units, [0, 1], "finetune", [torch.zeros(1)]),
+    ):
+        pass
+
+
+# --------------------------------------------------------------------------------------------- summaries
+
+
+def made_up(methods=("z", "raw"), images=7, edits=3, seed=0):
+    rng = np.random.default_rng(seed)
+    index = pd.MultiIndex.from_product(
+        [methods, range(images), range(edits + 1)], names=["method", "image", "k"]
+    )
+    curves = index.to_frame(index=False)
+    for name in ("confidence_wrong", "confidence_true", "loss"):
+        curves[name] = rng.random(len(curves))
+    curves["corrected"] = rng.random(len(curves)) < 0.4
+    return curves.sample(frac=1, random_state=0).reset_index(drop=True)  # the order of rows must not matter
+
+
+def test_summary_by_hand():
+    curves = made_up()
+    table = summarize(curves).set_index(["method", "k"])
+    assert len(table) == 8
+    own = curves[curves["method"] == "raw"].sort_values(["k", "image"])
+    wrong = own["confidence_wrong"].to_numpy().reshape(4, 7)
+    change = wrong[2] - wrong[0]
+    row = table.loc[("raw", 2)]
+    assert row["n"] == 7
+    assert row["change_wrong"] == pytest.approx(change.mean())
+    low, high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
+    assert (row["change_wrong_low"], row["change_wrong_high"]) == pytest.approx((low, high))
+    corrected = own["corrected"].to_numpy().reshape(4, 7)[2]
+    share, z = corrected.mean(), stats.norm.ppf(0.975)
+    assert row["corrected"] == pytest.approx(share)
+    centre = (share + z**2 / 14) / (1 + z**2 / 7)
+    margin = z / (1 + z**2 / 7) * np.sqrt(share * (1 - share) / 7 + z**2 / (4 * 49))
+    assert (row["corrected_low"], row["corrected_high"]) == pytest.approx((centre - margin, centre + margin))
+    assert table.loc[("raw", 0), ["change_wrong", "change_true", "change_true_low"]].tolist() == [0, 0, 0]
+
+
+def test_summary_by_other_columns_and_of_one_method():
+    curves = made_up(("z",)).drop(columns="method")
+    assert summarize(curves)["k"].tolist() == sorted(curves["k"].unique())
+    two = pd.concat([curves.assign(domain="a", edit="x"), curves.assign(domain="b", edit="x")])
+    assert len(summarize(two, by=["domain", "edit"])) == 8
+    one = summarize(curves[curves["image"] == 0])
+    assert one["change_wrong"].notna().all()
+    assert one["change_wrong_low"].isna().all()
+
+
+def test_summary_refuses_what_it_cannot_tell_apart():
+    curves = made_up()
+    with pytest.raises(ValueError, match="two rows for"):
+        summarize(curves.drop(columns="method"))
+    with pytest.raises(ValueError, match="without a row k = 0"):
+        summarize(curves[curves["k"] > 0])
+    with pytest.raises(ValueError, match="no column 'domain'"):
+        summarize(curves, by="domain")
+
+
+def test_paired_difference_by_hand():
+    curves = made_up(images=12)
+    table = paired_difference(curves, "z", "raw", "confidence_wrong", resamples=999, seed=3)
+    sides = {
+        m: g.set_index(["k", "image"])["confidence_wrong"].sort_index().to_numpy().reshape(4, 12).T
+        for m, g in curves.groupby("method")
+    }
+    difference = sides["z"] - sides["raw"]
+    np.testing.assert_allclose(table["mean"], difference.mean(0))
+    assert table["n"].tolist() == [12] * 4
+    rng = np.random.default_rng(3)
+    means = np.array([difference[d].mean(0) for d in rng.integers(12, size=(999, 12))])
+    np.testing.assert_allclose(table["low"], np.quantile(means, 0.025, axis=0))
+    np.testing.assert_allclose(table["high"], np.quantile(means, 0.975, axis=0))
+    other = stats.bootstrap((difference[:, 1],), np.mean, method="percentile", rng=np.random.default_rng(0))
+    interval = other.confidence_interval
+    assert (table["low"][1], table["high"][1]) == pytest.approx((interval.low, interval.high), abs=0.05)
+    assert paired_difference(curves, "z", "z", "corrected")[["mean", "low", "high"]].eq(0).all().all()
+    # pairing pays: images that differ much, but equally under both methods, leave no uncertainty
+    shifted = pd.concat([curves.assign(method="a"), curves.assign(method="b", loss=curves["loss"] + 1)])
+    shifted = shifted[curves["method"].eq("z").reindex(shifted.index)]
+    exact = paired_difference(shifted, "b", "a", "loss")
+    np.testing.assert_allclose(exact[["mean", "low", "high"]], 1.0)
+
+
+def test_paired_difference_needs_the_same_images():
+    curves = made_up()
+    raw = curves["method"] == "raw"
+    with pytest.raises(ValueError, match="not on the same images: 1 in one only"):
+        paired_difference(curves[~(raw & (curves["image"] == 3))], "z", "raw")
+    with pytest.raises(ValueError, match="different numbers of edits"):
+        paired_difference(curves[~(raw & (curves["k"] == 3))], "z", "raw")
+    with pytest.raises(ValueError, match="missing for some image"):
+        paired_difference(curves[~(raw & (curves["k"] == 3) & (curves["image"] == 1))], "z", "raw")
+    with pytest.raises(ValueError, match="no rows with method = 'pot'"):
+        paired_difference(curves, "z", "pot")
+    with pytest.raises(ValueError, match="two rows for"):
+        paired_difference(pd.concat([curves, curves]), "z", "raw")
+
+
+def test_summaries_of_real_curves():
+    model = build(Chain)
+    units = Units.of(model)
+    images, labels = batch(4)
+    curves = pd.concat(
+        [
+            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, norm=0.1).assign(
+                method=name
+            )
+            for s, name in enumerate(["one", "two"])
+        ]
+    )
+    table = summarize(curves)
+    assert (table.groupby("method")["change_true"].last() > 0).all(), "steps down the loss must help"
+    assert len(paired_difference(curves, "one", "two")) == 9
+
+
+# --------------------------------------------------------------------------------------------- collateral
+
+
+@pytest.mark.parametrize("edit", ["prune", "finetune"])
+def test_collateral_by_brute_force(edit):
+    model = unusual(build(Chain))
+    units = Units.of(model)
+    (images, labels), ids = batch(2), rankings(units, 2, k=6)
+    guard, guard_labels = batch(20, seed=9)
+    with torch.no_grad():  # some right, some wrong
+        right = copy.deepcopy(model).eval()(guard).argmax(1)
+    guard_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
+    steps = unit_steps(model, images, labels, units, ids, norm=1.0) if edit == "finetune" else None
+    before = state(model)
+    table = collateral(
+        model,
+        units,
+        ids,
+        guard,
+        guard_labels,
+        edit,
+        steps,
+        k=5,
+        image_ids=["a", "b"],
+        batch_size=7,
+        progress=False,
+    )
+    assert_untouched(model, before)
+    assert table["image"].tolist() == ["a", "b"]
+    for q in range(2):
+        variant = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            old = variant(guard)
+            for n, unit in enumerate(ids[q, :5].tolist()):
+                view = units.view(variant, unit)
+                view.copy_(torch.zeros(()) if steps is None else view + steps[q][n])
+            new = variant(guard)
+        still = [int(new[i].argmax()) == int(guard_labels[i]) for i in range(20)]
+        kl = [stats.entropy(old[i].softmax(0).numpy(), new[i].softmax(0).numpy()) for i in range(13)]
+        row = table.iloc[q]
+        assert (row["k"], row["right"], row["wrong"], row["accuracy_before"]) == (5, 13, 7, 0.65)
+        assert row["accuracy_after"] == pytest.approx(np.mean(still))
+        assert row["still_right"] == pytest.approx(np.mean(still[:13]))
+        assert row["corrected"] == pytest.approx(np.mean(still[13:]))
+        assert row["kl_mean"] == pytest.approx(np.mean(kl), rel=1e-9)
+        assert row["kl_worst"] == pytest.approx(np.max(kl), rel=1e-9)
+        assert row["kl_worst"] > 0
+
+
+def test_collateral_without_right_or_wrong_images_is_nan():
+    model = build(Chain)
+    units = Units.of(model)
+    images, _ = batch(3)
+    with torch.no_grad():
+        right = model(images).argmax(1)
+    all_right = collateral(model, units, [[0]], images, right).iloc[0]
+    assert np.isnan(all_right["corrected"])
+    all_wrong = collateral(model, units, [[0]], images, (right + 1) % 5).iloc[0]
+    assert np.isnan(all_wrong[["still_right", "kl_mean", "kl_worst"]].astype(float)).all()
+
+
+def test_collateral_errors():
+    model = build(Chain)
+    units = Units.of(model)
+    images, labels = batch(2)
+    with pytest.raises(ValueError, match=r"k must be 1\.\.2"):
+        collateral(model, units, [[0, 1]], images, labels, k=3)
+    with pytest.raises(ValueError, match="steps of 1 images for ids of 2"):
+        collateral(model, units, [[0], [1]], images, labels, "finetune", [[torch.zeros(1)]])
+    with pytest.raises(ValueError, match="2 guard images and 1 labels"):
+        collateral(model, units, [[0]], images, labels[:1])
+    with pytest.raises(ValueError, match=r"outside 0\.\.4"):
+        collateral(model, units, [[0]], images, labels + 9)
+    with pytest.raises(ValueError, match="steps go with"):
+        collateral(model, units, [[0]], images, labels, "finetune")

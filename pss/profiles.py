@@ -203,13 +203,11 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
             if ids:
                 at = np.asarray(ids) - batch.start
                 try:
-                    rows[at], records[at] = compute(images, labels)
+                    rows[at], records[at], refused = _compute_good(compute, images, labels, manifest["n_units"])
                 except Exception as error:
                     error.add_note(f"this happened while profiling items {ids[0]} to {ids[-1]} of the data set")
                     raise
-                broken = at[~np.isfinite(rows[at]).all(axis=1) | ~np.isfinite(records["loss"][at])]
-                rows[broken], records[broken] = folder.empty_rows(len(broken), manifest["n_units"])
-                bad |= {batch.start + int(i): "its loss or its profile is NaN or infinite" for i in broken}
+                bad |= {ids[i]: reason for i, reason in refused.items()}
             for index, reason in bad.items():
                 if not skip:
                     raise ValueError(f"item {index} of the data set: {reason}; mend it, or pass on_error='skip'")
@@ -217,6 +215,29 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
                 folder.write_whole(path / f"skipped-{index}.txt", reason)
             writer.write(batch.start, rows, records)
             bar.update(len(rows))
+
+
+def _compute_good(compute, images, labels, units: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Compute a batch; where it is refused, find the images that are to blame, and compute the others."""
+    try:
+        rows, records = compute(images, labels)
+        refused = {int(i): "its profile is NaN or infinite" for i in np.flatnonzero(~np.isfinite(rows).all(axis=1))}
+        if refused:
+            rows[list(refused)], records[list(refused)] = folder.empty_rows(len(refused), units)
+        return rows, records, refused
+    except ValueError:
+        refused = {}
+        for i in range(len(images)):
+            try:
+                compute(images[i : i + 1], labels[i : i + 1])
+            except ValueError as error:
+                refused[i] = str(error)
+        if not refused or len(refused) == len(images) > 1:  # not the fault of an image
+            raise
+    rows, records = folder.empty_rows(len(images), units)
+    if good := [i for i in range(len(images)) if i not in refused]:
+        rows[good], records[good] = compute(images[good], labels[good])
+    return rows, records, refused
 
 
 def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.ndarray, np.ndarray]:

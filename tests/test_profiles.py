@@ -208,10 +208,18 @@ def test_profile_that_is_not_finite(tmp_path):
 
     model, data = nn.Sequential(nn.Conv2d(3, 4, 8), Square(), nn.Flatten()), make_data(6)
     data.tensors[0][3] *= 1e30  # finite, but not its square
-    with pytest.raises(ValueError, match="item 3 of the data set: its loss or its profile is NaN"):
+    with pytest.raises(ValueError, match="item 3 of the data set: the loss is not finite"):
         run(tmp_path / "a", model, data)
     store = run(tmp_path / "b", model, data, on_error="skip")
     assert list(store.skipped) == [3] and np.isfinite(store.profiles[store.finished]).all()
+    assert list(run(tmp_path / "e", model, data, on_error="skip", batch_size=1).skipped) == [3]
+    data.tensors[0][3], data.tensors[1][3] = 1, 9
+    with pytest.raises(ValueError, match=r"item 3 of the data set: label 9 is outside 0\.\.3 of this model"):
+        run(tmp_path / "c", model, data)
+    data.tensors[1][:] = 9  # then it is not the fault of one image
+    with pytest.raises(ValueError, match=r"^label 9 is outside 0\.\.3 of this model") as caught:
+        run(tmp_path / "d", model, data, on_error="skip")
+    assert caught.value.__notes__ == ["this happened while profiling items 0 to 3 of the data set"]
 
 
 def test_what_cannot_be_profiled(tmp_path):

@@ -278,9 +278,9 @@ def choose_batch_size(model: nn.Module, image: Tensor) -> int:
         return tensor
 
     dtype = next(model.parameters()).dtype
-    image = image[None].to(dtype if image.is_floating_point() else None).detach()
+    image = image.detach()[None].clone()  # a view would count the whole data set that it is a view of
     if image.is_floating_point():
-        image.requires_grad_()
+        image = image.to(dtype).requires_grad_()
     with undisturbed(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         outputs = model(image)
         for parameter in model.parameters():

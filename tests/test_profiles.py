@@ -163,6 +163,7 @@ def test_batch_size_that_fits():
     conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert choose_batch_size(model, torch.zeros(3, PIXELS, PIXELS)) == 256
     assert choose_batch_size(conv, torch.zeros(3, 224, 224)) == 8
+    assert choose_batch_size(conv, torch.zeros(1000, 3, 224, 224)[0]) == 8  # a view of many
     assert choose_batch_size(conv, torch.zeros(3, 448, 448)) == 2
     assert choose_batch_size(Big(), torch.zeros(3, 224, 224)) == 5
     assert choose_batch_size(nn.Sequential(nn.Linear(7, 3)), torch.zeros(7)) == 256

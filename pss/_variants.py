@@ -31,6 +31,14 @@ class NotCarried(RuntimeError):
     """The model does something with its edited parameters or its batch that the growing batch cannot follow."""
 
 
+class Unseen(NotCarried):
+    """Edited parameters that no torch function was seen to use: idle, or used out of sight."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        super().__init__(f"{len(parameters)} of the edited parameters were not seen in the forward pass")
+        self.parameters = parameters
+
+
 @dataclass(frozen=True)
 class Change:
     """Change of some filters of one weight, in the variants of one image from ``k`` on.
@@ -52,15 +60,17 @@ def forward(
     Raises
     ------
     NotCarried
-        If an edited parameter is used by anything but a convolution or linear call (or not at all), or the rows of
-        the batch are rearranged before an edited layer.
+        If an edited parameter is used by anything but a convolution or linear call, or the rows of the batch are
+        rearranged before an edited layer.
+    Unseen
+        If an edited parameter is not used by any torch function.
     """
     with _Carry(len(images), changes, variants) as carry:
         outputs = model(carry.start(images))
     if not isinstance(outputs, Tensor) or carry.rows_of(outputs) is None:
         raise NotCarried("the model's output is not a tensor made from its input by torch functions")
-    if unseen := set(carry.changes) - carry.seen:
-        raise NotCarried(f"{len(unseen)} of the edited parameters took no part in the forward pass")
+    if unseen := [parameter for parameter in changes if id(parameter) not in carry.seen]:
+        raise Unseen(unseen)
     every = np.arange(len(images) * variants)
     return carry.expand(outputs, every).unflatten(0, (len(images), variants))
 
@@ -145,6 +155,8 @@ class _Carry(TorchFunctionMode):
             )
         self.seen.add(edited[0])
         changes = self.changes[edited[0]]
+        if changes[0].step.requires_grad and not torch.is_grad_enabled():
+            raise NotCarried("an edited layer inside an autograd function of the model's own")
         rows = np.union1d(have, [c.image * self.variants + c.k for c in changes])
         output = self.expand(self._mark(output, have), rows)
 

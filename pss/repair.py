@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pss import _variants
 from pss.gradients import Loss, get_loss, undisturbed
@@ -71,9 +71,8 @@ def edited(
         raise ValueError(
             f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them"
         )
-    with undisturbed(model), _undone(model, units, ids) as views:
-        for i, view in enumerate(views):
-            _apply(view, None if steps is None else steps[i])
+    with undisturbed(model), _undone(_views(model, units, ids)) as views:
+        _add(views, [-view for view in views] if steps is None else steps)
         yield model
 
 
@@ -115,13 +114,13 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``norm`` is not positive.
     """
     ids = _check_ids(ids, units, dims=2)
-    task = _Task(model, units, "finetune", lr, norm, loss, path)
+    _check_lengths(lr, norm)
     _check_batch(images, labels, ids)
-    result = []
+    runner, result = _Runner(model, units, loss, path), []
     with undisturbed(model):
         for part in _chunks(images, 1):
-            result += task.steps(images[part], labels[part], ids[part])
-    return result
+            result += runner.gradients(images[part], labels[part], ids[part])
+    return [[_step(g, lr, norm) for g in own] for own in result]
 
 
 def edit_curve(
@@ -208,149 +207,142 @@ def edit_curves(
         is unknown, or ``lr`` or ``norm`` is not positive and finite.
     """
     ids = _check_ids(ids, units, dims=2)
-    task = _Task(model, units, edit, lr, norm, loss, path)
+    _check_edit(edit)
+    _check_lengths(lr, norm)
     _check_batch(images, labels, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
-    frames = []
+    runner, frames = _Runner(model, units, loss, path), []
     with undisturbed(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         for part in _chunks(images, ids.shape[1] + 1):
-            logits = task.logits(images[part], labels[part], ids[part])
-            frames.append(_records(logits, labels[part], ids[part], image_ids[part], task.loss))
-            bar.update(len(logits))
+            x, y, own = images[part], labels[part], ids[part]
+            if edit == "prune":
+                steps = [[-view for view in _views(model, units, i)] for i in own]
+            else:
+                steps = [[_step(g, lr, norm) for g in gs] for gs in runner.gradients(x, y, own)]
+            logits = runner.logits(x, own, steps)
+            _check_labels(y, logits)
+            frames.append(_records(logits, y, own, image_ids[part], runner.loss))
+            bar.update(len(x))
     return pd.concat(frames, ignore_index=True)
 
 
-class _Task:
-    """The choices of one call, and the two paths to its numbers; settles on ``in_place`` when the other fails."""
+class _Runner:
+    """The two paths to gradients and logits of several images; settles on ``in_place`` where the other fails."""
 
-    def __init__(
-        self, model: nn.Module, units: Units, edit: Edit, lr: float, norm: float | None, loss: Any, path: str
-    ):
-        _check_edit(edit)
+    def __init__(self, model: nn.Module, units: Units, loss: str | Loss, path: str):
         if path not in ("auto", "variants", "in_place"):
             raise ValueError(f"unknown path {path!r}: expected 'auto', 'variants' or 'in_place'")
-        for name, value in (("lr", lr), ("norm", norm)):
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, not {value}")
-        self.model, self.units, self.edit, self.lr, self.norm = model, units, edit, lr, norm
-        self.loss, self.path, self.checked = get_loss(loss), path, False
+        self.model, self.units, self.loss, self.path = model, units, get_loss(loss), path
+        self.trusted = False  # the growing batch was compared with the model edited in place
+        self.idle: set[nn.Parameter] = set()  # parameters that take no part, as of an auxiliary head
 
-    def _choose(self, fast: Any, slow: Any) -> Any:
+    def gradients(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
+        """Gradient of each image's loss to its own units."""
+        return self._choose(
+            lambda: self._gradients_together(images, labels, ids),
+            lambda: self._gradients_alone(images, labels, ids),
+            images[:1],
+        )
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
+        """Logits after the first k steps, for every k, shape (B, K + 1, C)."""
+        return self._choose(
+            lambda: self._logits_together(images, ids, steps),
+            lambda: self._logits_alone(images, ids, steps),
+            images[:1],
+        )
+
+    def _choose(self, together: Any, alone: Any, image: Tensor) -> Any:
         if self.path == "in_place":
-            return slow()
+            return alone()
         try:
-            return fast()
+            return together()
         except (
             Exception
-        ) as error:  # whatever the model raises in the growing batch; a real fault comes again below
-            if self.path == "variants" or isinstance(error, torch.OutOfMemoryError):
+        ) as error:  # whatever the model raises on a batch that grows: a real fault comes again
+            if isinstance(error, _variants.Unseen) and self._take_no_part(error.parameters, image):
+                self.idle.update(error.parameters)
+                return self._choose(together, alone, image)
+            if self.path == "variants":
                 raise
             log.info("edits one at a time, in place, because: %s", error)
             self.path = "in_place"
-        return slow()
+        return alone()
 
-    def steps(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """Steps of each image's units; None for pruning on the in-place path."""
-        gradients = self._choose(
-            lambda: self._gradients_together(images, labels, ids),
-            lambda: self._gradients_alone(images, labels, ids),
-        )
-        return [[self._step(g) for g in own] for own in gradients]
-
-    def logits(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> Tensor:
-        """Logits of every variant, shape (B, K + 1, C)."""
-        if self.edit == "finetune":
-            steps = self.steps(images, labels, ids)
-        else:
-            steps = [[-self.units.view(self.model, u).detach() for u in own] for own in ids]
-        with torch.no_grad():
-            logits = self._choose(
-                lambda: self._logits_together(images, ids, steps),
-                lambda: self._logits_alone(images, ids, steps),
-            )
-        _check_labels(labels, logits[:, 0])
-        return logits
-
-    def _step(self, gradient: Tensor) -> Tensor:
-        if self.norm is None:
-            return -self.lr * gradient
-        # Scaled by the largest entry first: squares of 1e-25 are zero in float32.
-        largest = gradient.abs().amax()
-        scaled = gradient / torch.where(largest > 0, largest, 1)
-        length = scaled.norm()
-        return scaled * (-self.norm / torch.where(length > 0, length, 1))
+    @torch.no_grad()
+    def _take_no_part(self, parameters: list[nn.Parameter], image: Tensor) -> bool:
+        """Whether the output stays bit-identical when these parameters change."""
+        before = self.model(image)
+        with _undone([p.data for p in parameters]) as values:
+            for value in values:
+                value.add_(1)
+            return torch.equal(before, self.model(image))
 
     def _changes(self, ids: np.ndarray, steps: list[list[Tensor]], cumulative: bool) -> dict:
-        """Changes by parameter, edit k of an image being made from its variant k on."""
+        """Changes by parameter. ``cumulative``: edit k is made from variant k on, otherwise from the start."""
         changes: dict[nn.Parameter, list] = {}
         for image, own in enumerate(ids):
-            for k, unit in enumerate(own):
+            for k, unit in enumerate(own, start=1):
                 number, j = self.units.locate(unit)
                 layer = self.units.layers[number]
                 if layer.dim != 0 or layer.groups != 1:
-                    raise _variants.NotCarried(
-                        "units that are not slices along the first dimension of their weight"
-                    )
-                change = _variants.Change(
-                    image, cumulative * (k + 1), layer.offset + j * layer.rows, steps[image][k]
-                )
-                changes.setdefault(self.model.get_parameter(layer.parameter), []).append(change)
+                    raise _variants.NotCarried("units do not lie along the first dimension of their weight")
+                parameter = self.model.get_parameter(layer.parameter)
+                start = layer.offset + j * layer.rows
+                if parameter not in self.idle:
+                    change = _variants.Change(image, k if cumulative else 0, start, steps[image][k - 1])
+                    changes.setdefault(parameter, []).append(change)
         return changes
 
     def _gradients_together(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """Gradient of each image to its own units: to changes of them that are zero."""
-        changes = [[torch.zeros_like(self.units.view(self.model, u).detach()) for u in own] for own in ids]
-        flat = [change.requires_grad_() for own in changes for change in own]
+        """Gradients to changes of each image's units that are zero: no gradient of a whole weight is formed."""
+        zeros = [[torch.zeros_like(v).requires_grad_() for v in self._views(own)] for own in ids]
+        flat = [zero for own in zeros for zero in own]
         with undisturbed(self.model), torch.enable_grad():
             self.model.requires_grad_(False)
-            outputs = _variants.forward(self.model, images, self._changes(ids, changes, cumulative=False), 1)[
+            outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[
                 :, 0
             ]
-            _check_labels(labels, outputs)
-            gradients = iter(torch.autograd.grad(self.loss(outputs, labels).sum(), flat))
+            found = self._differentiate(outputs, labels, flat)
+        gradients = iter(found)
         return [[next(gradients) for _ in own] for own in ids]
 
     def _gradients_alone(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """The same, one image at a time, cut out of the gradients of whole parameters."""
+        """One image at a time, the units' part of the gradients of whole parameters."""
         result = []
         for image, label, own in zip(images, labels, ids, strict=True):
-            places = [(self.units.layers[n], j) for n, j in map(self.units.locate, own)]
+            places = [(self.units.layers[number], j) for number, j in map(self.units.locate, own)]
             names = list(dict.fromkeys(layer.parameter for layer, _ in places))
             with undisturbed(self.model), torch.enable_grad():
                 self.model.requires_grad_(False)
                 parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
-                outputs = self.model(image[None])
-                _check_labels(label[None], outputs)
-                loss = self.loss(outputs, label[None]).sum()
-                # An image whose units all take no part has a loss without gradient, and steps of zero.
-                found = (
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
-                    if loss.requires_grad
-                    else [None] * 99
-                )
-            gradient = {
-                name: torch.zeros_like(p) if g is None else g
-                for name, p, g in zip(names, parameters, found, strict=False)
-            }
-            result.append([gradient[layer.parameter][layer.index(j)].detach().clone() for layer, j in places])
+                found = self._differentiate(self.model(image[None]), label[None], parameters)
+            gradients = dict(zip(names, found, strict=True))
+            result.append([gradients[layer.parameter][layer.index(j)].clone() for layer, j in places])
         return result
+
+    def _differentiate(self, outputs: Tensor, labels: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Gradients of the summed loss: zero for what takes no part in it, all of them if need be."""
+        _check_labels(labels, outputs)
+        loss = self.loss(outputs, labels).sum()
+        if not loss.requires_grad:
+            return [torch.zeros_like(i) for i in inputs]
+        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
     def _logits_together(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         changes = self._changes(ids, steps, cumulative=True)
         logits = _variants.forward(self.model, images, changes, ids.shape[1] + 1)
-        if not self.checked:  # one run in place tells whether this model can be trusted to the growing batch
-            with _undone(self.model, self.units, ids[0]) as views:
-                for view, step in zip(views, steps[0], strict=True):
-                    _apply(view, None if self.edit == "prune" else step)
+        if not self.trusted:  # compare one variant with all edits
+            with _undone(self._views(ids[0])) as views:
+                _add(views, steps[0])
                 expected = self.model(images[:1])[0]
-            slack = 300 * torch.finfo(logits.dtype).eps
-            if not torch.allclose(logits[0, -1], expected, rtol=0, atol=slack * float(expected.abs().max())):
-                raise _variants.NotCarried(
-                    "the model edited in place says something else: its rows are not independent"
-                )
-            self.checked = True
+            slack = 300 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
+            if not torch.allclose(logits[0, -1], expected, rtol=0, atol=slack):
+                raise _variants.NotCarried("edited in place the model says something else: its rows interact")
+            self.trusted = True
             log.info("all edits of up to %d images in one pass", len(images))
         return logits
 
@@ -358,19 +350,26 @@ class _Task:
         result = []
         for image, own, own_steps in zip(images, ids, steps, strict=True):
             rows = [self.model(image[None])[0]]
-            with _undone(self.model, self.units, own) as views:
+            with _undone(self._views(own)) as views:
                 for view, step in zip(views, own_steps, strict=True):
-                    _apply(view, None if self.edit == "prune" else step)
+                    _add([view], [step])
                     rows.append(self.model(image[None])[0])
             result.append(torch.stack(rows))
         return torch.stack(result)
 
+    def _views(self, ids: np.ndarray) -> list[Tensor]:
+        return _views(self.model, self.units, ids)
+
+
+def _views(model: nn.Module, units: Units, ids: np.ndarray) -> list[Tensor]:
+    """The units' weights, to be edited through."""
+    # .data: an edit that is undone must not make autograd refuse a graph that the caller holds.
+    return [units.view(model, u).data for u in ids]
+
 
 @contextmanager
-def _undone(model: nn.Module, units: Units, ids: Ids) -> Iterator[list[Tensor]]:
-    """Views of the units, whose values are copied back on leaving."""
-    # .data: an edit that is undone must not make autograd refuse a graph that the caller holds.
-    views = [units.view(model, u).data for u in ids]
+def _undone(views: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Copy the values of the views back on leaving."""
     saved = [view.clone() for view in views]
     try:
         yield views
@@ -379,14 +378,23 @@ def _undone(model: nn.Module, units: Units, ids: Ids) -> Iterator[list[Tensor]]:
             view.copy_(values)
 
 
-def _apply(view: Tensor, step: Tensor | None) -> None:
-    """Edit a unit through a view of it: zero without a step."""
-    if step is None:
-        view.zero_()
-    elif step.shape != view.shape:
-        raise ValueError(f"a step of shape {tuple(step.shape)} for a unit of shape {tuple(view.shape)}")
-    else:
+def _add(views: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Add to each unit its step."""
+    for view, step in zip(views, steps, strict=True):
+        if step.shape != view.shape:
+            raise ValueError(f"a step of shape {tuple(step.shape)} for a unit of shape {tuple(view.shape)}")
         view.add_(step)
+
+
+def _step(gradient: Tensor, lr: float, norm: float | None) -> Tensor:
+    """The fine-tuning step of one unit."""
+    if norm is None:
+        return -lr * gradient
+    # Scaled by the largest entry first: squares of 1e-25 are zero in float32.
+    largest = gradient.abs().amax()
+    scaled = gradient / torch.where(largest > 0, largest, 1)
+    length = scaled.norm()
+    return scaled * (-norm / torch.where(length > 0, length, 1))
 
 
 def _records(
@@ -394,6 +402,7 @@ def _records(
 ) -> pd.DataFrame:
     """Tidy rows of the logits (B, K + 1, C)."""
     count, variants, _ = logits.shape
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # NumPy has no bfloat16
     probabilities = logits.softmax(dim=2)
     predicted = logits.argmax(dim=2)
     label, before = labels[:, None].expand(-1, variants), predicted[:, :1].expand(-1, variants)
@@ -662,6 +671,12 @@ def _check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
 def _check_edit(edit: str) -> None:
     if edit not in ("finetune", "prune"):
         raise ValueError(f"unknown edit {edit!r}: expected 'finetune' or 'prune'")
+
+
+def _check_lengths(lr: float, norm: float | None) -> None:
+    for name, value in (("lr", lr), ("norm", norm)):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
 def _check_batch(images: Tensor, labels: Tensor, ids: np.ndarray) -> None:

@@ -120,6 +120,8 @@ def profile_dataset(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"unknown on_error {on_error!r}: expected 'raise' or 'skip'")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1, or None for one that fits")
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise ValueError("the data set has no items (or no length): expected a map-style data set of (image, label)")
     units = units or Units.of(model)

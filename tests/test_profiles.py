@@ -1,5 +1,6 @@
 """One pass over a data set: equal to `profile`, whole after every kill, shared by ranks, refused if it does not fit."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -229,6 +230,7 @@ def test_what_cannot_be_profiled(tmp_path):
         ({"data": shapes}, ValueError, "images differ in shape"),
         ({"data": [("a.png", 0)]}, ValueError, "none of the 1 images can be read"),
         ({"data": []}, ValueError, "the data set has no items"),
+        ({"batch_size": 0}, ValueError, "batch_size 0 must be at least 1"),
         ({"on_error": "ignore"}, ValueError, "unknown on_error 'ignore'"),
         ({"device": "meta"}, ValueError, "the model is on cpu, but device is meta"),
         ({"model": nn.Flatten()}, ValueError, "no unit of kind|no parameters"),
@@ -428,6 +430,25 @@ def test_interrupted(tmp_path):
         run(tmp_path, data=Interrupted())
     run(tmp_path, data=Faulty(bad=range(8)))  # two batches were kept
     assert len(ProfileStore.open(tmp_path)) == N
+
+
+def test_disk_that_fills_up(tmp_path, monkeypatch):
+    whole, real = contents(run(tmp_path / "whole").path), os.fsync
+    left = iter(range(9))  # synchronizations until the disk is full: within the rows, or within the records
+
+    def full(file):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            run(tmp_path / "part")
+    with pytest.raises(ValueError, match="not finished"):
+        ProfileStore.open(tmp_path / "part")
+    run(tmp_path / "part")
+    assert contents(tmp_path / "part") == whole
 
 
 # --- command line and ranks -------------------------------------------------------------------------------------------

@@ -251,10 +251,16 @@ class Writer:
         records["checksum"] = _checksums(rows, records)
         for file, offset, stride, values in zip(self.files, self.offsets, self.strides, (rows, records), strict=True):
             data = memoryview(values.tobytes())
-            file.seek(offset + start * stride)
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
+            try:
+                file.seek(offset + start * stride)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                error.add_note(
+                    f"while writing {file.name}: the rows before are kept, call again when it can be written"
+                )
+                raise
 
 
 def _checksums(rows: np.ndarray, records: np.ndarray) -> np.ndarray:
@@ -291,7 +297,7 @@ def begin(path: Path, manifest: dict) -> None:
     n, count = manifest["samples"], manifest["n_units"]
     needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(path).free
     if needed > free:
-        what = f"{n} profiles of {count} units need {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free at"
+        what = f"{n} profiles of {count} units need {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free at"
         raise OSError(errno.ENOSPC, what, str(path))
     write_manifest(path, {**manifest, "complete": False, "skipped": {}})
 

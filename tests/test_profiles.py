@@ -317,7 +317,7 @@ def test_folder_of_other_files_is_left_alone(tmp_path):
 def test_disk_too_small(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"26 profiles of 9 units need 0.00 GB, but 0.00 GB are free"):
+    with pytest.raises(OSError, match=r"26 profiles of 9 units need 0.0 MB, but 0.0 MB are free"):
         run(tmp_path / "a")
     assert contents(tmp_path / "a") == {}
 
@@ -443,8 +443,9 @@ def test_disk_that_fills_up(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match="No space left on device") as caught:
             run(tmp_path / "part")
+    assert "the rows before are kept" in caught.value.__notes__[0]
     with pytest.raises(ValueError, match="not finished"):
         ProfileStore.open(tmp_path / "part")
     run(tmp_path / "part")

@@ -1,0 +1,297 @@
+r"""Input-space saliency: which pixels drive the parameters that are to blame.
+
+The first paper (Levin et al. 2022, section 2.2) asks how the image would have to change for its most salient units to
+stand out even more. With :math:`\hat s(x)` the standardized saliency profile of the image, and :math:`\hat s'` the same
+profile with its :math:`k` most salient units boosted by a factor, the map is
+
+.. math:: M = |\nabla_x \cos(\hat s(x), \hat s')|.
+
+The profile is itself made of gradients, so this differentiates twice: once to the weights, then back to the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pss.gradients import Loss, get_loss, profile, undisturbed
+from pss.ranking import rank
+from pss.reference import Reference
+from pss.units import Units
+
+METHODS = ("zscore", "abs_zscore", "pot", "exponential", "raw")
+ORDERS = ("absolute_first", "published", "gradient")
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+def cosine(profiles: Tensor, boosted: Tensor) -> Tensor:
+    """Cosine similarity of rows, (B, U) and (B, U) to (B,), of whatever size: raw saliencies may be 1e-12."""
+    scaled = [
+        rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        for rows in (profiles, boosted)
+    ]
+    return F.cosine_similarity(*scaled, dim=1)
+
+
+def input_saliency(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | int,
+    units: Units,
+    reference: Reference | None = None,
+    k: int = 10,
+    boost: float = 100.0,
+    method: str = "zscore",
+    *,
+    ids: Tensor | None = None,
+    random: bool = False,
+    noise_iters: int = 1,
+    noise_share: float = 0.0,
+    generator: torch.Generator | int = 0,
+    signed: bool = False,
+    loss: str | Loss = "cross_entropy",
+    order: str = "absolute_first",
+    similarity: Similarity = cosine,
+) -> Tensor:
+    r"""Map of the pixels that drive the most salient units of an image.
+
+    .. math:: M_{hw} = \max_c |\partial \cos(\hat s(x), \hat s') / \partial x_{chw}|
+
+    where :math:`\hat s'` is a constant, as in the first paper's program: the profile of this very image, detached, with
+    the boosted units multiplied. Only :math:`\hat s(x)` is differentiated. At a boost of 1 the map is zero.
+
+    Parameters
+    ----------
+    model : nn.Module
+    images : Tensor, shape (B, C, H, W) or (C, H, W)
+    labels : Tensor of int, shape (B,); for one image also an int
+        The true classes.
+    units : Units
+    reference : Reference, optional
+        Made with the same units, loss and sign. Only ``method="raw"`` goes without.
+    k : int
+        Number of units to boost.
+    boost : float
+        Factor that they are multiplied by; the paper takes 10 and 100.
+    method : {"zscore", "abs_zscore", "pot", "exponential", "raw"}
+        How the profile is standardized, and which units are the most salient (as in `pss.rank`). With ``pot`` and
+        ``exponential`` :math:`-\log P(\bar S_k \ge \bar s_k)` is differentiated: above the threshold its slope is
+        :math:`1/(\beta + \xi(\bar s - u))`, below it that of the line between two reference quantiles, over the
+        probability. A bounded tail (:math:`\xi < 0`) has no finite value beyond its end and is taken as exponential.
+    ids : Tensor of int, shape (k,) or (B, k), optional
+        Boost these units instead of the k most salient.
+    random : bool
+        Boost k random units instead (the first paper's ``compare_random``); dead units come last.
+    noise_iters, noise_share : int, float
+        Average the gradient over this many copies :math:`(1 - a) x + a \epsilon` with :math:`a` the share and standard
+        normal :math:`\epsilon`; each copy has its own profile and its own most salient units.
+    generator : torch.Generator or int
+        Source of the noise and of the random units, or its seed.
+    signed : bool
+        Profile of mean gradients instead of mean absolute gradients; the reference must be of such profiles.
+    loss : str or callable
+        Of the parameter saliency, as in `pss.profile`.
+    order : {"absolute_first", "published", "gradient"}
+        Absolute value, then maximum over channels; or the first paper's program, the other way round, whose map is
+        another one when the similarity is negated; or the gradient itself, with its channels. See `channel_map`.
+    similarity : callable
+        ``(profiles (1, U), boosted (1, U)) -> (1,)``; by default the cosine.
+
+    Returns
+    -------
+    Tensor, shape (B, H, W) or (H, W); with ``order="gradient"`` that of the images
+        The raw map. `render_map` prepares it for display.
+
+    Raises
+    ------
+    ValueError
+        If an option, the images, labels, units or the reference are not what is described here, or if the map is not
+        finite.
+    RuntimeError
+        From PyTorch, if an operation of the model cannot be differentiated twice.
+
+    References
+    ----------
+    Levin et al. 2022, arXiv 2108.01335, section 2.2. The tail probability: Wang and Sato 2023, arXiv 2310.17951.
+    """
+    images, labels, single = _as_batch(images, labels)
+    _check_options(boost, method, reference, ids, random, noise_iters, noise_share, order)
+    ids = None if ids is None else _check_ids(ids, len(images), units)
+    generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+    loss = get_loss(loss)
+
+    def alike(saliency: Tensor, boosted_ids: Tensor) -> Tensor:
+        standard = standardize(saliency, reference, method)
+        boosted = standard.detach().clone()
+        boosted[:, boosted_ids] *= boost
+        return similarity(standard, boosted).sum()
+
+    total, chosen_by = 0.0, "random" if random else method
+    with _twice_differentiable(model, units, images):
+        labels = labels.clone()
+        for _ in range(noise_iters):
+            noisy = _with_noise(images, noise_share, generator)
+            profiles = profile(model, noisy, labels, units, loss, signed)  # also checks what it is given
+            top = ids if ids is not None else rank(profiles, reference, chosen_by, k, generator=generator)
+            gradients = []
+            for image, label, of_image in zip(noisy.split(1), labels.split(1), top, strict=True):
+                image = image.clone().requires_grad_()
+                saliency = _profile(model, image, label, units, loss, signed)
+                gradients.append(_gradient(alike(saliency, of_image), image))
+            total = total + torch.cat(gradients)
+    maps = channel_map(total / noise_iters, order)
+    if not torch.isfinite(maps).all():
+        raise ValueError(f"a map is not finite: second derivatives overflow {maps.dtype}; try model.double()")
+    return maps[0] if single else maps
+
+
+def channel_map(gradient: Tensor, order: str = "absolute_first") -> Tensor:
+    """One number a pixel from the gradient to its channels, (B, C, H, W) to (B, H, W).
+
+    ``absolute_first``: the largest absolute value, which does not depend on the sign of what was differentiated;
+    ``published``: the absolute value of the largest, which does; ``gradient``: as it is, (B, C, H, W).
+    """
+    _check_known("order", order, ORDERS)
+    if order == "gradient":
+        return gradient
+    return gradient.abs().amax(dim=1) if order == "absolute_first" else gradient.amax(dim=1).abs()
+
+
+def standardize(profiles: Tensor, reference: Reference | None, method: str = "zscore") -> Tensor:
+    """Standardized profiles that can be differentiated, float64 (B, U); see `input_saliency` for the methods."""
+    profiles = profiles.double()
+    if method == "raw":
+        return profiles
+    if method in ("zscore", "abs_zscore"):
+        return getattr(reference, method)(profiles)
+    if reference.threshold is not None:
+        reference = replace(reference, fitted=reference.fitted & (reference.xi >= 0))
+    return -reference._tail(profiles, "gpd" if method == "pot" else "exponential", _log_tail)
+
+
+def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8) -> Tensor:
+    """Prepare raw maps for display on a fixed scale from 0 to 1.
+
+    Each map is clipped to two of its percentiles, stretched to 0..1 and blurred, as in the first paper's program.
+
+    Parameters
+    ----------
+    raw : Tensor, shape (B, H, W) or (H, W)
+    low, high : float
+        Percentiles.
+    blur : float
+        Standard deviation of a Gaussian, in pixels; 0 for none. That of the program is 3 pixels across, so 0.8.
+
+    Returns
+    -------
+    Tensor, as ``raw``
+        A map of one value throughout becomes zero.
+    """
+    if not 0 <= low < high <= 100:
+        raise ValueError(f"percentiles {low} and {high}: expected 0 <= low < high <= 100, as 90 and 99")
+    if raw.dim() not in (2, 3):
+        raise ValueError(f"raw maps are {tuple(raw.shape)}: expected (B, H, W) or (H, W), from input_saliency")
+    maps = raw.detach().cpu().numpy()
+    start, stop = np.percentile(maps, [low, high], axis=(-2, -1), keepdims=True)
+    maps = (maps.clip(start, stop) - start) / np.where(stop > start, stop - start, 1)
+    width = blur * np.array([0, 1, 1][-maps.ndim :])
+    return torch.from_numpy(gaussian_filter(maps, width, mode="mirror")).to(raw)
+
+
+@contextmanager
+def _twice_differentiable(model: nn.Module, units: Units, images: Tensor) -> Iterator[None]:
+    """Gradients on, to the parameters of the units only; the model is left undisturbed.
+
+    Fused attention kernels can be differentiated once only, PyTorch's plain one as often as wanted.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), undisturbed(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for layer in units.layers:
+            model.get_parameter(layer.parameter).requires_grad_(True)
+        with torch.autocast(images.device.type, enabled=False):
+            yield
+
+
+def _profile(model: nn.Module, image: Tensor, label: Tensor, units: Units, loss: Loss, signed: bool) -> Tensor:
+    """Profile of one image, (1, U), as a function of the image that can be differentiated."""
+    parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
+    value = loss(model(image), label).sum()
+    gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
+    whole = {
+        name: (torch.zeros_like(parameter) if gradient is None else gradient)[None]
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+    return units.reduce(whole if signed else {name: gradient.abs() for name, gradient in whole.items()})
+
+
+def _gradient(value: Tensor, image: Tensor) -> Tensor:
+    """Gradient to the image; zero where the value does not depend on it."""
+    gradient = torch.autograd.grad(value, image, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(image) if gradient is None else gradient
+
+
+def _log_tail(excess: Tensor, xi: Tensor, scale: Tensor, mass: Tensor) -> Tensor:
+    """Log P above the threshold for xi >= 0, without the 0/0 that would make a derivative NaN at xi = 0."""
+    z, heavy = excess / scale, xi > 0
+    safe = torch.where(heavy, xi, 1.0)
+    return mass.log() - torch.where(heavy, torch.log1p(safe * z) / safe, z)
+
+
+def _with_noise(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Copies of the images with some noise, (1 - share) x + share * noise."""
+    if share == 0:
+        return images.detach().clone()
+    noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=generator.device)
+    return (1 - share) * images.detach() + share * noise.to(images.device)
+
+
+def _as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor, bool]:
+    if not isinstance(images, Tensor) or images.dim() not in (3, 4):
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images are {shape}: expected a tensor (B, C, H, W), or one image (C, H, W)")
+    labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device=images.device)
+    if images.dim() == 4:
+        return images, labels, False
+    if labels.numel() != 1:
+        raise ValueError(f"labels are {tuple(labels.shape)} for one image: expected one label")
+    return images[None], labels.reshape(1), True
+
+
+def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def _check_options(boost, method, reference, ids, random, noise_iters, noise_share, order) -> None:
+    _check_known("method", method, METHODS)
+    _check_known("order", order, ORDERS)
+    if reference is None and method != "raw":
+        raise ValueError(f"method {method!r} needs a reference: pss.Reference.fit(profiles of a validation set)")
+    if not boost > 0:
+        raise ValueError(f"boost = {boost}: expected a positive factor, as 10 or 100")
+    if ids is not None and random:
+        raise ValueError("ids= and random=True both say which units to boost: give one of them")
+    if noise_iters < 1 or not 0 <= noise_share <= 1:
+        raise ValueError(
+            f"noise_iters = {noise_iters}, noise_share = {noise_share}: expected at least 1, and a share in 0..1"
+        )
+
+
+def _check_ids(ids: Tensor, images: int, units: Units) -> Tensor:
+    """Unit ids of every image, (B, k)."""
+    ids = torch.as_tensor(ids)
+    ids = ids.expand(images, -1) if ids.dim() == 1 else ids
+    if ids.dim() != 2 or len(ids) != images or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: expected ints of shape (k,) or ({images}, k)")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < len(units):
+        raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}: expected 0..{len(units) - 1}")
+    return ids

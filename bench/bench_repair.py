@@ -64,7 +64,9 @@ def calibrated(name: str, size: int, seed: int = 0) -> nn.Module:
 def run(
     repeats: int = 5, edits: int = 25, threads: int | None = None, settings: tuple = SETTINGS
 ) -> pd.DataFrame:
-    """Median seconds per image of both, their ratio, and the largest difference of the true class's log-confidence over the range of the logits.
+    """Median seconds per image of both, their ratio, and their largest difference.
+
+    The difference is of the true class's log-confidence, over the range of the logits.
 
     ``random`` units are spread over the network as its filters are; ``last`` are of the last stage alone, where the
     papers' rankings put most.

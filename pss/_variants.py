@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class NotCarried(RuntimeError):
@@ -81,23 +82,20 @@ class _Carry(TorchFunctionMode):
     def __init__(self, images: int, changes: dict[nn.Parameter, list[Change]], variants: int):
         super().__init__()
         self.images, self.variants = images, variants
-        self.changes = {
-            id(parameter): found for parameter, found in changes.items()
-        }  # == on tensors is elementwise
+        self.changes = {id(parameter): found for parameter, found in changes.items()}
         self.seen: set[int] = set()
+        self.rows = WeakTensorKeyDictionary()  # keys of the rows of every tensor that has any
 
     def start(self, images: Tensor) -> Tensor:
         """The images as rows of variant 0, without marking the caller's tensor."""
         return self._mark(images.detach().view_as(images), np.arange(self.images) * self.variants)
 
-    @staticmethod
-    def rows_of(tensor: Tensor) -> np.ndarray | None:
+    def rows_of(self, tensor: Tensor) -> np.ndarray | None:
         """Keys of the rows of a tensor, None if it has none (a parameter, a constant)."""
-        return getattr(tensor, "_pss_rows", None)
+        return self.rows.get(tensor)
 
-    @staticmethod
-    def _mark(tensor: Tensor, rows: np.ndarray) -> Tensor:
-        tensor._pss_rows = rows
+    def _mark(self, tensor: Tensor, rows: np.ndarray) -> Tensor:
+        self.rows[tensor] = rows
         return tensor
 
     def expand(self, tensor: Tensor, rows: np.ndarray) -> Tensor:
@@ -115,13 +113,14 @@ class _Carry(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        in_place = _in_place(func, kwargs)
         rows = _union([r for r in map(self.rows_of, inputs) if r is not None])
         if rows is not None and any(r is not None and len(r) < len(rows) for r in map(self.rows_of, inputs)):
-            if _in_place(func, kwargs):
+            if in_place:
                 self._grow(args[0], rows, func)
             args, kwargs = tree_map_only(Tensor, lambda t: self._follow(t, rows), (args, kwargs))
         result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(args[0] if in_place else result) if isinstance(t, Tensor)]
         if not outputs:  # a look at a shape, a dtype, …
             return result
         if edited := [id(t) for t in inputs if id(t) in self.changes]:
@@ -150,9 +149,7 @@ class _Carry(TorchFunctionMode):
         x, weight, options = _LAYERS[func](*args, **kwargs)
         have = self.rows_of(x)
         if id(weight) != edited[0] or have is None or x.shape[0] != len(have):
-            raise NotCarried(
-                "an edited layer whose weight is computed, or whose input has lost the batch dimension"
-            )
+            raise NotCarried("an edited layer whose weight is computed, or whose input is no batch")
         self.seen.add(edited[0])
         changes = self.changes[edited[0]]
         if changes[0].step.requires_grad and not torch.is_grad_enabled():
@@ -160,31 +157,25 @@ class _Carry(TorchFunctionMode):
         rows = np.union1d(have, [c.image * self.variants + c.k for c in changes])
         output = self.expand(self._mark(output, have), rows)
 
-        images = sorted({c.image for c in changes})
-        pieces, row, channel, piece, done = [], [], [], [], 0
-        for image in images:
+        parts, places, done = [], [], 0
+        for image in sorted({c.image for c in changes}):
             own = [c for c in changes if c.image == image]
-            first, last = np.searchsorted(have, [image * self.variants, (image + 1) * self.variants])
-            steps = torch.cat([c.step for c in own])
+            keys = [image * self.variants, (image + 1) * self.variants]
+            first, last = np.searchsorted(have, keys)
             filters = np.concatenate([np.arange(c.start, c.start + len(c.step)) for c in own])
-            # In the gradient pass the changes are zero, and so is their part of the gradient to x: spare it.
-            part = _channels(
-                func, x[first:last].detach(), weight, steps, filters, options
-            )  # (rows, filters, …)
-            pieces.append(part.flatten(0, 1))
-            begins = np.repeat([image * self.variants + c.k for c in own], [len(c.step) for c in own])
-            for j, begin in enumerate(
-                begins
-            ):  # channel filters[j] changes in this image's rows from begin on
-                r = np.arange(*np.searchsorted(rows, [begin, (image + 1) * self.variants]))
-                source = np.searchsorted(have, rows[r], side="right") - 1 - first
-                row.append(r)
-                channel.append(np.full(len(r), filters[j]))
-                piece.append(done + source * len(filters) + j)
-            done += len(pieces[-1])
-        index = [torch.as_tensor(np.concatenate(i), device=output.device) for i in (row, channel, piece)]
+            # The changes are zero in the gradient pass, and so is their part of the gradient to x: spare it.
+            x_own, steps = x[first:last].detach(), torch.cat([c.step for c in own])
+            parts.append(_channels(func, x_own, weight, steps, filters, options).flatten(0, 1))
+
+            since = np.repeat([keys[0] + c.k for c in own], [len(c.step) for c in own])
+            r = np.arange(*np.searchsorted(rows, keys))
+            row, which = np.nonzero(rows[r][:, None] >= since)  # row r[row] has the change of filters[which]
+            source = np.searchsorted(have, rows[r[row]], side="right") - 1 - first
+            places.append([r[row], filters[which], done + source * len(filters) + which])
+            done += len(parts[-1])
+        row, channel, part = torch.as_tensor(np.concatenate(places, axis=1), device=output.device)
         channels_first = output.movedim(-1, 1) if func is F.linear else output  # a view
-        channels_first.index_put_((index[0], index[1]), torch.cat(pieces)[index[2]], accumulate=True)
+        channels_first.index_put_((row, channel), torch.cat(parts)[part], accumulate=True)
         return self._mark(output, rows)
 
 
@@ -215,8 +206,10 @@ _LAYERS = {F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolutio
 
 def _in_place(func: Any, kwargs: dict) -> bool:
     """Whether a torch function writes into its first argument (``a += b`` arrives as ``add_``)."""
+    if kwargs.get("out") is not None:
+        raise NotCarried("a function writes into out=")
     name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
 def _union(rows: Sequence[np.ndarray]) -> np.ndarray | None:

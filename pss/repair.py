@@ -260,9 +260,7 @@ class _Runner:
             return alone()
         try:
             return together()
-        except (
-            Exception
-        ) as error:  # whatever the model raises on a batch that grows: a real fault comes again
+        except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again
             if isinstance(error, _variants.Unseen) and self._take_no_part(error.parameters, image):
                 self.idle.update(error.parameters)
                 return self._choose(together, alone, image)

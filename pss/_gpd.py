@@ -20,7 +20,7 @@ from torch import Tensor
 
 SERIES = 0.02  # below |theta| max(x) = SERIES the profile is a power series: no cancellation as xi -> 0
 V_MAX = 85.0  # products of eight factors 1 + theta x <= exp(V_MAX) stay finite
-SAMPLE = 256  # longer rows are started from a sample of this size, shorter ones searched on a grid
+SAMPLE = 128  # longer rows are started from a sample of this size, shorter ones searched on a grid
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -67,11 +67,11 @@ def covariance(theta: Tensor, s: Tensor, s1: Tensor, s2: Tensor, n: Tensor) -> t
 
 
 def _start(x: Tensor, n: Tensor, top: Tensor) -> Tensor:
-    """Guess v for long rows: the maximum of the likelihood of about 250 excesses of each."""
+    """Guess v for long rows: the maximum of the likelihood of about 128 excesses of each."""
     sample = x[:, :: -(-x.shape[1] // SAMPLE)]
     sample = torch.nn.functional.pad(sample, (0, -sample.shape[1] % 8))
     top_sample = sample.amax(1)
-    v, _, _, xi = _scan(sample, count(sample).clamp(min=1), top_sample, points=24)
+    v, _, _, xi = _scan(sample, count(sample).clamp(min=1), top_sample, points=16)
     # For xi > 0 theta carries over to all data; for xi < 0 the largest of n values has 1 + theta x near n^xi.
     v = torch.where(v > 0, torch.log1p(v.expm1() * top / top_sample), xi * n.log())
     return v.nan_to_num(-2 * SERIES)

@@ -101,8 +101,8 @@ def gpd_log_survival(excess, xi, scale) -> Tensor:
     excess, xi, scale = (_float64(a) for a in (excess, xi, scale))
     z = excess.clamp(min=0) / scale
     t = xi * z
-    # log1p(t)/t is accurate for any t but 0, so that xi -> 0 needs no threshold; for large t the plain form
-    log_s = torch.where(t.abs() < 1, -z * torch.where(t == 0, 1.0, torch.log1p(t) / t), -torch.log1p(t) / xi)
+    # log1p(t)/t is accurate but for denormal t, so that xi -> 0 needs no series; for large t the plain form serves
+    log_s = torch.where(t.abs() < 1, -z * torch.where(t.abs() < 1e-20, 1.0, torch.log1p(t) / t), -torch.log1p(t) / xi)
     return torch.where((t <= -1) | (excess == torch.inf), -torch.inf, log_s)
 
 
@@ -117,7 +117,9 @@ def gpd_quantile(log_survival, xi, scale) -> Tensor:
     r"""Excess that is exceeded with log probability -y, :math:`\beta\,(e^{\xi y}-1)/\xi`. Arguments broadcast."""
     y, xi, scale = -_float64(log_survival), _float64(xi), _float64(scale)
     t = xi * y
-    return scale * torch.where(t.abs() < 1, y * torch.where(t == 0, 1.0, torch.expm1(t) / t), torch.expm1(t) / xi)
+    return scale * torch.where(
+        t.abs() < 1, y * torch.where(t.abs() < 1e-20, 1.0, torch.expm1(t) / t), torch.expm1(t) / xi
+    )
 
 
 def log_tail_probability(excess, xi, scale, tail_mass) -> Tensor:

@@ -84,6 +84,7 @@ def profile_by_layer(
     sort: bool = False,
     ylabel: str = "saliency",
     ax: Axes | None = None,
+    label: str = "",
 ) -> Axes:
     """One value per unit, (U,), in the order of the network, coloured by stage.
 
@@ -95,6 +96,8 @@ def profile_by_layer(
         Unit ids to mark with a ring.
     sort : bool
         Sort descending within each layer, as in the first paper's Figure 1 (``top`` is then not marked).
+    label : str
+        What the rings are, for the legend; by default ``top k``.
     """
     ax = ax or plt.subplots(figsize=(7.2, 2.8))[1]
     values = np.asarray(values, dtype=float).copy()
@@ -106,7 +109,7 @@ def profile_by_layer(
         ax.plot(at, values[at], ".", ms=2.5, color=color, label=stage)
     if len(top) and not sort:
         ids = np.asarray(top)
-        ax.plot(ids, values[ids], "o", ms=6, mfc="none", mec="#D55E00", mew=1.3, label=f"top {len(ids)}")
+        ax.plot(ids, values[ids], "o", ms=6, mfc="none", mec="#D55E00", mew=1.3, label=label or f"top {len(ids)}")
     ax.set(xlabel="unit (in the order of the network)", ylabel=ylabel, xlim=(-0.01 * len(units), 1.01 * len(units)))
     ax.legend(ncols=len(units.stages) + 1, loc="lower center", bbox_to_anchor=(0.5, 1), markerscale=2, handletextpad=0)
     return ax

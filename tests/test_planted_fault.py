@@ -128,18 +128,20 @@ def test_the_scale_free_reference_finds_more_in_the_early_stages(found, method):
 
 @pytest.mark.parametrize("name", ["conv1[5]", "layer1.0.conv2[5]", "layer2.0.downsample.0[17]"])
 def test_weights_out_of_scale_are_not_found(bench, name):
-    """The limit of the method: the gradient of a filter does not grow with its own weights, that of later ones does."""
+    """A limit: the gradient of a filter does not grow with its own weights, rather that of later ones does."""
     unit = next(u for u in range(len(bench.units)) if bench.units.name(u) == name)
     broken = bench.with_weights(unit)
     profiles = bench.profiles(broken, bench.newly_wrong(broken))
     assert len(profiles) >= 30
-    layers = torch.from_numpy(bench.units.layer_ids)
-    for reference in bench.references.values():
+    later = torch.from_numpy(bench.units.layer_ids > bench.units.layer_ids[unit]).double()
+    for kind, reference in bench.references.items():
         for method in METHODS:
-            top = pss.rank(profiles, reference, method, TOP)
-            share = (top == unit).any(dim=1).double().mean().item()
-            later = (layers[top] > layers[unit]).double().mean().item()
-            assert share < 0.1 and later > 0.5, f"{method}: in the top {share:.2f}, later filters {later:.2f}"
+            places = place(profiles, reference, method, unit)
+            share = (places < TOP).double().mean().item()
+            assert share < 0.1 and places.median() > 300, f"{kind} {method}: in the top {share:.2f}"
+            if kind == "plain":
+                top = pss.rank(profiles, reference, method, TOP)
+                assert later[top].mean() > later.mean(), f"{method}: {later[top].mean():.2f} of the top are later"
 
 
 @pytest.mark.parametrize("name", ["layer1.1.conv1[2]", "layer2.0.conv2[9]", "layer3.0.conv2[44]"])

@@ -21,6 +21,8 @@ import json
 import logging
 import os
 import pkgutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,7 +207,8 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
             if ids:
                 at = np.asarray(ids) - batch.start
                 try:
-                    rows[at], records[at], refused = _compute_good(compute, images, labels, manifest["n_units"])
+                    with _deaf_to_workers():
+                        rows[at], records[at], refused = _compute_good(compute, images, labels, manifest["n_units"])
                 except Exception as error:
                     error.add_note(f"this happened while profiling items {ids[0]} to {ids[-1]} of the data set")
                     raise
@@ -261,7 +264,7 @@ def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.nd
         records["prediction"], records["confidence"] = prediction.cpu().numpy(), confidence.cpu().numpy()
         if classes:
             records["true_confidence"] = probabilities.gather(1, labels[:, None].long())[:, 0].cpu().numpy()
-    return rows.float().cpu().numpy(), records
+    return rows.detach().float().cpu().numpy(), records
 
 
 def choose_batch_size(model: nn.Module, image: Tensor) -> int:
@@ -331,6 +334,24 @@ def _collate(items: list) -> tuple[list[int], Tensor | None, Tensor | None, dict
     ids = [index for index, *_ in good]
     images = torch.stack([image for _, image, _, _ in good])
     return ids, images, default_collate([label for _, _, label, _ in good]), bad
+
+
+@contextmanager
+def _deaf_to_workers() -> Iterator[None]:
+    """Keep the death of a loader's worker from raising in the middle of `profile`.
+
+    torch raises RuntimeError wherever the main thread happens to be; within `profile` that looks like a model that the
+    fast path cannot take, and its general path rounds differently. The loader itself finds out soon after.
+    """
+    child = getattr(signal, "SIGCHLD", None)  # not on Windows, where nothing is raised
+    if child is None or threading.current_thread() is not threading.main_thread() or signal.getsignal(child) is None:
+        yield
+        return
+    handler = signal.signal(child, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(child, handler)
 
 
 # --- what the rows are made of ----------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ told apart also by readers who are colour-blind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -42,6 +43,13 @@ METHOD_LABELS = {
     "random": "random",
     "layer_matched_random": "random, same layers",
     "least": "least salient",
+}
+MASK_COLORS = {  # by what chooses the pixels
+    "top units": "#D55E00",
+    "random units": "#0072B2",
+    "input gradient": "#CC79A7",
+    "random pixels": "#777777",
+    "random ink": "#333333",
 }
 
 
@@ -75,6 +83,128 @@ def image_row(images: Tensor, titles: Sequence[str] = (), axes: Sequence[Axes] |
         if len(titles):
             ax.set_title(titles[number], fontsize=9, loc="center")
     return axes
+
+
+def overlay(image: Tensor, heat: Tensor, title: str = "", ax: Axes | None = None) -> Axes:
+    """Map over its image, on a fixed colour scale from 0 (the image alone) to 1.
+
+    Parameters
+    ----------
+    image : Tensor, shape (C, H, W)
+        In 0..1.
+    heat : Tensor, shape (H, W)
+        In 0..1, as `pss.input_space.render_map` makes it.
+    """
+    ax = ax or plt.subplots(figsize=(2.4, 2.6))[1]
+    grey = 0.6 * image.mean(dim=0).clamp(0, 1).numpy()  # darker than the colours of the map
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1)
+    values = heat.clamp(0, 1).numpy()
+    ax.imshow(values, cmap="autumn", vmin=0, vmax=1, alpha=(1.5 * values).clip(0, 1))
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=9, loc="center")
+    return ax
+
+
+def overlay_grid(images: Tensor, heats: Mapping[str, Tensor], rows: Sequence[str] = ()) -> Figure:
+    """Images in the first column, and beside each its maps, one column a kind, all on the scale of `overlay`.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, H, W)
+        In 0..1.
+    heats : mapping of str to Tensor
+        Title of each column, and its rendered maps (B, H, W).
+    rows : sequence of str
+        What stands to the left of each image.
+    """
+    columns = len(heats) + 1
+    figure, axes = plt.subplots(len(images), columns, figsize=(1.4 * columns + 0.6, 1.42 * len(images) + 0.4))
+    axes = np.reshape(axes, (len(images), columns))
+    for row, image in enumerate(images):
+        overlay(image, torch.zeros(image.shape[1:]), "image" if row == 0 else "", axes[row, 0])
+        for column, (title, maps) in enumerate(heats.items(), start=1):
+            overlay(image, maps[row], title if row == 0 else "", axes[row, column])
+        if len(rows):
+            axes[row, 0].text(
+                -0.08, 0.5, rows[row], rotation=90, ha="right", va="center", transform=axes[row, 0].transAxes
+            )
+    bar = figure.colorbar(axes[0, 1].images[1], ax=axes, shrink=0.8, aspect=30, pad=0.01, ticks=[0, 0.5, 1])
+    bar.solids.set_alpha(1)
+    return figure
+
+
+def mask_curves(summary: pd.DataFrame, ylabel: str = "", ax: Axes | None = None) -> Axes:
+    """Mean change over the number of masked pixels, one line a rule that chose them, with 95% intervals.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        Columns ``rule``, ``k`` (pixels), ``mean`` and ``sem`` (standard error of the mean).
+    """
+    ax = ax or plt.subplots(figsize=(6, 3.2))[1]
+    for rule, part in summary.groupby("rule", sort=False):
+        style = {"color": MASK_COLORS.get(rule), "ls": "--" if rule.startswith("random ") else "-"}
+        ax.errorbar(part["k"], part["mean"], 1.96 * part["sem"], capsize=2, marker="o", ms=3, label=rule, **style)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(xlabel="pixels masked", ylabel=ylabel)
+    return ax
+
+
+def parameter_ranges(
+    saliency: Mapping[str, Tensor], units: Units, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Spread of the parameter saliency in every layer, and below it the share of parameters where it is exactly zero.
+
+    Parameters
+    ----------
+    saliency : mapping of str to Tensor
+        ``{parameter: (B, *shape)}`` of `pss.parameter_saliency`; the layers of ``units`` are drawn. Thin line: 1st to
+        99th percentile of the parameters that are not zero; thick line: 25th to 75th; dot: median.
+    """
+    if axes is None:
+        _, axes = plt.subplots(2, 1, figsize=(7.6, 4.2), sharex=True, height_ratios=[3, 1])
+    colors = stage_colors(units.stages)
+    for x, (layer, stage) in enumerate(zip(units.layers, units.layer_stages, strict=True)):
+        values = saliency[layer.parameter].numpy().ravel()
+        marks = np.quantile(values[values > 0], [0.01, 0.25, 0.5, 0.75, 0.99])
+        axes[0].vlines(x, marks[0], marks[4], color=colors[stage], lw=1.2)
+        axes[0].vlines(x, marks[1], marks[3], color=colors[stage], lw=5)
+        axes[0].plot(x, marks[2], "o", ms=4.5, mfc="white", mec=colors[stage])
+        axes[1].bar(x, (values == 0).mean(), color=colors[stage])
+    axes[0].set(yscale="log", ylabel="|∂L/∂θ| > 0")
+    axes[1].set(ylabel="exact\nzeros", ylim=(0, 1))
+    axes[1].set_xticks(range(len(units.layers)), [layer.name for layer in units.layers], rotation=90, fontsize=8)
+    return axes
+
+
+def filter_grid(
+    kernels: Tensor, titles: Sequence[str] = (), signed: bool = False, columns: int = 8, label: str = ""
+) -> Figure:
+    """Kernels of one layer, (F, height, width), as a grid of small images on one scale.
+
+    Parameters
+    ----------
+    kernels : Tensor, shape (F, height, width)
+    titles : sequence of str
+        One above each kernel.
+    signed : bool
+        Diverging colours around zero (weights), instead of sequential ones from zero (saliency).
+    label : str
+        Of the colour bar.
+    """
+    rows = -(-len(kernels) // columns)
+    size = (columns * 0.85 + 1.2, rows * (1.1 if len(titles) else 0.9))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    largest = float(kernels.abs().max())
+    low, colors = (-largest, "RdBu_r") if signed else (0, "viridis")
+    for number, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if number < len(kernels):
+            drawn = ax.imshow(kernels[number].numpy(), cmap=colors, vmin=low, vmax=largest)
+            if len(titles):
+                ax.set_title(titles[number], fontsize=8, loc="center")
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.9, pad=0.02)
+    return figure
 
 
 def profile_by_layer(
@@ -156,3 +286,136 @@ def method_curves(summary: pd.DataFrame, value: str = "mean", ylabel: str = "", 
     ax.set(xlabel="number of edited units k", ylabel=ylabel)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
+
+
+def stage_strip(
+    values: Tensor, units: Units, errors: Tensor | None = None, ylabel: str = "", ax: Axes | None = None
+) -> Axes:
+    """One dot per unit, (U,), a column of dots a stage, with the median of each stage as a line across.
+
+    Parameters
+    ----------
+    values : Tensor, shape (U,)
+        NaN is left out.
+    units : Units
+    errors : Tensor, shape (U,), optional
+        Standard errors: a bar beside each column shows the median one, doubled to either side.
+    """
+    ax = ax or plt.subplots(figsize=(6, 3.2))[1]
+    values = np.asarray(values, dtype=float)
+    for number, color in enumerate(stage_colors(units.stages).values()):
+        at = np.flatnonzero((units.stage_ids == number) & np.isfinite(values))
+        jitter = 0.56 * (np.arange(len(at)) * 0.618034 % 1) - 0.28  # evenly spread, the same in every run
+        ax.plot(number + jitter, values[at], ".", ms=3, color=color, alpha=0.7)
+        middle = np.median(values[at]) if len(at) else np.nan
+        ax.hlines(middle, number - 0.33, number + 0.33, color="black", lw=1.5)
+        if errors is not None and len(at):
+            error = 2 * np.nanmedian(np.asarray(errors, dtype=float)[at])
+            ax.errorbar(number + 0.4, middle, error, color="black", lw=1, capsize=2)
+    ax.set_xticks(range(len(units.stages)), units.stages)
+    ax.set(xlabel="stage", ylabel=ylabel)
+    return ax
+
+
+def qq_panel(model: Tensor, observed: Tensor, log: bool = False, ax: Axes | None = None) -> Axes:
+    """Observed quantiles against those of a model, as `pss.evt.qq` gives them, with the line where both agree."""
+    ax = ax or plt.subplots(figsize=(2.6, 2.6))[1]
+    model, observed = np.asarray(model), np.asarray(observed)
+    ends = [max(model.min(), observed.min()), min(model.max(), observed.max())]
+    ax.plot(ends, ends, color="black", lw=1)
+    ax.plot(model, observed, ".", ms=3, color="#0072B2")
+    if log:
+        ax.set(xscale="log", yscale="log")
+    return ax
+
+
+def calibration_ratio(table: pd.DataFrame, floor: float = 0.02, ax: Axes | None = None) -> Axes:
+    """Observed over nominal probability, a line a model: 1 is right, above 1 the model says "rare" too often.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``model`` (normal, exponential, gpd or empirical), ``rate`` (nominal), ``mean`` (observed) and its range
+        ``min``, ``max``.
+    floor : float
+        Smaller ratios, zero among them, are drawn here.
+    """
+    ax = ax or plt.subplots(figsize=(4.4, 3.4))[1]
+    looks = {
+        "normal": ("zscore", "o"),
+        "exponential": ("exponential", "s"),
+        "gpd": ("pot", "D"),
+        "empirical": ("random", "^"),
+    }
+    for number, (model, (method, marker)) in enumerate(looks.items()):
+        part = table[table["model"] == model]
+        ratio = part[["mean", "min", "max"]].div(part["rate"], axis=0).clip(lower=floor)
+        bars = [ratio["mean"] - ratio["min"], ratio["max"] - ratio["mean"]]
+        x = part["rate"] * 1.12 ** (number - 1.5)  # side by side
+        ax.errorbar(x, ratio["mean"], bars, fmt=f"{marker}-", ms=5, capsize=2, color=METHOD_COLORS[method], label=model)
+    ax.axhline(1, color="black", lw=1)
+    ax.set(xscale="log", yscale="log", xlabel="nominal probability", ylabel="observed / nominal")
+    ax.xaxis.set_inverted(True)
+    return ax
+
+
+def confidence_bars(
+    before: Tensor,
+    after: Tensor,
+    label: int,
+    classes: Sequence[str] = (),
+    horizontal: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Confidence in every class before and after an edit, (C,) each; the true class is named in green.
+
+    The class predicted before is named in orange if it was wrong.
+    """
+    ax = ax or plt.subplots(figsize=(3.4, 3))[1]
+    at, names = np.arange(len(before)), list(classes) or [str(c) for c in range(len(before))]
+    draw = ax.barh if horizontal else ax.bar
+    draw(at - 0.2, before.numpy(), 0.4, color="#B8B8B8", label="before")
+    draw(at + 0.2, after.numpy(), 0.4, color="#0072B2", label="after")
+    axis = ax.yaxis if horizontal else ax.xaxis
+    axis.set_ticks(at, names)
+    axis.grid(False)
+    for place, color in ((int(before.argmax()), "#D55E00"), (int(label), "#00795A")):
+        axis.get_ticklabels()[place].set(color=color, fontweight="bold")
+    if horizontal:
+        ax.invert_yaxis()
+        ax.set(xlabel="confidence", xlim=(0, 1))
+    else:
+        ax.set(ylabel="confidence", ylim=(0, 1))
+    ax.legend(loc="best")
+    return ax
+
+
+def story(
+    picture: np.ndarray, unusual: Tensor, units: Units, top: Tensor, before: Tensor, after: Tensor, label: int
+) -> Figure:
+    """A misclassified image, the units that stand out on it, and the confidences before and after their edit.
+
+    Parameters
+    ----------
+    picture : ndarray, shape (H, W, 3)
+    unusual : Tensor, shape (U,)
+        Z-score of every unit.
+    top : Tensor of int, shape (k,)
+        The edited units, marked with a ring.
+    before, after : Tensor, shape (C,)
+        Confidences.
+    label : int
+        The true class.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.3), width_ratios=[1.3, 2.7, 1.45])
+    axes[0].imshow(picture)
+    axes[0].set_axis_off()
+    wrong = int(before.argmax())
+    axes[0].set_title(f"a {label}, read as {wrong}", loc="center", fontsize=13)
+    profile_by_layer(unusual, units, top, ylabel="z-score of the saliency", ax=axes[1])
+    axes[1].legend(ncols=3, loc="upper left", markerscale=2.5, handletextpad=0, columnspacing=1, fontsize=8)
+    axes[1].set_ylim(top=float(unusual.max()) * 1.35)
+    axes[1].set_title(f"the {len(top)} of {len(units):,} filters that stand out")
+    confidence_bars(before, after, label, ax=axes[2])
+    axes[2].set_title(f"now read as {int(after.argmax())}")
+    return figure

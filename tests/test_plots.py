@@ -1,0 +1,71 @@
+"""The figures draw what they were given."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import pss
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def units():
+    return pss.Units.of(pss.models.resnet18(width=4))
+
+
+def drawn(ax):
+    """Points of all lines drawn with markers and no line, (points, 2)."""
+    return np.concatenate([line.get_xydata() for line in ax.lines if line.get_linestyle() == "None"])
+
+
+def test_stage_strip_draws_each_unit_in_the_column_of_its_stage(units):
+    values = torch.arange(len(units)).double()
+    values[3] = torch.nan
+    ax = pss.plots.stage_strip(values, units, torch.ones(len(units)))
+    points = drawn(ax)
+    kept = np.flatnonzero(~np.isnan(values.numpy()))
+    dots = {y: round(x) for x, y in points if y in kept}
+    assert dots == {float(u): units.stage_ids[u] for u in kept}
+    medians = [
+        segment[0][1] for bars in ax.collections for segment in bars.get_segments() if np.ptp(segment[:, 1]) == 0
+    ]
+    for number in range(len(units.stages)):
+        assert np.nanmedian(values[units.stage_ids == number]) in medians
+
+
+def test_stage_strip_leaves_a_stage_of_nan_empty(units):
+    values = torch.full((len(units),), torch.nan)
+    values[0] = 1
+    assert len(drawn(pss.plots.stage_strip(values, units, values))) >= 1
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_qq_panel_draws_the_pairs_and_the_line_of_equality(log):
+    model, observed = torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 3, 9])
+    ax = pss.plots.qq_panel(model, observed, log)
+    assert drawn(ax).tolist() == [[1, 1], [2, 3], [4, 9]]
+    (line,) = [line for line in ax.lines if line.get_linestyle() == "-"]
+    assert (line.get_xdata() == line.get_ydata()).all()
+    assert ax.get_xscale() == ("log" if log else "linear")
+
+
+def test_calibration_ratio_divides_by_the_nominal_rate_and_keeps_zero_in_sight():
+    rows = [(model, rate, rate * 2, rate, rate * 4) for model in ("normal", "gpd") for rate in (0.1, 0.01)]
+    rows.append(("exponential", 0.1, 0.0, 0.0, 0.2))
+    table = pd.DataFrame(rows, columns=["model", "rate", "mean", "min", "max"])
+    ax = pss.plots.calibration_ratio(table, floor=0.05)
+    heights = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert heights["normal"] == pytest.approx([2, 2]) and heights["gpd"] == pytest.approx([2, 2])
+    assert heights["exponential"] == pytest.approx([0.05])
+    assert ax.xaxis_inverted()

@@ -169,7 +169,8 @@ def test_batch_size_that_fits():
     assert choose_batch_size(conv, torch.zeros(1000, 3, 224, 224)[0]) == 8  # a view of many
     assert choose_batch_size(conv, torch.zeros(3, 448, 448)) == 2
     assert choose_batch_size(Big(), torch.zeros(3, 224, 224)) == 5
-    assert choose_batch_size(nn.Sequential(nn.Linear(7, 3)), torch.zeros(7)) == 256
+    assert choose_batch_size(nn.Linear(100, 100_000), torch.zeros(100)) == 256  # 40 MB of weights are no activations
+    assert choose_batch_size(nn.Linear(7, 3), torch.zeros(7)) == 256
 
 
 # --- bad images -------------------------------------------------------------------------------------------------------
@@ -499,6 +500,15 @@ def test_command_line(tmp_path, capsys, one_thread):
     assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.gradients.logit"
     with pytest.raises(SystemExit, match="'oops' is no argument"):
         main(["--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
+
+
+def test_a_rank_takes_every_other_batch(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="item 0"):
+        run(tmp_path, data=Faulty(bad=[0]))
+    monkeypatch.setattr(profiles, "_rank", lambda: (1, 2))
+    monkeypatch.setattr(profiles, "_barrier", lambda: None)
+    with pytest.raises(ValueError, match=r"not finished \(12 of 26 rows\)"):  # three of seven batches
+        run(tmp_path)
 
 
 def test_two_ranks_equal_one(tmp_path, one_thread):

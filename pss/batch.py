@@ -20,7 +20,9 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from joblib import Parallel, delayed
 from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
 
 KERNEL = "python3"
 
@@ -40,11 +42,14 @@ def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
     return {name: spec["default"] for name, spec in papermill.inspect_notebook(str(notebook)).items()}
 
 
+def _refuse_unknown(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    known = parameters_of(notebook)
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
+
+
 def run_notebook(
-    notebook: str | os.PathLike,
-    output: str | os.PathLike,
-    parameters: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    notebook: str | os.PathLike, output: str | os.PathLike, parameters: Mapping[str, Any] | None = None
 ) -> list[Path]:
     """Execute a notebook in its own folder and write the executed copy, with its figures in a folder beside it.
 
@@ -53,8 +58,6 @@ def run_notebook(
     notebook, output : path
     parameters : mapping, optional
         Values for names in the notebook's parameters cell.
-    progress : bool
-        Show a bar over the cells.
 
     Returns
     -------
@@ -69,9 +72,7 @@ def run_notebook(
         If a cell raises; the copy up to there is kept at ``output``.
     """
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
-    known = parameters_of(notebook)
-    if unknown := sorted(set(parameters or {}) - set(known)):
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
+    _refuse_unknown(notebook, parameters or {})
     output.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(notebook),
@@ -79,7 +80,7 @@ def run_notebook(
         dict(parameters or {}),
         kernel_name=KERNEL,
         cwd=str(notebook.parent),
-        progress_bar={"desc": notebook.stem, "leave": True} if progress else False,
+        progress_bar=False,
     )
     return _write_figures(output)
 
@@ -104,9 +105,7 @@ def refresh(notebook: str | os.PathLike) -> None:
     path = Path(notebook)
     beside = path.with_name(f".{path.stem}.running.ipynb")
     try:
-        papermill.execute_notebook(
-            str(path), str(beside), kernel_name=KERNEL, cwd=str(path.parent), progress_bar={"desc": path.stem}
-        )
+        papermill.execute_notebook(str(path), str(beside), kernel_name=KERNEL, cwd=str(path.parent), progress_bar=False)
         executed = nbformat.read(beside, as_version=4)
         original = nbformat.read(path, as_version=4)
         for cell, source in zip(executed.cells, original.cells, strict=True):
@@ -140,32 +139,46 @@ def find_notebooks(paths: Sequence[str]) -> list[Path]:
     return found
 
 
+def _task(notebook: Path, out: Path, values: Mapping[str, Any], in_place: bool) -> tuple[Path, int, str]:
+    """Run one notebook: its path, how many figures it made, and what went wrong (nothing: an empty text)."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        if in_place:
+            refresh(notebook)
+            return notebook, 0, ""
+        return notebook, len(run_notebook(notebook, out / notebook.name, values)), ""
+    except (PapermillExecutionError, ValueError) as error:
+        return notebook, 0, str(error).strip().splitlines()[-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: run the notebooks, say what was made and where; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m pss.batch", description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", help="notebooks, or folders with NN_*.ipynb")
     parser.add_argument("--out", default="runs", help="folder for the executed copies and figures (default: runs)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks at a time, sharing the processors (default: 2)")
     parser.add_argument("--in-place", action="store_true", help="refresh the notebooks themselves, ready to commit")
     options = parser.parse_args(arguments)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         notebooks = find_notebooks(options.notebooks)
         values = {name: yaml.safe_load(value) for name, value in options.p}
+        for notebook in notebooks if values else []:
+            _refuse_unknown(notebook, values)
     except (ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
-    out, failed, started = Path(options.out), [], time.monotonic()
-    for notebook in notebooks:
-        try:
-            if options.in_place:
-                refresh(notebook)
-            else:
-                figures = run_notebook(notebook, out / notebook.name, values)
-                print(f"  {out / notebook.name}  and {len(figures)} figures in {out / notebook.stem}/", flush=True)
-        except (PapermillExecutionError, ValueError) as error:
-            failed.append(notebook)
-            print(f"  {notebook.name} FAILED: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
-    done, seconds = len(notebooks) - len(failed), time.monotonic() - started
+    out, failed, started = Path(options.out), 0, time.monotonic()
+    workers = Parallel(n_jobs=min(options.jobs, len(notebooks)), return_as="generator_unordered")
+    tasks = workers(delayed(_task)(notebook, out, values, options.in_place) for notebook in notebooks)
+    for notebook, figures, error in tqdm(tasks, total=len(notebooks), desc="notebooks", unit="notebook"):
+        failed += bool(error)
+        made = (
+            "refreshed"
+            if options.in_place
+            else f"-> {out / notebook.name}, {figures} figures in {out / notebook.stem}/"
+        )
+        tqdm.write(f"{notebook.name} " + (f"FAILED: {error}" if error else made))
+    done, seconds = len(notebooks) - failed, time.monotonic() - started
     where = "in place" if options.in_place else f"to {out.resolve()}"
     print(f"{done} of {len(notebooks)} notebooks executed in {seconds:.0f} s, written {where}")
     return 1 if failed else 0

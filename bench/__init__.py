@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench``, or one module alone as a script."""

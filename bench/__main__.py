@@ -1,0 +1,105 @@
+"""``make bench``: speed and memory against plain loops, measured side by side in one run.
+
+Prints every table and writes ``figures/bench.md`` and ``figures/bench.png``. Baselines are the loops written in the
+modules of this folder; times are medians of repetitions that take turns; what is compared is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+
+from bench import bench_evt, bench_kernel, bench_profiles, bench_repair
+from pss._vision import torchvision
+
+matplotlib.use("Agg")
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+PARTS: dict[str, tuple[str, Callable[[], pd.DataFrame]]] = {
+    "kernel": ("Saliency profiles", bench_kernel.run),
+    "memory": ("Memory of the kernel", bench_kernel.run_memory),
+    "fits": ("Tail fits", bench_evt.run),
+    "repair": ("Repair curves", bench_repair.run),
+    "reference": ("A reference larger than memory", bench_profiles.run),
+}
+
+
+def machine() -> str:
+    """Processor, threads and versions that the numbers belong to."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return (
+        f"{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, NumPy {np.__version__}"
+    )
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, numbers to three figures."""
+    cell = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.map(cell).values.tolist()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> None:
+    """Every ratio in one picture, longer is faster."""
+    import matplotlib.pyplot as plt
+
+    from pss import plots
+
+    plots.use_style()
+    bars = [
+        (f"{PARTS[key][0]}: " + " ".join(str(v) for v in row.select_dtypes_text), row.ratio)
+        for key, table in tables.items()
+        if "ratio" in table
+        for row in _rows(table)
+    ]
+    figure, ax = plt.subplots(figsize=(8, 0.28 * len(bars) + 1))
+    ax.barh([label for label, _ in bars][::-1], [ratio for _, ratio in bars][::-1], color="#0072B2")
+    ax.axvline(1, color="black", lw=1)
+    ax.set(xscale="log", xlabel="times as fast as the plain loop")
+    figure.savefig(FIGURES / "bench.png")
+
+
+class _Row:
+    def __init__(self, record: dict):
+        self.ratio = record["ratio"]
+        self.select_dtypes_text = [v for v in record.values() if isinstance(v, str)]
+
+
+def _rows(table: pd.DataFrame) -> list[_Row]:
+    return [_Row(record) for record in table.dropna(subset="ratio").to_dict("records")]
+
+
+def main() -> None:
+    """Run the parts asked for, print and write them."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; all by default, and only then written")
+    chosen = parser.parse_args().parts or list(PARTS)
+    tables, pages = {}, [f"# Bench\n\n{machine()}.\n"]
+    print(pages[0])
+    for key in chosen:
+        started = time.monotonic()
+        title, run = PARTS[key]
+        tables[key] = run()
+        pages.append(f"## {title}\n\n{run.__doc__.strip()}\n\n{markdown(tables[key])}\n")
+        print(pages[-1], f"({time.monotonic() - started:.0f} s)\n", flush=True)
+    if chosen == list(PARTS):
+        (FIGURES / "bench.md").write_text("\n".join(pages), encoding="utf-8")
+        plot(tables)
+        print(f"written to {FIGURES}/bench.md and bench.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,9 @@ export JUPYTER_PATH :=
 export JUPYTER_PLATFORM_DIRS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Tests and notebooks run two at a time: one thread each.
+test: export OMP_NUM_THREADS := 1
+
 .PHONY: run test lab notebooks bench lint clean
 
 run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
@@ -17,8 +20,8 @@ run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
 test: $(STAMP)  ## lint, unit tests, notebook contract, every notebook executed and compared
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest tests
-	@$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+	@$(PY) -m pytest -n 2 --dist loadscope tests
+	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(PY) -m jupyterlab notebooks

@@ -8,6 +8,7 @@ taken for every sample of a batch on its own: absolute values of per-sample grad
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -262,20 +263,16 @@ def _row_means(
         return {}
     _require_gradients(model, wanted)
 
-    def watch(watcher: Sweep, images: Tensor, labels: Tensor) -> Tensor:
-        with watcher:
-            outputs = model(images)
-            _check_outputs(outputs, labels, loss)
-            return loss(outputs, labels)
-
     try:
         sweep = Sweep(wanted, len(images), signed, fold, bf16)
-        losses = watch(sweep, images, labels)
+        outputs = sweep.outputs(model, images)
+        _check_outputs(outputs, labels, loss)
+        losses = loss(outputs, labels)
         _check_losses(losses, labels)
         if sweep.unplaced:
             alone = Sweep(wanted, 1, signed, fold, bf16)
             alone.watched = set(sweep.unplaced)
-            watch(alone, images[-1:], labels[-1:])
+            alone.outputs(model, images[-1:])
             sweep.place(alone)
         return sweep.row_means(losses)
     except Unknown:
@@ -311,17 +308,19 @@ def _gradients(
 def _vectorized(
     model: nn.Module, images: Tensor, labels: Tensor, parameters: dict[str, Tensor], loss: Loss
 ) -> dict[str, Tensor]:
-    def one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(model, parameters, (image[None],)), label[None])
-
-    def scalar(*arguments) -> tuple[Tensor, Tensor]:
-        losses = one(*arguments)
+    def total(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        losses = loss(torch.func.functional_call(model, parameters, (image[None],)), label[None])
+        _check_losses(losses, label[None], values=False)
         return losses.sum(), losses
 
     detached = {name: p.detach() for name, p in parameters.items()}
-    per_sample = torch.func.vmap(torch.func.grad(scalar, has_aux=True), in_dims=(None, 0, 0))
-    gradients, losses = per_sample(detached, images, labels)
-    _check_losses(losses[:, 0] if losses.dim() == 2 and losses.shape[1] == 1 else losses, labels)
+    per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0, 0))
+    with (
+        warnings.catch_warnings()
+    ):  # of operations that vmap runs one after the other: slow is what this path is
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        gradients, losses = per_sample(detached, images, labels)
+    _check_losses(losses[:, 0], labels)
     return gradients
 
 
@@ -438,14 +437,13 @@ def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss) -> None:
         raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")
 
 
-def _check_losses(losses: Tensor, labels: Tensor) -> None:
+def _check_losses(losses: Tensor, labels: Tensor, values: bool = True) -> None:
+    """Whether there is one finite loss per sample; ``values=False`` looks at the shape alone, as under vmap."""
     if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"the loss returned {shape} for {len(labels)} samples: expected one value per sample, ({len(labels)},)"
+            f"the loss returned {shape} for {len(labels)} samples: expected ({len(labels)},), one value each"
         )
-    finite = torch.isfinite(losses)
-    if not finite.all():
-        raise ValueError(
-            f"the loss is not finite for samples {(~finite).nonzero()[:, 0].tolist()} of the batch"
-        )
+    if values and not torch.isfinite(losses).all():
+        bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
+        raise ValueError(f"the loss is not finite for samples {bad} of the batch")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -91,6 +91,12 @@ class Sweep(TorchFunctionMode):
 
     # Watching the forward pass
 
+    def outputs(self, model: nn.Module, images: Tensor):
+        """Outputs of the model under watch."""
+        with self:
+            outputs = model(images)
+        return tree_map_only(_Pending, _Pending.value, outputs)
+
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
         if _Pending in kinds and function not in _METADATA:
@@ -106,6 +112,8 @@ class Sweep(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if function is F.batch_norm and _uses_batch_statistics(*args, **kwargs) and self.samples > 1:
             raise Unknown("BatchNorm without running statistics mixes the samples of a batch")
+        if function in _DECISIONS and self.samples > 1:
+            raise Unknown(f"the network reads values of a whole batch ({function.__name__})")
         return function(*args, **kwargs)
 
     def _convolution(self, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -139,6 +147,8 @@ class Sweep(TorchFunctionMode):
         """Count a use, and see whether the first dimension of its input is plainly the batch."""
         if not torch.is_grad_enabled():
             return
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise Unknown("what autograd saves is changed or computed again, as by checkpointing")
         number = self.calls.total()
         self.calls[use.name] += 1
         plain = len(x) == self.samples and (x.dim() == 2 or isinstance(use.layer, Convolution))
@@ -330,6 +340,7 @@ _METADATA = {
     Tensor.size,
     *(getattr(Tensor, k).__get__ for k in ("shape", "ndim", "dtype", "device")),
 }
+_DECISIONS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 # The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.
 _attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,

@@ -133,20 +133,42 @@ def overlay_grid(images: Tensor, heats: Mapping[str, Tensor], rows: Sequence[str
     return figure
 
 
-def mask_curves(summary: pd.DataFrame, ylabel: str = "", ax: Axes | None = None) -> Axes:
-    """Mean change over the number of masked pixels, one line a rule that chose them, with 95% intervals.
+def mask_curves(table: pd.DataFrame, value: str, ylabel: str = "", ax: Axes | None = None) -> Axes:
+    """Mean of a value over the number of masked pixels, one line a rule that chose them, with 95% intervals.
 
     Parameters
     ----------
-    summary : DataFrame
-        Columns ``rule``, ``k`` (pixels), ``mean`` and ``sem`` (standard error of the mean).
+    table : DataFrame
+        Columns ``rule``, ``k`` (pixels) and the value; one row an image.
     """
     ax = ax or plt.subplots(figsize=(6, 3.2))[1]
-    for rule, part in summary.groupby("rule", sort=False):
+    for rule, part in table.groupby("rule", sort=False):
+        line = part.groupby("k")[value].agg(["mean", "sem"])
         style = {"color": MASK_COLORS.get(rule), "ls": "--" if rule.startswith("random ") else "-"}
-        ax.errorbar(part["k"], part["mean"], 1.96 * part["sem"], capsize=2, marker="o", ms=3, label=rule, **style)
+        ax.errorbar(line.index, line["mean"], 1.96 * line["sem"], capsize=2, marker="o", ms=3, label=rule, **style)
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel="pixels masked", ylabel=ylabel)
+    return ax
+
+
+def paired_marks(values: pd.DataFrame, rows: Mapping[str, Sequence[str]], value: str, ax: Axes | None = None) -> Axes:
+    """Mean of a value with its 95% interval for pairs of rules, a pair to a row: the first open, the second filled.
+
+    Parameters
+    ----------
+    values : DataFrame
+        Columns ``rule`` and the value; one row an image.
+    rows : mapping of str to pair of str
+        Name of each row (coloured as in `MASK_COLORS`), and its two rules.
+    """
+    ax = ax or plt.subplots(figsize=(5, 0.7 * len(rows) + 0.6))[1]
+    for place, (name, pair) in enumerate(rows.items()):
+        for shift, rule, filled in zip((-0.12, 0.12), pair, (False, True), strict=True):
+            part, color = values.loc[values["rule"] == rule, value], MASK_COLORS.get(name)
+            style = {"fmt": "D" if filled else "o", "color": color, "mfc": color if filled else "white", "capsize": 3}
+            ax.errorbar(part.mean(), place + shift, xerr=1.96 * part.sem(), **style)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.6, -0.4)
     return ax
 
 
@@ -166,10 +188,11 @@ def parameter_ranges(
     colors = stage_colors(units.stages)
     for x, (layer, stage) in enumerate(zip(units.layers, units.layer_stages, strict=True)):
         values = saliency[layer.parameter].numpy().ravel()
-        marks = np.quantile(values[values > 0], [0.01, 0.25, 0.5, 0.75, 0.99])
-        axes[0].vlines(x, marks[0], marks[4], color=colors[stage], lw=1.2)
-        axes[0].vlines(x, marks[1], marks[3], color=colors[stage], lw=5)
-        axes[0].plot(x, marks[2], "o", ms=4.5, mfc="white", mec=colors[stage])
+        if (values > 0).any():  # a layer without any gradient has only its bar below
+            marks = np.quantile(values[values > 0], [0.01, 0.25, 0.5, 0.75, 0.99])
+            axes[0].vlines(x, marks[0], marks[4], color=colors[stage], lw=1.2)
+            axes[0].vlines(x, marks[1], marks[3], color=colors[stage], lw=5)
+            axes[0].plot(x, marks[2], "o", ms=4.5, mfc="white", mec=colors[stage])
         axes[1].bar(x, (values == 0).mean(), color=colors[stage])
     axes[0].set(yscale="log", ylabel="|∂L/∂θ| > 0")
     axes[1].set(ylabel="exact\nzeros", ylim=(0, 1))
@@ -286,6 +309,34 @@ def method_curves(summary: pd.DataFrame, value: str = "mean", ylabel: str = "", 
     ax.set(xlabel="number of edited units k", ylabel=ylabel)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
+
+
+def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int = 5) -> Figure:
+    """Three panels of `method_curves`, wrong confidence, true confidence and share corrected, with one legend.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        From `pss.repair.summarize`, with a column ``method``.
+    bands : sequence of str
+        Methods whose confidence interval is drawn; more than two or three hide the lines.
+    columns : int
+        Of the legend.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.7), sharex=True)
+    labels = {
+        "change_wrong": "change of confidence, wrong class",
+        "change_true": "change of confidence, true class",
+        "corrected": "share corrected",
+    }
+    banded = summary["method"].isin(bands)
+    for ax, (value, label) in zip(axes, labels.items(), strict=True):
+        ends = {end: summary[f"{value}_{end}"].where(banded) for end in ("low", "high")}
+        method_curves(summary.assign(**ends), value, label, ax)
+        ax.get_legend().remove()
+        ax.axhline(0, color="black", lw=0.8, zorder=0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=columns, loc="outside upper center")
+    return figure
 
 
 def stage_strip(
@@ -413,9 +464,9 @@ def story(
     wrong = int(before.argmax())
     axes[0].set_title(f"a {label}, read as {wrong}", loc="center", fontsize=13)
     profile_by_layer(unusual, units, top, ylabel="z-score of the saliency", ax=axes[1])
-    axes[1].legend(ncols=3, loc="upper left", markerscale=2.5, handletextpad=0, columnspacing=1, fontsize=8)
+    axes[1].legend(ncols=3, loc="upper left", markerscale=1.5, handletextpad=0.2, columnspacing=1, fontsize=8)
     axes[1].set_ylim(top=float(unusual.max()) * 1.35)
-    axes[1].set_title(f"the {len(top)} of {len(units):,} filters that stand out")
+    axes[1].set_title(f"the {len(top)} of {len(units):,} filters that stand out", loc="left")
     confidence_bars(before, after, label, ax=axes[2])
-    axes[2].set_title(f"now read as {int(after.argmax())}")
+    axes[2].set_title(f"now read as {int(after.argmax())}", loc="left")
     return figure

@@ -69,3 +69,43 @@ def test_calibration_ratio_divides_by_the_nominal_rate_and_keeps_zero_in_sight()
     assert heights["normal"] == pytest.approx([2, 2]) and heights["gpd"] == pytest.approx([2, 2])
     assert heights["exponential"] == pytest.approx([0.05])
     assert ax.xaxis_inverted()
+
+
+def test_parameter_ranges_draws_medians_of_what_is_not_zero_and_the_share_of_zeros(units):
+    saliency = {layer.parameter: torch.zeros(1, *layer.shape) for layer in units.layers}
+    first = saliency[units.layers[0].parameter].flatten(1)
+    first[0, :5] = torch.tensor([1.0, 2, 3, 4, 50])
+    saliency[units.layers[0].parameter] = first.reshape(1, *units.layers[0].shape)
+    axes = pss.plots.parameter_ranges(saliency, units)
+    assert drawn(axes[0]).tolist() == [[0, 3]]
+    heights = [bar.get_height() for bar in axes[1].patches]
+    assert heights == pytest.approx([1 - 5 / first.numel()] + [1] * (len(units.layers) - 1))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_filter_grid_draws_every_kernel_on_one_scale(signed):
+    kernels = torch.arange(5 * 9.0).view(5, 3, 3) - 20
+    figure = pss.plots.filter_grid(kernels if signed else kernels.abs(), list("abcde"), signed, columns=3)
+    images = [ax.images[0] for ax in figure.axes if ax.images]
+    assert [image.axes.get_title() for image in images] == list("abcde")
+    wanted = kernels if signed else kernels.abs()
+    for image, kernel in zip(images, wanted, strict=True):
+        assert image.get_array().tolist() == kernel.tolist()
+        assert image.get_clim() == ((-24, 24) if signed else (0, 24))
+
+
+def test_confidence_bars_draw_both_and_mark_the_true_and_the_wrong_class():
+    before, after = torch.tensor([0.1, 0.2, 0.7]), torch.tensor([0.1, 0.8, 0.1])
+    ax = pss.plots.confidence_bars(before, after, label=1)
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([*before.tolist(), *after.tolist()])
+    bold = [tick.get_text() for tick in ax.get_yticklabels() if tick.get_fontweight() == "bold"]
+    assert bold == ["1", "2"]
+
+
+def test_story_rings_the_edited_units(units):
+    unusual, top = torch.linspace(-1, 9, len(units)), torch.tensor([3, 7])
+    before, after = torch.tensor([0.9, 0.1]), torch.tensor([0.2, 0.8])
+    figure = pss.plots.story(np.zeros((4, 4, 3)), unusual, units, top, before, after, label=1)
+    rings = figure.axes[1].lines[-1].get_xydata()
+    assert rings == pytest.approx(np.stack([[3, 7], unusual[[3, 7]].numpy()], axis=1))
+    assert figure.axes[0].get_title() == "a 1, read as 0" and figure.axes[2].get_title(loc="left") == "now read as 1"

@@ -25,7 +25,7 @@ SAMPLE = 128  # longer rows are started from a sample of this size, shorter ones
 
 def chunk_elements(device: torch.device) -> int:
     """Return how many float64 values to work on at once: what stays in a processor's cache, or fills a GPU."""
-    return (1 << 26) if device.type == "cuda" else (1 << 19)
+    return (1 << 26) if device.type == "cuda" else (1 << 20)
 
 
 def count(x: Tensor) -> Tensor:
@@ -77,10 +77,16 @@ def _start(x: Tensor, n: Tensor, top: Tensor) -> Tensor:
     return v.nan_to_num(-2 * SERIES)
 
 
-def _profile(x: Tensor, n: Tensor, top: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Profile likelihood of rows x (r, m), at K places v (r, K) of each: theta, s, s', s'', dl/dtheta, d2l/dtheta2."""
+def _profile(x, n, top, v, rows: Tensor | None = None, work: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Profile likelihood at K places of each row: theta, s, s', s'', dl/dtheta, d2l/dtheta2, each (r, K).
+
+    The r rows are those of x (m columns), or x[rows] with ``work``, as large as x, for scratch; n, top (r,), v (r, K).
+    """
     theta = torch.expm1(v) / top[:, None]
-    t = (x[:, None] * theta[..., None]).add_(1)
+    if rows is None:
+        t = (x[:, None] * theta[..., None]).add_(1)
+    else:  # memory is used again: fresh pages cost as much as the logarithms
+        t = torch.index_select(x, 0, rows, out=work[: len(rows)])[:, None].mul_(theta[..., None]).add_(1)
     # One logarithm of the product of eight factors is an eighth of the logarithms.
     log = t.view(*t.shape[:2], 8, x.shape[1] // 8).prod(2).log_().sum(-1) / n[:, None]
     w = t.reciprocal_()
@@ -93,7 +99,8 @@ def _profile(x: Tensor, n: Tensor, top: Tensor, v: Tensor) -> tuple[Tensor, ...]
     s2 = (log2 - 2 * s1) / theta
     row, k = ((theta * top[:, None]).abs() < SERIES).nonzero(as_tuple=True)
     if len(row):
-        s[row, k], s1[row, k], s2[row, k] = _series(x[row], n[row], theta[row, k])
+        x_row = x[row if rows is None else rows[row]]
+        s[row, k], s1[row, k], s2[row, k] = _series(x_row, n[row], theta[row, k])
     l1 = -s1 / s - s - theta * s1
     l2 = (s1 / s).square() - s2 / s - 2 * s1 - theta * s2
     return theta, s, s1, s2, l1, l2
@@ -122,7 +129,7 @@ def _scan(x: Tensor, n: Tensor, top: Tensor, points: int) -> tuple[Tensor, ...]:
     fractions = torch.linspace(0, 1, points, dtype=x.dtype, device=x.device) ** 1.5
     v = torch.lerp(low[:, None], high[:, None], fractions)
     v = torch.where(v.abs() < 2 * SERIES, 2 * SERIES, v)
-    columns = max(1, 2 * chunk_elements(x.device) // x.numel())
+    columns = max(1, chunk_elements(x.device) // x.numel())
     parts = [_profile(x, n, top, part) for part in v.split(columns, dim=1)]
     theta, s, _, _, l1, _ = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
     slope, xi = l1 * v.exp() / top[:, None], theta * s  # slope of l in v
@@ -142,8 +149,9 @@ def _newton(x, n, top, v, low=None, high=None, steps: int = 12) -> Tensor:
     low = torch.full_like(v, -torch.inf) if low is None else low
     high = torch.full_like(v, torch.inf) if high is None else high
     rows = torch.arange(len(v), device=v.device)
+    work = torch.empty_like(x)
     for _ in range(steps):
-        theta, s, s1, s2, l1, l2 = (p[:, 0] for p in _profile(x, n, top, v[:, None]))
+        theta, s, s1, s2, l1, l2 = (p[:, 0] for p in _profile(x, n, top, v[:, None], rows, work))
         a = v.exp() / top  # dtheta/dv
         slope, curvature = l1 * a, (l2 * a + l1) * a
         low, high = torch.where(slope > 0, v, low), torch.where(slope > 0, high, v)
@@ -158,7 +166,8 @@ def _newton(x, n, top, v, low=None, high=None, steps: int = 12) -> Tensor:
         v_next = torch.where(inside | ~(low.isfinite() & high.isfinite()), v_next, (low + high) / 2).clamp(max=V_MAX)
         go = ~done & (v_next > -60)
         if not go.all():
-            x, n, top, low, high, rows, v_next = (y[go] for y in (x, n, top, low, high, rows, v_next))
+            (go,) = go.nonzero(as_tuple=True)
+            n, top, low, high, rows, v_next = (y[go] for y in (n, top, low, high, rows, v_next))
         v = v_next
         if not len(v):
             break

@@ -100,6 +100,17 @@ def test_global_interior_maximum_of_awkward_samples(kind, n):
             assert loglik > expected - 1e-9
 
 
+@pytest.mark.parametrize("start", [-50.0, -9.0, 0.0, 5.0, 84.0])
+def test_long_rows_do_not_depend_on_the_start(start, monkeypatch):
+    from pss import _gpd
+
+    x = np.stack([sample(xi, 500, seed=2) for xi in (-0.4, 0.0, 0.5, 1.5)])
+    expected = evt.fit_gpd(x)
+    monkeypatch.setattr(_gpd, "_start", lambda x, n, top: torch.full_like(n, start))
+    got = evt.fit_gpd(x)
+    torch.testing.assert_close(got.xi, expected.xi, rtol=0, atol=1e-7)
+
+
 def test_slope_vanishes_at_the_fit():
     """Autograd of the density as a second source: both partial derivatives are zero."""
     x = torch.from_numpy(np.stack([sample(xi, 700, seed=3) for xi in (-0.3, 0.0, 1e-4, 0.4, 2.0)]))

@@ -475,6 +475,72 @@ def folder(
     return _Folder(path, transform or preprocess, None if classes is None else list(classes))
 
 
+def open_set(
+    name: str,
+    split: str = "test",
+    root: str | os.PathLike = "",
+    count: int | None = None,
+    seed: int = 0,
+    transform: Callable[[Image.Image], torch.Tensor] | None = None,
+    classes: Sequence[str] | None = None,
+) -> ImageSet:
+    """Open a set by name, in memory: a built-in one, or with a root MNIST, SVHN or a tree of folders on disk.
+
+    The splits are those of an experiment on domain shift: ``train`` and ``validation`` of the source, ``reference`` and
+    ``test`` of the target.
+
+    Parameters
+    ----------
+    name : str
+        Without a root as in `load`. With one ``"MNIST"`` or ``"SVHN"`` (``train`` and ``reference`` are their training
+        images, the other two their test images), or the path of a folder below root, as ``"photo"`` of PACS or
+        ``"gaussian_noise/3"`` of ImageNet-C.
+    split : {"train", "validation", "reference", "test"}
+        Of a folder the folder of this name in it, if there is one. Otherwise its images in a random order: ``train``
+        the first 80% and ``validation`` the rest, ``reference`` the first half and ``test`` the other.
+    root : path
+    count : int, optional
+        Take at most this many images, at random; not for the built-in sets.
+    seed : int
+        Of these random orders.
+    transform, classes
+        As in `folder`.
+
+    Returns
+    -------
+    ImageSet
+
+    Raises
+    ------
+    FileNotFoundError
+        If the files are not there.
+    ValueError
+        If there is no such set or split, or it has no images.
+    """
+    if not os.fspath(root):
+        return load(name, split)
+    parts = {"train": (0, 0.8), "validation": (0.8, 1), "reference": (0, 0.5), "test": (0.5, 1)}
+    if split not in parts:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(parts)}")
+    if name in ("MNIST", "SVHN"):
+        whole = torchvision_set(name, root, "train" if split in ("train", "reference") else "test")
+        rows = np.random.default_rng(seed).permutation(len(whole))[:count]
+        return whole.subset(rows)
+    path = Path(root) / name
+    own = (path / split).is_dir()
+    tree = folder(path / split if own else path, transform, classes)
+    rows = np.random.default_rng(seed).permutation(len(tree))
+    if not own:
+        start, stop = (round(part * len(rows)) for part in parts[split])
+        rows = rows[start:stop]
+    if not len(rows[:count]):
+        raise ValueError(f"{path} has too few pictures ({len(tree)}) for a split {split!r}")
+    images, labels = zip(*(tree[int(row)] for row in rows[:count]), strict=True)
+    looks = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD)}
+    ids = tree.ids[rows[:count]]
+    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, ids=ids, **looks)
+
+
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ def resnet18(width: int = WIDTH, classes: int = 10, seed: int = 0) -> nn.Module:
         return _ScaledResNet18(width, classes)
 
 
-def digits(seed: int = 0) -> nn.Module:
+def digits(seed: int = 0, width: int = WIDTH) -> nn.Module:
     """The model of the notebooks: ResNet-18 at width 16, trained on 4,000 MNIST digits.
 
     Parameters
@@ -104,6 +104,8 @@ def digits(seed: int = 0) -> nn.Module:
     seed : int
         0 is the committed model, so that every reader sees the same mistakes. Any other seed is trained on first use
         (under a minute) and kept in `pss.data.cache_folder`.
+    width : int
+        Any other than 16 is trained on first use too; 64, the papers' ResNet-18, takes many minutes.
 
     Returns
     -------
@@ -117,14 +119,14 @@ def digits(seed: int = 0) -> nn.Module:
     ValueError
         If the committed weights are damaged.
     """
-    if seed == 0:
+    if seed == 0 and width == WIDTH:
         path = _committed()
     else:
-        path = data.cache_folder() / f"resnet18-w{WIDTH}-mnist-seed{seed}-{_RECIPE}.safetensors"
-        model = _cached_model(path)
+        path = data.cache_folder() / f"resnet18-w{width}-mnist-seed{seed}-{_RECIPE}.safetensors"
+        model = _cached_model(path, width)
         if model is not None:
             return model
-        model, record = train(seed=seed)
+        model, record = train(seed=seed, width=width)
         try:
             save_weights(model, path, record)
         except OSError as error:
@@ -146,11 +148,11 @@ def _committed() -> Path:
     return path
 
 
-def _cached_model(path: Path) -> nn.Module | None:
+def _cached_model(path: Path, width: int) -> nn.Module | None:
     if not path.exists():
         return None
     try:
-        return load_weights(resnet18(), path).eval()
+        return load_weights(resnet18(width), path).eval()
     except (OSError, ValueError) as error:
         warnings.warn(f"the cached weights {path} are damaged ({error}): training again", stacklevel=3)
         return None

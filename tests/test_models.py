@@ -144,9 +144,9 @@ def quick(monkeypatch, tmp_path, few):
     """Other seeds train on a few images, into an empty cache."""
     calls, real = [], models.train
 
-    def train(seed):
+    def train(seed, width):
         calls.append(seed)
-        return real(seed, epochs=1, train_set=few, validation_set=few)
+        return real(seed, width, epochs=1, train_set=few, validation_set=few)
 
     monkeypatch.setenv("PSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "train", train)
@@ -161,6 +161,14 @@ def test_other_seeds_are_trained_once(quick, shipped):
     assert not again.training
     assert models.fingerprint(models.digits(seed=2)) != models.fingerprint(first)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_other_widths_are_trained_once(quick):
+    calls, _ = quick
+    first, again = models.digits(0, width=8), models.digits(0, width=8)
+    assert calls == [0]  # not the committed weights, which are of another width
+    assert first.conv1.weight.shape[0] == 8
+    assert models.fingerprint(first) == models.fingerprint(again)
 
 
 def test_damaged_cached_weights_are_trained_again_with_a_warning(quick):

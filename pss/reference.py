@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pss import evt
-from pss.profiles import blocks
+from pss.store import blocks
 from pss.units import Units
 
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%

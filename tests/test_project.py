@@ -10,7 +10,7 @@ def requirements(lines: list[str]) -> dict[str, str]:
     """Name to version bounds; conda's names for two packages, pip's for the rest."""
     found = {}
     for line in lines:
-        name, bounds = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!~].*)?", line.split(";")[0].strip()).groups()
+        name, bounds = re.fullmatch(r"([A-Za-z0-9_.\[\]-]+?)\s*([<>=!~].*)?", line.split(";")[0].strip()).groups()
         name = {"pytorch": "torch", "pytorch-cpu": "torch"}.get(name, name).lower().replace("_", "-")
         found[name] = ",".join(sorted((bounds or "").replace(" ", "").split(",")))
     return found

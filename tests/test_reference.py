@@ -111,6 +111,15 @@ def test_blocks_give_the_whole(profiles, max_bytes, scale_free):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("scale_free", [False, True])
+def test_dask_array_gives_the_whole(profiles, scale_free):
+    array = pytest.importorskip("dask.array").from_array(profiles.numpy(), chunks=(50, 3))
+    parts = Reference.fit(array, scale_free=scale_free, max_bytes=300 * 8 * 2)
+    whole = Reference.fit(profiles, scale_free=scale_free)
+    for name in ("mean", "std", "threshold", "quantiles", "xi", "scale", "n_excess"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=0, equal_nan=True)
+
+
 def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
     reference = Reference.fit(profiles, scale_free=True)
     z = reference.zscore(profiles[:5])

@@ -13,6 +13,9 @@ _HOMES = {  # imported when first used: `import pss` is quick, and `python -m ps
     "profile_dataset": "profiles",
     "Reference": "reference",
     "input_saliency": "input_space",
+    "cost_of_correction": "cost",
+    "fisher_diagonal": "fisher",
+    "fisher_scores": "fisher",
     "METHODS": "ranking",
     "rank": "ranking",
     "significant": "ranking",
@@ -23,8 +26,10 @@ _HOMES = {  # imported when first used: `import pss` is quick, and `python -m ps
 }
 _MODULES = (
     "batch",
+    "cost",
     "data",
     "evt",
+    "fisher",
     "gradients",
     "input_space",
     "models",

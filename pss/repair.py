@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,14 @@ from pss.gradients import Loss, get_loss, undisturbed
 from pss.units import Units
 
 log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:  # they build on this module, and are at home beside it
+    homes = {"cost_of_correction": "pss.cost", "fit_patch": "pss.patches", "Patch": "pss.patches"}
+    if name in homes:
+        return getattr(import_module(homes[name]), name)
+    raise AttributeError(f"module 'pss.repair' has no attribute {name!r}")
+
 
 Edit = Literal["finetune", "prune"]
 Ids = Sequence | np.ndarray | Tensor

@@ -103,14 +103,14 @@ def cost_of_correction(
     refuse_overlap(images, guard[0], None if guard_ids is None else image_ids, guard_ids)
     names = [layer.parameter for layer in units.layers]
     curvature = damped(fisher, names, damping) if "fisher" in directions else None
-    search, rows = _Search(model, guard, cap, tolerance), []
+    search, rows = Search(model, guard, cap, tolerance), []
     with undisturbed(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         search.check_wrong(images, labels, image_ids)
         for part, gradients in gradients_of(model, images, labels, loss):
             x, y, at = images[part], labels[part], list(range(len(images)))[part]
             for name, count, kind, masks in _jobs(model, units, rankings, ks, directions, parameters, at):
                 lines = [
-                    _line(model, gradients, b, mask, curvature if kind == "fisher" else None)
+                    line_of(model, gradients, b, mask, curvature if kind == "fisher" else None)
                     for b, mask in enumerate(masks)
                 ]
                 found = search.costs(x, y, lines)
@@ -145,7 +145,7 @@ class Line:
     length: float
 
 
-def _line(
+def line_of(
     model: nn.Module, gradients: Weights, b: int, mask: dict[str, Tensor], curvature: Weights | None
 ) -> Line | None:
     """The line of image b through the masked parameters, None where the gradient is zero."""
@@ -163,7 +163,7 @@ def _line(
     return Line({name: (d * scale).to(like) for name, d in delta.items()}, weight**0.5)
 
 
-class _Search:
+class Search:
     """Finds the smallest step that corrects, and measures it on the guard images."""
 
     def __init__(self, model: nn.Module, guard: tuple[Tensor, Tensor], cap: float, tolerance: float):
@@ -176,6 +176,7 @@ class _Search:
 
     @torch.no_grad()
     def check_wrong(self, images: Tensor, labels: Tensor, image_ids: list) -> None:
+        """Refuse images that are no mistakes."""
         logits = torch.cat([self.model(part) for part in images.split(256)])
         _check_labels(labels, logits)
         right = (logits.argmax(dim=1) == labels).nonzero()[:, 0].tolist()

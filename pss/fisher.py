@@ -31,7 +31,7 @@ from pss.gradients import Loss, parameter_saliency
 from pss.models import fingerprint
 from pss.units import Units
 
-DAMPING = 0.1  # of the Fisher information, as a multiple of its mean
+DAMPING = 0.01  # of the Fisher information, as a multiple of its mean
 _GRADIENTS = 2**24  # numbers in the gradients that are held at once
 
 Weights = Mapping[str, Tensor]

@@ -470,3 +470,55 @@ def story(
     confidence_bars(before, after, label, ax=axes[2])
     axes[2].set_title(f"now read as {int(after.argmax())}", loc="left")
     return figure
+
+
+def neighbor_rows(
+    images: Tensor, titles: Sequence[Sequence[str]], ids: Tensor, neighbors: Tensor, rows: Sequence[str] = ()
+) -> Figure:
+    """Each query in the first column, framed, and its neighbours to the right of it, closest first.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, 3, H, W)
+        In 0..1.
+    titles : sequence of Q rows of 1 + k
+        Above each picture.
+    ids, neighbors : Tensor of int, shape (Q,), (Q, k)
+        The queries and their neighbours, as positions in ``images``.
+    rows : sequence of Q str
+        What stands to the left of each query.
+    """
+    height, width = len(ids), 1 + neighbors.shape[1]
+    figure, axes = plt.subplots(height, width, figsize=(1.05 * width + 0.3, 1.4 * height), squeeze=False)
+    for row, own in enumerate(axes):
+        image_row(images[[int(ids[row]), *neighbors[row].tolist()]], titles[row], own)
+        own[0].set_axis_on()
+        own[0].grid(False)
+        own[0].set(xticks=[], yticks=[], ylabel=rows[row] if len(rows) else "")
+        own[0].spines[:].set(visible=True, color="#D55E00", linewidth=2.5)
+    return figure
+
+
+def pair_map(points: np.ndarray, pairs: Sequence[str], top: int = 6, ax: Axes | None = None) -> Axes:
+    """Mistakes in the plane, the most frequent confusion pairs in colour and the rest grey.
+
+    Parameters
+    ----------
+    points : ndarray, shape (N, 2)
+    pairs : sequence of N str
+        Name of the confusion pair of each mistake.
+    top : int
+        How many pairs get a colour, at most 7.
+    """
+    ax = ax or plt.subplots(figsize=(5.4, 4.4))[1]
+    counts = pd.Series(pairs).value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    named = list(counts.index[:top])
+    rest = ~np.isin(pairs, named)
+    ax.scatter(*points[rest].T, s=14, color="#B8B8B8", label=f"other ({rest.sum()})")
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333"]
+    for pair, color, marker in zip(named, colors, "osD^vP*", strict=False):
+        at = np.asarray(pairs) == pair
+        ax.scatter(*points[at].T, s=24, color=color, marker=marker, label=f"{pair} ({at.sum()})")
+    ax.set(xticks=[], yticks=[])
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+    return ax

@@ -109,3 +109,24 @@ def test_story_rings_the_edited_units(units):
     rings = figure.axes[1].lines[-1].get_xydata()
     assert rings == pytest.approx(np.stack([[3, 7], unusual[[3, 7]].numpy()], axis=1))
     assert figure.axes[0].get_title() == "a 1, read as 0" and figure.axes[2].get_title(loc="left") == "now read as 1"
+
+
+def test_neighbor_rows_draws_each_query_before_its_neighbours(generator):
+    images = torch.rand(5, 3, 4, 4, generator=generator)
+    titles = [["a", "b", "c"], ["d", "e", "f"]]
+    figure = pss.plots.neighbor_rows(images, titles, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 0]]), ["x", "y"])
+    drawn = [ax.images[0].get_array() for ax in figure.axes]
+    for shown, at in zip(drawn, [0, 1, 2, 3, 4, 0], strict=True):
+        np.testing.assert_allclose(shown, images[at].permute(1, 2, 0))
+    assert [ax.get_title() for ax in figure.axes] == list("abcdef")
+    assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["x", "y"]
+
+
+def test_pair_map_colours_the_most_frequent_pairs():
+    points = np.arange(12.0).reshape(6, 2)
+    ax = pss.plots.pair_map(points, ["b", "a", "a", "c", "b", "a"], top=2)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["other (1)", "a (3)", "b (2)"]
+    rest, first, second = ax.collections
+    np.testing.assert_array_equal(rest.get_offsets(), points[[3]])
+    np.testing.assert_array_equal(first.get_offsets(), points[[1, 2, 5]])
+    np.testing.assert_array_equal(second.get_offsets(), points[[0, 4]])

@@ -130,3 +130,30 @@ def test_pair_map_colours_the_most_frequent_pairs():
     np.testing.assert_array_equal(rest.get_offsets(), points[[3]])
     np.testing.assert_array_equal(first.get_offsets(), points[[1, 2, 5]])
     np.testing.assert_array_equal(second.get_offsets(), points[[0, 4]])
+
+
+def test_overlay_has_one_colour_scale_whatever_the_map():
+    image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    for heat in (torch.zeros(6, 6), torch.full((6, 6), 0.2), torch.linspace(0, 1, 36).reshape(6, 6)):
+        below, above = pss.plots.overlay(image, heat).images
+        assert below.get_clim() == above.get_clim() == (0, 1)
+        np.testing.assert_allclose(above.get_array(), heat)
+        assert (np.asarray(above.get_alpha())[heat == 0] == 0).all()
+
+
+def test_overlay_grid_has_a_column_for_each_kind_of_map():
+    images, heat = torch.rand(2, 3, 6, 6), torch.rand(2, 6, 6)
+    figure = pss.plots.overlay_grid(images, {"a": heat, "b": 1 - heat}, ["first", "second"])
+    maps = [ax.images[1].get_array() for ax in figure.axes[:6]]
+    for found, wanted in zip(maps, [0 * heat[0], heat[0], 1 - heat[0], 0 * heat[1], heat[1], 1 - heat[1]], strict=True):
+        np.testing.assert_allclose(found, wanted)
+    assert [ax.get_title() for ax in figure.axes[:6]] == ["image", "a", "b", "", "", ""]
+
+
+def test_marks_and_curves_of_masks_draw_means():
+    table = pd.DataFrame({"rule": ["top units"] * 4 + ["x"] * 4, "k": [1, 1, 2, 2] * 2, "v": np.arange(8.0)})
+    curves = pss.plots.mask_curves(table, "v")
+    np.testing.assert_allclose(curves.lines[0].get_xydata(), [[1, 0.5], [2, 2.5]])
+    marks = pss.plots.paired_marks(table, {"top units": ["top units", "x"]}, "v")
+    middles = [line.get_xdata()[0] for line in marks.lines if line.get_marker() in ("o", "D")]
+    assert middles == [1.5, 5.5]

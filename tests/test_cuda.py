@@ -1,0 +1,90 @@
+"""The same numbers on a GPU as on the CPU; skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+
+import pss
+from pss import evt
+from pss._vision import torchvision
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A small network on both devices in float64, images, labels, and a reference made on the CPU."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).double().eval()
+    images = torch.randn(32, 3, 32, 32, dtype=torch.float64)
+    labels = torch.randint(10, (32,))
+    units = pss.Units.of(model)
+    profiles = pss.profile(model, images, labels, units)
+    return model, copy.deepcopy(model).cuda(), images, labels, units, profiles, pss.Reference.fit(profiles)
+
+
+def close(on_gpu: torch.Tensor, on_cpu: torch.Tensor, rtol: float = 1e-8) -> None:
+    assert on_gpu.is_cuda
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=rtol, atol=rtol * on_cpu.abs().max().item())
+
+
+@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
+def test_profile(setting, path):
+    _, model, images, labels, units, profiles, _ = setting
+    close(pss.profile(model, images[:6].cuda(), labels[:6].cuda(), units, path=path), profiles[:6])
+
+
+def test_bf16_backward_is_near(setting):
+    model, _, images, labels, units, profiles, _ = setting
+    near = pss.profile(
+        copy.deepcopy(model).float().cuda(), images.float().cuda(), labels.cuda(), units, precision="bf16"
+    )
+    error = (near.cpu() - profiles).abs().sum() / profiles.sum()
+    assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("kind", ["rows", "heads"])
+def test_transformer(kind):
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10).double().eval()
+    images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 4, 9])
+    units = pss.Units.of(model, kind=kind)
+    on_cpu = pss.profile(model, images, labels, units)
+    close(pss.profile(model.cuda(), images.cuda(), labels.cuda(), units), on_cpu)
+
+
+def test_reference_and_ranking(setting):
+    *_, profiles, reference = setting
+    close(reference.zscore(profiles.cuda()), reference.zscore(profiles))
+    close(reference.tail_score(profiles.cuda()), reference.tail_score(profiles))
+    for method in ("zscore", "pot", "raw"):
+        on_gpu = pss.rank(profiles.cuda(), reference, method, k=25)
+        assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), pss.rank(profiles, reference, method, k=25))
+
+
+def test_tail_fit():
+    generator = torch.Generator().manual_seed(0)
+    excesses = torch.rand(200, 300, generator=generator, dtype=torch.float64) ** -0.4 - 1
+    on_gpu, on_cpu = evt.fit_gpd(excesses.cuda()), evt.fit_gpd(excesses)
+    for name in ("xi", "scale", "log_likelihood", "se_xi"):
+        close(getattr(on_gpu, name), getattr(on_cpu, name), rtol=1e-7)
+
+
+@pytest.mark.parametrize("edit", ["finetune", "prune"])
+def test_edit_curves(setting, edit):
+    model, on_gpu, images, labels, units, profiles, reference = setting
+    top = pss.rank(profiles[:4], reference, "zscore", k=10)
+    expected = pss.edit_curves(model, images[:4], labels[:4], top, units, edit)
+    before = {name: tensor.clone() for name, tensor in on_gpu.state_dict().items()}
+    found = pss.edit_curves(on_gpu, images[:4].cuda(), labels[:4].cuda(), top.cuda(), units, edit)
+    torch.testing.assert_close(
+        torch.tensor(found["loss"].to_numpy()), torch.tensor(expected["loss"].to_numpy()), rtol=1e-8, atol=0
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in on_gpu.state_dict().items())
+
+
+def test_input_saliency(setting):
+    model, on_gpu, images, labels, units, _, reference = setting
+    on_cpu = pss.input_saliency(model, images[:2], labels[:2], units, reference)
+    close(pss.input_saliency(on_gpu, images[:2].cuda(), labels[:2].cuda(), units, reference), on_cpu, rtol=1e-6)

@@ -45,13 +45,15 @@ class Convolution:
 
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[0]
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[
+            0
+        ]
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
-        positions = g[0, 0].numel()
-        if self.groups == 1 and (positions <= 4 * self.shape[0] or x.is_cuda):
-            # Copying patches costs positions x row; separate convolutions cost copies of the weight, filters x row.
+        positions, filters, is_pointwise = g[0, 0].numel(), self.shape[0], math.prod(self.shape[2:]) == 1
+        # Copying patches costs positions x row; separate convolutions cost copies of the weight, filters x row.
+        if self.groups == 1 and (is_pointwise or positions <= 4 * filters or x.is_cuda):
             return self._sums_of_patches(x, g, signed)
         return torch.stack([_sum_rows(self._gradient(*pair), signed) for pair in _one_by_one(x, g)])
 
@@ -72,7 +74,7 @@ class Convolution:
         """Sum over filters by matrix products, a few samples at a time: the patches must not fill the memory."""
         g = g.flatten(2).transpose(1, 2)  # (B, P, O)
         row = math.prod(self.shape[1:])
-        step = max(1, 4 * _block(x) // (g.shape[1] * row))
+        step = max(1, _block(x) // (g.shape[1] * row))
         parts = zip(x.split(step), g.split(step), strict=True)
         return torch.cat([sums_of_products(self._patches(a), b, signed) for a, b in parts])
 
@@ -82,7 +84,9 @@ class Convolution:
         channels_last = x.stride(1) == 1
         if any(self.padding):
             x = F.pad(x, [p for padding in reversed(self.padding) for p in (padding, padding)])
-        for axis, (k, s, d) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2):
+        for axis, (k, s, d) in enumerate(
+            zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2
+        ):
             x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
         # (B, C, *P, *K): keep as the fastest dimension the one that is so in memory
         if channels_last:
@@ -120,8 +124,8 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
         return (g * patches.sum(2, keepdim=True)).sum(1)
     if positions == 1:  # the gradient is an outer product
         return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
-    many = max(1, _block(g) // (rows * columns))
-    few = min(rows, max(1, _block(g) // columns))
+    many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size
+    few = math.ceil(rows / math.ceil(rows * columns / _block(g)))
     block = g.new_empty(min(many, samples), few, columns)
     sums = g.new_empty(samples, rows, dtype=_sum_dtype(g))
     for b in range(0, samples, many):

@@ -329,11 +329,17 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
         "change_true": "change of confidence, true class",
         "corrected": "share corrected",
     }
+    known = {method: number for number, method in enumerate(METHOD_COLORS)}  # the legend follows this order
+    place = summary["method"].map(known).fillna(len(known))
+    summary = summary.loc[place.sort_values(kind="stable").index]
     banded = summary["method"].isin(bands)
     for ax, (value, label) in zip(axes, labels.items(), strict=True):
         ends = {end: summary[f"{value}_{end}"].where(banded) for end in ("low", "high")}
         method_curves(summary.assign(**ends), value, label, ax)
         ax.get_legend().remove()
+        for line in ax.lines:
+            if line.get_label() in (METHOD_LABELS["abs_zscore"], METHOD_LABELS["ratio"]):
+                line.set_linestyle((0, (2, 2)))  # often on top of another line, which then shows through
         ax.axhline(0, color="black", lw=0.8, zorder=0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=columns, loc="outside upper center")
     return figure

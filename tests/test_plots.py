@@ -132,6 +132,21 @@ def test_pair_map_colours_the_most_frequent_pairs():
     np.testing.assert_array_equal(second.get_offsets(), points[[0, 4]])
 
 
+def test_edit_panels_draws_every_method_and_only_the_bands_asked_for():
+    rows = [("new", k) for k in range(3)] + [("pot", k) for k in range(3)] + [("zscore", k) for k in range(3)]
+    summary = pd.DataFrame(rows, columns=["method", "k"])
+    for number, value in enumerate(("change_wrong", "change_true", "corrected")):
+        summary[value] = summary["k"] * 0.1 + number
+        summary[f"{value}_low"], summary[f"{value}_high"] = summary[value] - 0.1, summary[value] + 0.1
+    figure = pss.plots.edit_panels(summary, bands=["pot"])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["z-score", "POT (GPD)", "new"]
+    for number, ax in enumerate(figure.axes):
+        assert ax.get_legend() is None
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), np.arange(3) * 0.1 + number)
+        bands = [len(c.get_paths()[0]) if c.get_paths() else 0 for c in ax.collections]
+        assert [b > 0 for b in bands] == [False, True, False]
+
+
 def test_overlay_has_one_colour_scale_whatever_the_map():
     image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     for heat in (torch.zeros(6, 6), torch.full((6, 6), 0.2), torch.linspace(0, 1, 36).reshape(6, 6)):

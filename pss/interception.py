@@ -61,7 +61,7 @@ class _Call(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple:
         (x,), use = ctx.saved_tensors, ctx.use
         weight = use.weight
-        if use.sweep.bf16:
+        if use.sweep.bf16 and use.layer.groups == 1:  # depthwise convolutions are slower in bfloat16
             x, g, weight = x.bfloat16(), g.bfloat16(), weight.bfloat16()
         use.sweep.collect(use, x, g)
         return use.layer.input_gradient(x, g, weight) if ctx.needs_input_grad[0] else None, None, None
@@ -176,7 +176,7 @@ class Sweep(TorchFunctionMode):
             x, g = use.split(x), use.split(g)
         in_parts = isinstance(use.layer, Convolution) and use.split is not None
         if self.calls[use.name] == 1 and not in_parts:
-            sums = use.layer.row_sums(x, g, self.signed)
+            sums = use.layer.row_sums(x, g, self.signed).to(self.token.dtype)
             if use.scale is not None:
                 sums *= use.scale if self.signed else use.scale.abs()
             self.sums[use.name] = sums
@@ -210,7 +210,7 @@ class Sweep(TorchFunctionMode):
             sums = self.sums.get(name)
             row = parameter[0].numel()
             means[name] = parameter.new_zeros(self.samples, len(parameter)) if sums is None else sums / row
-        return {name: m.to(self.token.dtype) for name, m in means.items() if name not in unseen}
+        return {name: m for name, m in means.items() if name not in unseen}
 
 
 class _Pending(Tensor):

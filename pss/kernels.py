@@ -12,6 +12,7 @@ over each row :math:`o`, so the gradients are made in blocks that stay in the ca
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 # Elements of a block of weight gradients: 2 MB on a CPU, the second-level cache of one core. A GPU wants long kernels.
 CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
+_LOW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,24 @@ class Convolution:
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
-        positions, filters, is_pointwise = g[0, 0].numel(), self.shape[0], math.prod(self.shape[2:]) == 1
-        # Copying patches costs positions x row; separate convolutions cost copies of the weight, filters x row.
-        if self.groups == 1 and (is_pointwise or positions <= 4 * filters or x.is_cuda):
+        positions = g[0, 0].numel()
+        if self.groups == 1 and 1 < positions <= 4 and not x.is_cuda:
+            return self._sums_of_taps(x, g, signed)
+        if self.groups == 1 and (x.is_cuda or self._patches_pay(positions, x.dtype)):
             return self._sums_of_patches(x, g, signed)
         return torch.stack([_sum_rows(self._gradient(*pair), signed) for pair in _one_by_one(x, g)])
 
     def gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Weight gradient of each sample, ``(B, *weight.shape)``."""
         return torch.stack([self._gradient(*pair) for pair in _one_by_one(x, g)])
+
+    def _patches_pay(self, positions: int, dtype: torch.dtype) -> bool:
+        """Whether to copy patches, positions x row, or to convolve sample by sample and copy weights, filters x row."""
+        if math.prod(self.shape[2:]) == 1:
+            return True  # the patches are the input itself
+        if dtype in _LOW:  # single convolutions are slow in these
+            return positions <= 64 * self.shape[0] or math.prod(self.shape[1:]) < 256
+        return positions <= 4 * self.shape[0]
 
     @property
     def _geometry(self) -> tuple:
@@ -77,6 +88,23 @@ class Convolution:
         step = max(1, _block(x) // (g.shape[1] * row))
         parts = zip(x.split(step), g.split(step), strict=True)
         return torch.cat([sums_of_products(self._patches(a), b, signed) for a, b in parts])
+
+    def _sums_of_taps(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over filters tap by tap, without the positions where a tap meets padding: of few, they are most."""
+        sums = g.new_zeros(len(g), self.shape[0])
+        for tap in itertools.product(*(range(k) for k in self.shape[2:])):
+            offsets = [t * d - p for t, d, p in zip(tap, self.dilation, self.padding, strict=True)]
+            outputs, inputs = [slice(None)] * 2, [slice(None)] * 2
+            for size, count, offset, s in zip(x.shape[2:], g.shape[2:], offsets, self.stride, strict=True):
+                first = max(0, math.ceil(-offset / s))
+                stop = min(count, (size - 1 - offset) // s + 1)
+                outputs.append(slice(first, max(first, stop)))
+                inputs.append(slice(first * s + offset, max(first, stop) * s + offset, s))
+            seen = g[tuple(outputs)].flatten(2).mT
+            if seen.numel():
+                patch = x[tuple(inputs)].flatten(2).mT
+                sums += sums_of_products(patch, seen, signed)
+        return sums
 
     def _patches(self, x: Tensor) -> Tensor:
         """What each output position sees, ``(B, P, C·K)``: a copy, or for 1×1 a view. The order of C·K is free."""
@@ -99,6 +127,7 @@ class Linear:
     """A linear layer on ``(B, P, F)``: P positions of each sample share the weight."""
 
     shape: tuple[int, int]
+    groups: int = 1
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Output of the layer."""
@@ -127,27 +156,23 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
     many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size
     few = math.ceil(rows / math.ceil(rows * columns / _block(g)))
     block = g.new_empty(min(many, samples), few, columns)
-    sums = g.new_empty(samples, rows, dtype=_sum_dtype(g))
+    sums = g.new_empty(samples, rows)
     for b in range(0, samples, many):
         for r in range(0, rows, few):
             left, right = g[b : b + many, :, r : r + few].mT, patches[b : b + many]
             out = block[: len(left), : left.shape[1]]
             torch.bmm(left, right, out=out)
-            torch.sum(out.abs_(), 2, dtype=sums.dtype, out=sums[b : b + many, r : r + few])
+            torch.sum(out.abs_(), 2, out=sums[b : b + many, r : r + few])
     return sums
 
 
 def _sum_rows(gradient: Tensor, signed: bool) -> Tensor:
     gradient = gradient if signed else gradient.abs_()
-    return gradient.flatten(1).sum(1, dtype=_sum_dtype(gradient))
+    return gradient.flatten(1).sum(1)
 
 
 def _one_by_one(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(x[b : b + 1], g[b : b + 1]) for b in range(len(x))]
-
-
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else values.dtype
 
 
 def _block(values: Tensor) -> int:

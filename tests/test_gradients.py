@@ -239,6 +239,10 @@ FAST = [
     with_layer("padding circular", conv(3, padding=1, padding_mode="circular")),
     with_layer("padding reflect", conv(3, padding=1, padding_mode="reflect")),
     with_layer("whole image", conv(8)),
+    with_layer("few positions, padding", conv(3, stride=7, padding=2)),
+    with_layer("few positions, dilation", conv((4, 2), stride=(5, 4), padding=(3, 1), dilation=(3, 5))),
+    with_layer("few positions, taps only in padding", conv(5, stride=9, padding=4)),
+    with_layer("as many positions as patches pay", lambda: nn.Conv2d(6, 6, 3, stride=2)),
     net(
         "in-place activations",
         set_all(layer=conv(3), relu=lambda: nn.ReLU(inplace=True)),

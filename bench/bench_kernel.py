@@ -52,9 +52,7 @@ def one_by_one(model: nn.Module, images: Tensor, labels: Tensor, units: pss.Unit
         loss = F.cross_entropy(model(image), label)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         whole = {n: g.detach().abs()[None] for n, g in zip(names, gradients, strict=True) if g is not None}
-        whole |= {
-            n: torch.zeros_like(p)[None] for n, p in zip(names, parameters, strict=True) if n not in whole
-        }
+        whole |= {n: torch.zeros_like(p)[None] for n, p in zip(names, parameters, strict=True) if n not in whole}
         rows.append(units.reduce(whole))
     return torch.cat(rows)
 
@@ -91,9 +89,7 @@ def in_turns(contestants: dict[str, Callable[[], object]], repeats: int, device:
     return {name: median(values) for name, values in times.items()}
 
 
-def make(
-    name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-):
+def make(name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """Model with random weights, images, labels, units."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
@@ -118,9 +114,7 @@ def run(device: str = "cpu", repeats: int = 3, models: list[str] | None = None) 
             batch *= 4
         few = min(2, batch)
         contestants = {
-            "one image at a time": lambda m=model, x=images[:few], y=labels[:few], u=units: one_by_one(
-                m, x, y, u
-            ),
+            "one image at a time": lambda m=model, x=images[:few], y=labels[:few], u=units: one_by_one(m, x, y, u),
             "forward and backward pass": lambda m=model, x=images, y=labels: plain_pass(m, x, y),
         }
         for label, options in OURS.items():
@@ -143,9 +137,7 @@ def run(device: str = "cpu", repeats: int = 3, models: list[str] | None = None) 
     return pd.DataFrame(rows)
 
 
-def run_precision(
-    device: str = "cpu", name: str = "resnet50", pixels: int = 224, batch: int = 8
-) -> pd.DataFrame:
+def run_precision(device: str = "cpu", name: str = "resnet50", pixels: int = 224, batch: int = 8) -> pd.DataFrame:
     """Compare bf16 products with fp32: relative error of the profile, and how many of the top 25 units agree."""
     model, images, labels, units = make(name, "filters", pixels, 4 * batch, device)
     exact, near = (pss.profile(model, images, labels, units, precision=p) for p in ("fp32", "bf16"))
@@ -212,9 +204,7 @@ def check(device: str) -> pd.DataFrame:
             got = pss.profile(model, images, labels, units, **options)
             spans = [units.span(i) for i in range(len(units.layers))]
             error = max(float((got - expected)[:, s].abs().max() / expected[:, s].abs().max()) for s in spans)
-            rows.append(
-                {"model": name, "units": kind, "options": str(options), "error": error, "right": error < 1e-9}
-            )
+            rows.append({"model": name, "units": kind, "options": str(options), "error": error, "right": error < 1e-9})
     return pd.DataFrame(rows)
 
 
@@ -227,9 +217,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pd.set_option(
-        "display.width", 200, "display.max_columns", 20, "display.max_colwidth", 80, "display.max_rows", 200
-    )
+    pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 80, "display.max_rows", 200)
     if options.device == "cuda":
         print(torch.cuda.get_device_name(), torch.__version__)
         print(checked := check("cuda"), "\n", flush=True)

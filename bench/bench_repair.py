@@ -61,9 +61,7 @@ def calibrated(name: str, size: int, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def run(
-    repeats: int = 5, edits: int = 25, threads: int | None = None, settings: tuple = SETTINGS
-) -> pd.DataFrame:
+def run(repeats: int = 5, edits: int = 25, threads: int | None = None, settings: tuple = SETTINGS) -> pd.DataFrame:
     """Median seconds per image of both, their ratio, and their largest difference.
 
     The difference is of the true class's log-confidence, over the range of the logits.

@@ -55,9 +55,7 @@ class Change:
     sizes: Tensor | None = None
 
 
-def forward(
-    model: nn.Module, images: Tensor, changes: dict[nn.Parameter, list[Change]], variants: int
-) -> Tensor:
+def forward(model: nn.Module, images: Tensor, changes: dict[nn.Parameter, list[Change]], variants: int) -> Tensor:
     """Outputs of every variant of every image, shape (B, variants, C).
 
     Raises
@@ -104,9 +102,7 @@ class _Carry(TorchFunctionMode):
         """Repeat rows of the tensor so that it has all of ``rows``."""
         have = self.rows_of(tensor)
         if tensor.dim() == 0 or tensor.shape[0] != len(have):
-            raise NotCarried(
-                "the first dimension is no longer the batch: the model keeps or changes its size"
-            )
+            raise NotCarried("the first dimension is no longer the batch: the model keeps or changes its size")
         if len(have) == len(rows):
             return tensor
         source = np.searchsorted(have, rows, side="right") - 1
@@ -158,9 +154,7 @@ class _Carry(TorchFunctionMode):
             raise NotCarried("an edited layer inside an autograd function of the model's own")
         starts = [c.image * self.variants + c.k for c in changes]
         lines = {c.image: c.sizes for c in changes if c.sizes is not None}
-        rows = np.union1d(
-            have, starts + [i * self.variants + v for i in lines for v in range(1, self.variants)]
-        )
+        rows = np.union1d(have, starts + [i * self.variants + v for i in lines for v in range(1, self.variants)])
         output = self.expand(self._mark(output, have), rows)
 
         parts, places, factors, done = [], [], [], 0
@@ -190,9 +184,7 @@ class _Carry(TorchFunctionMode):
         return self._mark(output, rows)
 
 
-def _channels(
-    func: Any, x: Tensor, weight: Tensor, steps: Tensor, filters: np.ndarray, options: dict
-) -> Tensor:
+def _channels(func: Any, x: Tensor, weight: Tensor, steps: Tensor, filters: np.ndarray, options: dict) -> Tensor:
     """The layer's output for these filters alone, without bias, shape (rows, filters, …)."""
     if func is F.linear:
         return F.linear(x, steps).movedim(-1, 1)

@@ -63,9 +63,7 @@ def get_loss(loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
     if loss not in LOSSES:
-        raise ValueError(
-            f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)"
-        )
+        raise ValueError(f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)")
     return LOSSES[loss]
 
 
@@ -190,9 +188,7 @@ def profile(
     size = _images_at_once(images)
     with _ready(model, images):
         chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
-        return torch.cat(
-            [_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks]
-        )
+        return torch.cat([_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks])
 
 
 def _profile(
@@ -211,9 +207,7 @@ def _profile(
     rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
     means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
     if path in ("auto", "fast"):
-        in_rows = [
-            name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)
-        ]
+        in_rows = [name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)]
         try:
             means = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
             reason = "used in a way that the fast path does not know"
@@ -241,8 +235,7 @@ def _profile(
             parts.append([units.layers[i].reduce(whole[names[units.layers[i].parameter]]) for i in numbers])
         slow = {i: torch.cat(columns) for i, columns in zip(numbers, zip(*parts, strict=True), strict=True)}
     columns = [
-        slow[i] if i in slow else layer.reduce(means[names[layer.parameter]])
-        for i, layer in enumerate(units.layers)
+        slow[i] if i in slow else layer.reduce(means[names[layer.parameter]]) for i, layer in enumerate(units.layers)
     ]
     return torch.cat(columns, dim=1)
 
@@ -315,9 +308,7 @@ def _vectorized(
 
     detached = {name: p.detach() for name, p in parameters.items()}
     per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0, 0))
-    with (
-        warnings.catch_warnings()
-    ):  # of operations that vmap runs one after the other: slow is what this path is
+    with warnings.catch_warnings():  # of operations that vmap runs one after the other: slow is what this path is
         warnings.filterwarnings("ignore", "There is a performance drop")
         gradients, losses = per_sample(detached, images, labels)
     _check_losses(losses[:, 0], labels)
@@ -385,9 +376,7 @@ def _check_inputs(model: nn.Module, images: Tensor, labels: Tensor, units: Units
     """Refuse what would fail late, or not at all."""
     if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"images are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)"
-        )
+        raise ValueError(f"images are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)")
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
@@ -405,14 +394,10 @@ def _check_inputs(model: nn.Module, images: Tensor, labels: Tensor, units: Units
         raise ValueError(f"{type(model).__name__} has no parameters")
     for what, tensor in (("images", images), ("labels", labels)):
         if tensor.device != parameter.device:
-            raise ValueError(
-                f"{what} are on {tensor.device}, the model on {parameter.device}: move one to the other"
-            )
+            raise ValueError(f"{what} are on {tensor.device}, the model on {parameter.device}: move one to the other")
     if images.is_floating_point():
         if images.dtype != parameter.dtype:
-            raise ValueError(
-                f"images are {images.dtype}, the model {parameter.dtype}: convert one to the other"
-            )
+            raise ValueError(f"images are {images.dtype}, the model {parameter.dtype}: convert one to the other")
         finite = torch.isfinite(images).flatten(1).all(dim=1)
         if not finite.all():
             raise ValueError(f"images {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")

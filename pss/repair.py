@@ -73,13 +73,9 @@ def edited(
     ids = _check_ids(ids, units, dims=1, least=0)
     _check_edit(edit)
     if (steps is None) != (edit == "prune"):
-        raise ValueError(
-            "steps go with edit='finetune', which adds them to the units; edit='prune' needs none"
-        )
+        raise ValueError("steps go with edit='finetune', which adds them to the units; edit='prune' needs none")
     if steps is not None and len(steps) != len(ids):
-        raise ValueError(
-            f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them"
-        )
+        raise ValueError(f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them")
     with undisturbed(model), _undone(_views(model, units, ids)) as views:
         _add(views, [-view for view in views] if steps is None else steps)
         yield model
@@ -159,9 +155,7 @@ def edit_curve(
     if label.dim() == 0:
         image, label = image[None], label[None]
     ids = _check_ids(ids, units, dims=1)[None]
-    return edit_curves(
-        model, image, label, ids, units, edit, lr, norm, loss, path, [image_id], progress=False
-    )
+    return edit_curves(model, image, label, ids, units, edit, lr, norm, loss, path, [image_id], progress=False)
 
 
 def edit_curves(
@@ -310,9 +304,7 @@ class _Runner:
         flat = [zero for own in zeros for zero in own]
         with undisturbed(self.model), torch.enable_grad():
             self.model.requires_grad_(False)
-            outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[
-                :, 0
-            ]
+            outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[:, 0]
             found = self._differentiate(outputs, labels, flat)
         gradients = iter(found)
         return [[next(gradients) for _ in own] for own in ids]
@@ -404,9 +396,7 @@ def _step(gradient: Tensor, lr: float, norm: float | None) -> Tensor:
     return scaled * (-norm / torch.where(length > 0, length, 1))
 
 
-def _records(
-    logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndarray, loss: Loss
-) -> pd.DataFrame:
+def _records(logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndarray, loss: Loss) -> pd.DataFrame:
     """Tidy rows of the logits (B, K + 1, C)."""
     count, variants, _ = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # NumPy has no bfloat16
@@ -463,8 +453,7 @@ def summarize(curves: pd.DataFrame, by: str | Sequence[str] = "method", level: f
             f"{int(missing.sum())} rows belong to curves without a row k = 0: keep the row before any edit"
         )
     changes = curves.assign(
-        change_wrong=curves["confidence_wrong"].to_numpy()
-        - start["confidence_wrong"].reindex(rows).to_numpy(),
+        change_wrong=curves["confidence_wrong"].to_numpy() - start["confidence_wrong"].reindex(rows).to_numpy(),
         change_true=curves["confidence_true"].to_numpy() - start["confidence_true"].reindex(rows).to_numpy(),
     )
     groups = changes.groupby([*by, "k"], observed=True)
@@ -532,17 +521,13 @@ def paired_difference(
     for method in (a, b):
         own = curves[curves[by] == method]
         if own.empty:
-            raise ValueError(
-                f"no rows with {by} = {method!r}: there are {sorted(map(str, curves[by].unique()))}"
-            )
+            raise ValueError(f"no rows with {by} = {method!r}: there are {sorted(map(str, curves[by].unique()))}")
         _refuse_duplicates(own, ["image", "k"])
         tables.append(own.pivot(index="image", columns="k", values=value).astype(float))  # noqa: PD010
     first, second = tables
     if not first.index.equals(second.index):
         only = first.index.symmetric_difference(second.index)
-        raise ValueError(
-            f"{a!r} and {b!r} are not on the same images: {len(only)} in one only, as {list(only[:5])}"
-        )
+        raise ValueError(f"{a!r} and {b!r} are not on the same images: {len(only)} in one only, as {list(only[:5])}")
     if not first.columns.equals(second.columns):
         raise ValueError(
             f"{a!r} and {b!r} have different numbers of edits: {len(first.columns)}, {len(second.columns)}"
@@ -609,9 +594,7 @@ def collateral(
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):
-        raise ValueError(
-            f"{len(images)} guard images and {len(labels)} labels: give as many, and at least one"
-        )
+        raise ValueError(f"{len(images)} guard images and {len(labels)} labels: give as many, and at least one")
     image_ids = np.arange(len(ids)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(ids):
         raise ValueError(f"{len(image_ids)} image_ids for {len(ids)} rows of ids")

@@ -351,9 +351,7 @@ def test_own_units_of_several_rows():
     images, labels = batch(2)
     ids = torch.tensor([[1, 0], [0, 1]])
     expected = copying_loop(model, images, labels, ids, units, "finetune", 0.5)
-    assert_same_curves(
-        edit_curves(model, images, labels, ids, units, lr=0.5, path="variants"), expected, labels
-    )
+    assert_same_curves(edit_curves(model, images, labels, ids, units, lr=0.5, path="variants"), expected, labels)
 
 
 def test_chunks_do_not_matter(monkeypatch):
@@ -423,9 +421,7 @@ def test_curve_by_hand(path):
     np.testing.assert_allclose(equal["confidence_true"], [softmax(z)[1] for z in moved])
 
 
-@pytest.mark.parametrize(
-    "loss", ["cross_entropy", "logit", "logit_difference", lambda z, y: z.square().sum(1)]
-)
+@pytest.mark.parametrize("loss", ["cross_entropy", "logit", "logit_difference", lambda z, y: z.square().sum(1)])
 def test_steps_equal_per_sample_gradients(loss):
     model = build(Chain)
     units = Units.of(model)
@@ -466,9 +462,7 @@ def test_edited_edits_and_undoes():
         reference = copy.deepcopy(model).eval()
         with torch.no_grad():
             for u, step in zip(ids, steps, strict=True):
-                units.view(reference, u).copy_(
-                    units.view(reference, u) + step if arguments else torch.tensor(0.0)
-                )
+                units.view(reference, u).copy_(units.view(reference, u) + step if arguments else torch.tensor(0.0))
         with edited(model, units, ids, **arguments) as inside:
             assert inside is model
             assert not any(m.training for m in model.modules())
@@ -584,9 +578,7 @@ def test_steps_belong_to_finetuning():
 
 def made_up(methods=("z", "raw"), images=7, edits=3, seed=0):
     rng = np.random.default_rng(seed)
-    index = pd.MultiIndex.from_product(
-        [methods, range(images), range(edits + 1)], names=["method", "image", "k"]
-    )
+    index = pd.MultiIndex.from_product([methods, range(images), range(edits + 1)], names=["method", "image", "k"])
     curves = index.to_frame(index=False)
     for name in ("confidence_wrong", "confidence_true", "loss"):
         curves[name] = rng.random(len(curves))
@@ -681,9 +673,7 @@ def test_summaries_of_real_curves():
     images, labels = batch(4)
     curves = pd.concat(
         [
-            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, norm=0.1).assign(
-                method=name
-            )
+            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, norm=0.1).assign(method=name)
             for s, name in enumerate(["one", "two"])
         ]
     )

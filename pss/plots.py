@@ -31,6 +31,8 @@ METHOD_COLORS = {
     "random": "#777777",
     "layer_matched_random": "#333333",
     "least": "#B8B8B8",
+    "scale_free_zscore": "#00324F",
+    "scale_free_pot": "#7A2E00",
 }
 METHOD_LABELS = {
     "zscore": "z-score",
@@ -43,6 +45,8 @@ METHOD_LABELS = {
     "random": "random",
     "layer_matched_random": "random, same layers",
     "least": "least salient",
+    "scale_free_zscore": "z-score, scale-free",
+    "scale_free_pot": "POT, scale-free",
 }
 MASK_COLORS = {  # by what chooses the pixels
     "top units": "#D55E00",
@@ -308,6 +312,44 @@ def method_curves(summary: pd.DataFrame, value: str = "mean", ylabel: str = "", 
             ax.fill_between(part["k"], part["low"], part["high"], color=color, alpha=0.15, lw=0)
     ax.set(xlabel="number of edited units k", ylabel=ylabel)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def method_lines(table: pd.DataFrame, x: str, value: str, ax: Axes | None = None) -> Axes:
+    """Value over x, one line a method; the scale-free ones broken.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``method``, x and the value.
+    """
+    ax = ax or plt.subplots(figsize=(4.8, 3.4))[1]
+    for method, part in table.groupby("method", sort=False):
+        style = {"color": METHOD_COLORS.get(method), "ls": "--" if method.startswith("scale_free") else "-"}
+        ax.plot(part[x], part[value], "o", ms=4, label=METHOD_LABELS.get(method, method), **style)
+    ax.set(xlabel=x)
+    return ax
+
+
+def difference_bars(table: pd.DataFrame, by: str, ax: Axes | None = None) -> Axes:
+    """Differences from each other method with their intervals, a row a method, side by side what ``by`` tells apart.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``than`` (the other method), ``mean``, ``low``, ``high`` and the one named by ``by``.
+    """
+    ax = ax or plt.subplots(figsize=(4.8, 3.4))[1]
+    methods = list(dict.fromkeys(table["than"]))
+    groups = list(table.groupby(by, sort=False))
+    for number, (name, part) in enumerate(groups):
+        rows = np.array([methods.index(m) for m in part["than"]]) + 0.28 * (number - (len(groups) - 1) / 2)
+        bars = [part["mean"] - part["low"], part["high"] - part["mean"]]
+        color, marker = ("#0072B2", "#D55E00", "#009E73")[number % 3], "osD"[number % 3]
+        ax.errorbar(part["mean"], rows, xerr=bars, fmt=marker, ms=5, capsize=2, color=color, label=name)
+    ax.axvline(0, color="black", lw=1)
+    ax.set_yticks(range(len(methods)), [METHOD_LABELS.get(m, m) for m in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
     return ax
 
 

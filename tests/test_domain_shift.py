@@ -3,7 +3,9 @@
 import gzip
 import struct
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -114,3 +116,29 @@ def test_tables_and_edit_curves_of_a_folder(tree):
     assert not curves.query("k == 0")["corrected"].any()
     after = curves.query("k == @k")["confidence_true"].to_numpy()
     assert (after > curves.query("k == 0")["confidence_true"].to_numpy()).mean() > 0.5
+
+
+def test_method_lines_draw_each_method_with_the_scale_free_ones_broken():
+    methods = ["pot", "scale_free_pot"]
+    table = pd.DataFrame({"method": np.repeat(methods, 2), "T": [1, 2, 1, 2], "last": [0.1, 0.2, 0.3, 0.4]})
+    first, second = pss.plots.method_lines(table, "T", "last").lines
+    np.testing.assert_array_equal(second.get_ydata(), [0.3, 0.4])
+    assert [line.get_linestyle() for line in (first, second)] == ["-", "--"]
+    assert second.get_label() == pss.plots.METHOD_LABELS["scale_free_pot"]
+    plt.close("all")
+
+
+def test_difference_bars_draw_every_interval_in_the_row_of_its_method():
+    table = pd.DataFrame(
+        {"than": ["raw", "zscore"] * 2, "statistics": ["a", "a", "b", "b"], "mean": [0.1, 0.2, 0.3, 0.4]}
+    )
+    table = table.assign(low=table["mean"] - 0.05, high=table["mean"] + 0.1)
+    ax = pss.plots.difference_bars(table, "statistics")
+    for container, means in zip(ax.containers, ([0.1, 0.2], [0.3, 0.4]), strict=True):
+        points, _, (bars,) = container.lines
+        np.testing.assert_allclose(points.get_xdata().astype(float), means)
+        assert [round(y) for y in points.get_ydata()] == [0, 1]
+        ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+        np.testing.assert_allclose(ends, np.add.outer(means, [-0.05, 0.1]))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["raw saliency", "z-score"]
+    plt.close("all")

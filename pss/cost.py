@@ -8,9 +8,7 @@ the direction and the ranking that follow from this question.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,14 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pss import _variants
+from pss._lines import GRID, Line, line_of, moved, runs, smallest, unit_mask
 from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
 from pss.gradients import Loss, undisturbed
-from pss.repair import Ids, _check_batch, _check_ids, _check_labels, _chunks, _damage, _undone
+from pss.repair import Ids, _check_batch, _check_ids, _check_labels, _chunks, _damage
 from pss.units import Units
 
 log = logging.getLogger(__name__)
 DIRECTIONS = ("gradient", "fisher")
-_GRID = 25  # step sizes tried first, over six decades
 
 
 def cost_of_correction(
@@ -137,32 +135,6 @@ def refuse_overlap(
         )
 
 
-@dataclass(frozen=True)
-class Line:
-    """A direction, as long as the weights that it changes: parameter name to change, and that length."""
-
-    delta: dict[str, Tensor]
-    length: float
-
-
-def line_of(
-    model: nn.Module, gradients: Weights, b: int, mask: dict[str, Tensor], curvature: Weights | None
-) -> Line | None:
-    """The line of image b through the masked parameters, None where the gradient is zero."""
-    delta, weight, size = {}, 0.0, 0.0
-    for name, chosen in mask.items():
-        g = gradients[name][b].double()
-        g = g if curvature is None else g / curvature[name].to(g.device)
-        delta[name] = -torch.where(chosen, g, 0)
-        weight += float(model.get_parameter(name).detach()[chosen].double().square().sum())
-        size += float(delta[name].square().sum())
-    if not (size > 0 and weight > 0):
-        return None
-    scale = (weight / size) ** 0.5
-    like = model.get_parameter(next(iter(mask))).dtype
-    return Line({name: (d * scale).to(like) for name, d in delta.items()}, weight**0.5)
-
-
 class Search:
     """Finds the smallest step that corrects, and measures it on the guard images."""
 
@@ -189,7 +161,7 @@ class Search:
         """The columns of the result for images with their lines."""
         there = [b for b, line in enumerate(lines) if line is not None]
         sizes = dict.fromkeys(range(len(lines)), np.inf)
-        for part in _chunks(images, _GRID):
+        for part in _chunks(images, GRID):
             now = there[part]
             if now:
                 x, y, own = images[now], labels[now], [lines[b] for b in now]
@@ -222,7 +194,7 @@ class Search:
         sizes, changes = sizes.to(images), {}
         for b, line in enumerate(lines):
             for name, delta in line.delta.items():
-                for start, rows in _runs(delta):
+                for start, rows in runs(delta):
                     change = _variants.Change(b, 0, start, rows, sizes[b])
                     changes.setdefault(self.model.get_parameter(name), []).append(change)
         logits = _variants.forward(self.model, images, changes, sizes.shape[1])
@@ -265,49 +237,6 @@ class Search:
             return torch.cat([self.model(part).double().log_softmax(dim=1) for part in self.guard.split(256)])
 
 
-def smallest(
-    corrected: Callable[[Tensor], Tensor], count: int, cap: float, tolerance: float = 0.05, decades: int = 6
-) -> list[float]:
-    """First size at which each image is corrected, to a relative tolerance from above; inf where there is none.
-
-    ``corrected`` takes sizes (count, S), ascending, and says for each whether it corrects.
-    """
-    low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), torch.inf, dtype=torch.float64)
-    sizes = cap * torch.logspace(-decades, 0, _GRID, dtype=torch.float64).expand(count, -1)
-    for _ in range(8):  # the grid, the finer ones, and what lies below the grid
-        ends = torch.zeros(count, 1, dtype=torch.bool)
-        hits = torch.cat([ends, corrected(sizes).cpu(), ~ends], dim=1)
-        known = torch.cat([low[:, None], sizes, high[:, None]], dim=1)
-        first = hits.int().argmax(dim=1, keepdim=True)  # the first of equal ones
-        low, high = known.gather(1, first - 1)[:, 0], known.gather(1, first)[:, 0]
-        found = high.isfinite()
-        if not (found & (high > low * (1 + tolerance))).any():
-            break
-        top = torch.where(found, high, cap)
-        bottom = torch.where(found & (low > 0), low, top * 10.0**-decades)
-        points = torch.arange(1, 12, dtype=torch.float64) / 12
-        sizes = bottom[:, None] * (top / bottom)[:, None] ** points
-    return high.tolist()
-
-
-@contextmanager
-def moved(model: nn.Module, delta: Weights, size: float = 1.0) -> Iterator[nn.Module]:
-    """Add ``size`` times the changes to the named parameters; bit-identical afterwards."""
-    with torch.no_grad(), _undone([model.get_parameter(name).data for name in delta]) as weights:
-        for weight, change in zip(weights, delta.values(), strict=True):
-            weight.add_(change, alpha=size)
-        yield model
-
-
-def _runs(delta: Tensor) -> list[tuple[int, Tensor]]:
-    """Neighbouring rows that change, with the first of each run."""
-    if delta.dim() < 2:
-        raise _variants.NotCarried("a bias or a gain is edited")
-    rows = np.flatnonzero((delta != 0).flatten(1).any(dim=1).cpu().numpy())
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
-    return [(int(run[0]), delta[int(run[0]) : int(run[-1]) + 1]) for run in runs]
-
-
 def _jobs(
     model: nn.Module,
     units: Units,
@@ -328,18 +257,6 @@ def _jobs(
     for name, whole in (parameters or {}).items():
         mask = {p: torch.ones_like(model.get_parameter(p), dtype=torch.bool) for p in whole}
         yield name, 0, "gradient", [mask] * len(at)
-
-
-def unit_mask(model: nn.Module, units: Units, ids: Sequence[int]) -> dict[str, Tensor]:
-    """Where the units lie in their parameters."""
-    mask: dict[str, Tensor] = {}
-    for unit in ids:
-        number, j = units.locate(unit)
-        layer = units.layers[number]
-        if layer.parameter not in mask:
-            mask[layer.parameter] = torch.zeros_like(model.get_parameter(layer.parameter), dtype=torch.bool)
-        mask[layer.parameter][layer.index(j)] = True
-    return mask
 
 
 def _repeat_all(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:

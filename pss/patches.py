@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pss
-from pss.cost import Search, line_of, moved, refuse_overlap, smallest, unit_mask
+from pss._lines import line_of, moved, smallest, unit_mask
+from pss.cost import Search, refuse_overlap
 from pss.data import write_whole
 from pss.fisher import DAMPING, Weights, damped, fisher_scores
 from pss.gradients import Loss, get_loss, profile, undisturbed

@@ -27,6 +27,7 @@ METHOD_COLORS = {
     "exponential": "#E69F00",
     "raw": "#CC79A7",
     "ratio": "#009E73",
+    "fisher": "#6A3D9A",
     "stage": "#8C6D31",
     "random": "#777777",
     "layer_matched_random": "#333333",
@@ -41,6 +42,7 @@ METHOD_LABELS = {
     "exponential": "exponential tail",
     "raw": "raw saliency",
     "ratio": "ratio to mean",
+    "fisher": "gain over cost",
     "stage": "last stage, random",
     "random": "random",
     "layer_matched_random": "random, same layers",
@@ -312,6 +314,24 @@ def method_curves(summary: pd.DataFrame, value: str = "mean", ylabel: str = "", 
             ax.fill_between(part["k"], part["low"], part["high"], color=color, alpha=0.15, lw=0)
     ax.set(xlabel="number of edited units k", ylabel=ylabel)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def cost_curves(table: pd.DataFrame, value: str = "kl_mean", ax: Axes | None = None) -> Axes:
+    """Share of images corrected at a cost of at most x, one line a ranking; not corrected (infinite) keeps it below 1.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `pss.cost_of_correction`: ``ranking`` and the value, one row an image.
+    """
+    ax = ax or plt.subplots(figsize=(4.4, 3.2))[1]
+    for ranking, part in table.groupby("ranking", sort=False):
+        costs = np.sort(part[value].to_numpy())
+        costs = costs[np.isfinite(costs)]
+        label, color = METHOD_LABELS.get(ranking, ranking), METHOD_COLORS.get(ranking)
+        ax.step(costs, np.arange(1, len(costs) + 1) / len(part), where="post", color=color, label=label)
+    ax.set(xscale="log", ylim=(0, 1.03), xlabel="cost: mean KL on the guard images", ylabel="share corrected")
     return ax
 
 

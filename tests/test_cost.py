@@ -1,6 +1,7 @@
 """Cost of a correction: closed forms on linear models, the boundary from both sides, and no trace."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,8 @@ from torch.nn import functional as F
 
 import pss
 from pss import _variants
-from pss.cost import cost_of_correction, moved, smallest
+from pss._lines import moved, smallest
+from pss.cost import cost_of_correction
 from pss.fisher import fisher_diagonal, fisher_scores
 from pss.units import Units
 
@@ -376,3 +378,10 @@ def test_reached_beside_repair():
     assert pss.repair.cost_of_correction is cost_of_correction is pss.cost_of_correction
     with pytest.raises(AttributeError, match="no attribute"):
         pss.repair.nothing  # noqa: B018
+
+
+def test_cost_curve_counts_what_is_not_corrected():
+    table = pd.DataFrame({"ranking": ["a"] * 4, "kl_mean": [0.3, np.inf, 0.1, np.inf]})
+    line = pss.plots.cost_curves(table).lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [0.1, 0.3])
+    np.testing.assert_allclose(line.get_ydata(), [0.25, 0.5])

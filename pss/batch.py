@@ -23,8 +23,11 @@ import yaml
 from joblib import Parallel, delayed
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
+from traitlets.config import Config
 
 KERNEL = "python3"
+# Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
+ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 
 
 def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def run_notebook(
         kernel_name=KERNEL,
         cwd=str(notebook.parent),
         progress_bar=False,
+        config=ENCRYPTED,
     )
     return _write_figures(output)
 
@@ -105,7 +109,9 @@ def refresh(notebook: str | os.PathLike) -> None:
     path = Path(notebook)
     beside = path.with_name(f".{path.stem}.running.ipynb")
     try:
-        papermill.execute_notebook(str(path), str(beside), kernel_name=KERNEL, cwd=str(path.parent), progress_bar=False)
+        papermill.execute_notebook(
+            str(path), str(beside), kernel_name=KERNEL, cwd=str(path.parent), progress_bar=False, config=ENCRYPTED
+        )
         executed = nbformat.read(beside, as_version=4)
         original = nbformat.read(path, as_version=4)
         for cell, source in zip(executed.cells, original.cells, strict=True):

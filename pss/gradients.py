@@ -124,7 +124,7 @@ def parameter_saliency(
     _check_inputs(model, images, labels)
     with _ready(model, images):
         parts = list(_gradients(model, _laid_out(images), labels, names, loss))
-    whole = {name: torch.cat([part[name] for part in parts]) for name in names}
+    whole = {name: torch.cat([part[name] for part in parts]) for name in names}  # a copy: abs_ may write into it
     return whole if signed else {name: g.abs_() for name, g in whole.items()}
 
 
@@ -143,7 +143,8 @@ def profile(
 
     .. math:: \bar s(x, y)_k = \frac{1}{|\alpha_k|} \sum_{i \in \alpha_k} |\partial L(x, y; \theta) / \partial \theta_i|
 
-    A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found.
+    A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found. It must
+    treat the samples of a batch apart, as networks in evaluation mode do; for one that does not, ask for ``vmap``.
 
     Parameters
     ----------
@@ -212,26 +213,20 @@ def _profile(
             means = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
             reason = "used in a way that the fast path does not know"
         except RuntimeError as error:  # Unknown, or what an operation says that cannot be intercepted
-            if path == "fast":
+            if path == "fast" or _is_of_the_machine(error):
                 raise
             reason = str(error)
         rest = [name for name in rest if name not in means]
     if rest and path == "fast":
         raise Unknown(f"path='fast' cannot do {', '.join(rest)}: {reason}; use path='auto'")
     if rest and path == "auto":
-        log.info(
-            "general path for %d of %d parameters (%s …): %s",
-            len(rest),
-            len(rest) + len(means),
-            rest[0],
-            reason,
-        )
+        log.info("general path for %d parameters (%s …), fast for %d: %s", len(rest), rest[0], len(means), reason)
     slow: dict[int, Tensor] = {}
     if rest:
         numbers = [i for i, layer in enumerate(units.layers) if names[layer.parameter] in rest]
         parts = []
         for gradients in _gradients(model, images, labels, list(rest), loss, vectorized=path != "loop"):
-            whole = gradients if signed else {name: g.abs_() for name, g in gradients.items()}
+            whole = gradients if signed else {name: g.abs() for name, g in gradients.items()}
             parts.append([units.layers[i].reduce(whole[names[units.layers[i].parameter]]) for i in numbers])
         slow = {i: torch.cat(columns) for i, columns in zip(numbers, zip(*parts, strict=True), strict=True)}
     columns = [
@@ -255,7 +250,6 @@ def _row_means(
     if not wanted:
         return {}
     _require_gradients(model, wanted)
-
     try:
         sweep = Sweep(wanted, len(images), signed, fold, bf16)
         outputs = sweep.outputs(model, images)
@@ -289,11 +283,10 @@ def _gradients(
                 yield _vectorized(model, *chunk, parameters, loss)
                 continue
             except (RuntimeError, NotImplementedError) as error:
+                if _is_of_the_machine(error):
+                    raise
                 vectorized = False
-                log.info(
-                    "one sample at a time: torch.func.vmap cannot run this model (%s)",
-                    str(error).split("\n")[0],
-                )
+                log.info("one sample at a time, as torch.func.vmap cannot run this model: %s", error)
         rows = [_of_one(model, image, label, parameters, loss) for image, label in _pairs(*chunk)]
         yield {name: torch.stack(row) for name, row in zip(parameters, zip(*rows, strict=True), strict=True)}
 
@@ -306,11 +299,14 @@ def _vectorized(
         _check_losses(losses, label[None], values=False)
         return losses.sum(), losses
 
+    _require_gradients(model, parameters)
     detached = {name: p.detach() for name, p in parameters.items()}
     per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0, 0))
     with warnings.catch_warnings():  # of operations that vmap runs one after the other: slow is what this path is
         warnings.filterwarnings("ignore", "There is a performance drop")
         gradients, losses = per_sample(detached, images, labels)
+    if losses.requires_grad:  # by the parameters themselves, not those that were put in their place
+        raise RuntimeError("the model also holds a parameter outside of its modules' parameters")
     _check_losses(losses[:, 0], labels)
     return gradients
 
@@ -330,6 +326,12 @@ def _of_one(
 
 def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(images.split(1), labels.split(1), strict=True)
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Out of memory, or a loader's worker that died: no reason to take a slower path."""
+    words = ("DataLoader worker", "allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _require_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:

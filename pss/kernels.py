@@ -47,9 +47,7 @@ class Convolution:
 
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[
-            0
-        ]
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[0]
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
@@ -112,9 +110,7 @@ class Convolution:
         channels_last = x.stride(1) == 1
         if any(self.padding):
             x = F.pad(x, [p for padding in reversed(self.padding) for p in (padding, padding)])
-        for axis, (k, s, d) in enumerate(
-            zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2
-        ):
+        for axis, (k, s, d) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2):
             x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
         # (B, C, *P, *K): keep as the fastest dimension the one that is so in memory
         if channels_last:

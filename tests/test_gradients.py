@@ -48,10 +48,7 @@ def one_by_one(model, images, labels, units, loss=None, signed=False):
     for b in range(len(images)):
         value = loss(model(images[b : b + 1]), labels[b : b + 1]).sum()
         found = torch.autograd.grad(value, parameters, allow_unused=True)
-        whole = {
-            n: torch.zeros_like(p) if g is None else g
-            for n, p, g in zip(names, parameters, found, strict=True)
-        }
+        whole = {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
         rows.append(units.reduce({n: (g if signed else g.abs())[None] for n, g in whole.items()}))
     return torch.cat(rows)
 
@@ -103,10 +100,7 @@ ZOO = {
     "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=10, width_mult=0.25), 32, "all"),
     "efficientnet": (
         lambda: models.EfficientNet(
-            [
-                models.efficientnet.MBConvConfig(*c, 1.0, 1.0)
-                for c in [(1, 3, 1, 8, 8, 1), (6, 5, 2, 8, 16, 2)]
-            ],
+            [models.efficientnet.MBConvConfig(*c, 1.0, 1.0) for c in [(1, 3, 1, 8, 8, 1), (6, 5, 2, 8, 16, 2)]],
             dropout=0.2,
             last_channel=32,
             num_classes=10,
@@ -139,9 +133,7 @@ def test_inception_counts_its_unused_head_as_zero():
     units = Units.of(model)
     got = profile(model, images, labels, units, path="fast")
     assert_close(got, one_by_one(model, images, labels, units), units)
-    unused = torch.tensor([layer.parameter.startswith("AuxLogits") for layer in units.layers])[
-        units.layer_ids
-    ]
+    unused = torch.tensor([layer.parameter.startswith("AuxLogits") for layer in units.layers])[units.layer_ids]
     assert len(units) == 18112
     assert not got[:, unused].any()
     assert int(unused.sum()) == 18112 - 17216
@@ -224,6 +216,19 @@ def bn(**kwargs):
     return lambda: nn.BatchNorm2d(6, **kwargs)
 
 
+def reads_first(m, x):
+    y = m.layer(x)
+    with torch.no_grad():
+        scale = y.abs().mean((1, 2, 3), keepdim=True)
+    return m.bn(y) / scale
+
+
+def computes_first(m, x):
+    with torch.no_grad():
+        y = m.layer(x)
+    return x[:, :, 1:-1, 1:-1] * m.bn(y)
+
+
 FAST = [
     with_layer("with bias", conv(3, bias=True)),
     with_layer("without bias", conv(3, bias=False)),
@@ -262,6 +267,8 @@ FAST = [
         set_all(layer=conv(3), other=conv(3)),
         lambda m, x: m.layer(x) * m.other(x).detach().sigmoid(),
     ),
+    net("read without gradients first", set_all(layer=conv(3), bn=bn()), reads_first),
+    net("computed without gradients", set_all(layer=conv(3), bn=bn()), computes_first),
     net("conv and BatchNorm", set_all(layer=conv(3), bn=bn()), lambda m, x: m.bn(m.layer(x))),
     net("BatchNorm not affine", set_all(layer=conv(3), bn=bn(affine=False)), lambda m, x: m.bn(m.layer(x))),
     net(
@@ -299,9 +306,7 @@ FAST = [
     net(
         "parts of an image, sample by sample",
         set_all(layer=conv(3)),
-        lambda m, x: (
-            m.layer(x.unflatten(3, (2, 4)).movedim(3, 1).flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
-        ),
+        lambda m, x: m.layer(x.unflatten(3, (2, 4)).movedim(3, 1).flatten(0, 1)).unflatten(0, (-1, 2)).mean(1),
     ),
     net(
         "parts of an image, part by part",
@@ -313,9 +318,7 @@ FAST = [
 
 @pytest.mark.parametrize("factory", FAST, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("signed", [False, True], ids=["absolute", "signed"])
-@pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel"
-)  # PyTorch's own, in the second source
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # PyTorch's own, in the second source
 def test_one_difficulty_at_a_time(factory, signed):
     model = seeded(factory)
     shape = (3, *[8] * model.dims)
@@ -369,9 +372,7 @@ def test_transformer_encoder():
 
 def own(*names):
     """Units of whole rows, of the parameters named."""
-    return lambda model: [
-        Layer(n, tuple(model.get_parameter(n).shape), len(model.get_parameter(n))) for n in names
-    ]
+    return lambda model: [Layer(n, tuple(model.get_parameter(n).shape), len(model.get_parameter(n))) for n in names]
 
 
 class Recurrent(nn.Module):
@@ -451,9 +452,7 @@ GENERAL = {
         own("bn.weight", "layer.weight"),
     ),
     "statistics of the batch": (
-        with_layer(
-            "bn", lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, track_running_stats=False))
-        ),
+        with_layer("bn", lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, track_running_stats=False))),
         image,
         "filters",
     ),

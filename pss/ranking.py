@@ -70,8 +70,10 @@ def rank(
     Raises
     ------
     ValueError
-        For an unknown method, a k outside 1..U, or a missing reference or units.
+        For an unknown method, a k outside 1..U, a missing reference or units, or a profile that is not finite.
     """
+    if profiles.ndim != 2:
+        raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (B, U); of one image profile[None]")
     count = profiles.shape[1]
     k = count if k is None else k
     if not 1 <= k <= count:
@@ -81,10 +83,10 @@ def rank(
     if units is not None and len(units) != count:
         raise ValueError(f"profiles have {count} units, units= has {len(units)}: they are of different models")
     if method == "stage":
-        return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator))
+        return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator), reference)
     if method == "layer_matched_random":
         base = rank(profiles, reference, match, k, units)
-        return _layer_matched(base, units, _generator(generator))
+        return _layer_matched(base, units, _generator(generator), reference)
     scores = score(profiles, reference, method, generator)
     if reference is not None:
         scores = scores.masked_fill(reference.dead.to(scores.device), -torch.inf)
@@ -95,8 +97,11 @@ def score(profiles: Tensor, reference: Reference | None, method: str, generator:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.
 
     For ``pot`` and ``exponential`` the negative log tail probability, and beyond the end of a bounded tail, where the
-    probability is zero, by how far beyond.
+    probability is zero, by how far beyond. A profile that is not finite is refused: it would come first.
     """
+    if not profiles.isfinite().all():
+        bad = (~profiles.isfinite().all(dim=1)).nonzero()[:10, 0].tolist()
+        raise ValueError(f"profiles {bad} are not finite: leave them out or mend them")
     if method == "raw":
         return profiles.double()
     if method == "random":
@@ -119,25 +124,34 @@ def _generator(source: torch.Generator | int) -> torch.Generator:
     return source if isinstance(source, torch.Generator) else torch.Generator().manual_seed(source)
 
 
-def _random_in_stage(profiles: Tensor, k: int, units: Units, stage: str, generator: torch.Generator) -> Tensor:
+def _dead(reference: Reference | None, units: Units) -> Tensor:
+    return torch.zeros(len(units), dtype=torch.bool) if reference is None else reference.dead.cpu()
+
+
+def _random_in_stage(
+    profiles: Tensor, k: int, units: Units, stage: str, generator: torch.Generator, reference: Reference | None
+) -> Tensor:
     if stage not in units.stages:
         raise ValueError(f"unknown stage {stage!r}: this model has {', '.join(units.stages)}")
     members = torch.from_numpy(np.flatnonzero(units.stage_ids == units.stages.index(stage)))
     if k > len(members):
         raise ValueError(f"k = {k} is more than the {len(members)} units of stage {stage}")
-    order = torch.rand(len(profiles), len(members), generator=generator).argsort(dim=1)[:, :k]
+    draws = torch.rand(len(profiles), len(members), generator=generator)
+    order = draws.masked_fill(_dead(reference, units)[members], torch.inf).argsort(dim=1)[:, :k]
     return members[order].to(profiles.device)
 
 
-def _layer_matched(base: Tensor, units: Units, generator: torch.Generator) -> Tensor:
-    """Replace every unit by a random one of its layer, without repeats within an image."""
+def _layer_matched(base: Tensor, units: Units, generator: torch.Generator, reference: Reference | None) -> Tensor:
+    """Replace every unit by a random one of its layer, without repeats within an image, dead ones last."""
+    dead = _dead(reference, units)
     layers = torch.from_numpy(units.layer_ids)[base.cpu()]
     drawn = torch.empty_like(base, device="cpu")
     for row, row_layers in enumerate(layers):
         for layer in row_layers.unique():
             at = (row_layers == layer).nonzero()[:, 0]
             span = units.span(int(layer))
-            drawn[row, at] = span.start + torch.randperm(span.stop - span.start, generator=generator)[: len(at)]
+            ids = span.start + torch.randperm(span.stop - span.start, generator=generator)
+            drawn[row, at] = ids[dead[ids].to(torch.uint8).argsort(stable=True)][: len(at)]
     return drawn.to(base.device)
 
 
@@ -149,6 +163,8 @@ def significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tens
     """
     if not 0 < q < 1:
         raise ValueError(f"q = {q} is outside (0, 1): it is the share of false discoveries allowed, as 0.05")
+    if log_p.isnan().any():
+        raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
     p = log_p.double().exp().clamp(max=1).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from pss.units import Units
 
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%
 MIN_IMAGES = 20
+_TAIL = ("threshold", "xi", "scale", "fitted", "n_excess", "mean_excess", "quantiles")  # all of them, or none
+_PLAIN = ("n", "level", "scale_free", "about")  # of a file, beside its tensors
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,11 @@ class Reference:
         scale = torch.where(use, here.scale, here.mean_excess)  # where a fit was not possible the tail is exponential
         scale = torch.where(scale > 0, scale, here.std)  # nothing lay above the threshold
         xi, scale = torch.where(use, here.xi, 0.0), torch.where(here.dead, 1.0, scale)
-        above = above_threshold(excess.clamp(min=0), xi, scale, here.n_excess.clamp(min=1).double() / self.n)
-        return torch.where(excess > 0, above, self._log_empirical(s)).masked_fill(here.dead, 0)
+        mass = here.n_excess.clamp(min=1).double() / self.n
+        above = above_threshold(excess.clamp(min=0), xi, scale, mass)
+        # For many n the share above the threshold is not exactly 1 - level: below, no probability is less than it.
+        below = self._log_empirical(s).maximum(mass.log())
+        return torch.where(excess > 0, above, below).masked_fill(here.dead, 0)
 
     def _log_empirical(self, s: Tensor) -> Tensor:
         """Log P(S >= s) below the threshold, linear between the kept quantiles; 0 at and below the smallest."""
@@ -210,6 +216,8 @@ class Reference:
     def check(self, units: Units, **about: str) -> Reference:
         """Refuse units, a model, data or a loss other than what this reference was fitted with; returns itself.
 
+        What the reference has no record of is not compared (published statistics record nothing).
+
         Raises
         ------
         ValueError
@@ -218,7 +226,7 @@ class Reference:
         if len(units) != len(self):
             raise ValueError(f"the reference has {len(self)} units, the model {len(units)}: fit one for this model")
         given = {"units": units.fingerprint, **about}
-        other = {k: (self.about[k], v) for k, v in given.items() if k in self.about and self.about[k] != str(v)}
+        other = {k: (self.about[k], v) for k, v in given.items() if k in self.about and str(self.about[k]) != str(v)}
         if other:
             what = "; ".join(f"{k}: reference {a}, given {b}" for k, (a, b) in other.items())
             raise ValueError(f"the reference was fitted with something else ({what}): fit one for this use")
@@ -246,27 +254,78 @@ class Reference:
 
         Raises
         ------
+        FileNotFoundError
+            If there is no such file.
         ValueError
-            If the file holds no such statistics, or their number differs from that of ``units``.
+            If the file is damaged, holds no such statistics, or their number differs from that of ``units``.
         """
         path = Path(path)
-        if path.suffix in (".pth", ".pt"):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
-                raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
-            reference = cls(held["mean"].double(), held["std"].double(), about={"source": path.name})
-        else:
-            with safe_open(path, "pt") as file:
-                plain = json.loads((file.metadata() or {}).get("pss", "null"))
-                if plain is None:
-                    raise ValueError(f"{path.name} is no reference of pss: its header has no 'pss' entry")
-                reference = cls(**{key: file.get_tensor(key) for key in file.keys()}, **plain)  # noqa: SIM118
+        if not path.is_file():
+            raise FileNotFoundError(f"no reference at {path}: make one with Reference.fit and save it there")
+        published = path.suffix in (".pth", ".pt")
+        tensors, plain = _read_published(path) if published else _read_own(path)
+        wrong = _what_is_wrong(tensors, plain)
+        if wrong:
+            raise ValueError(f"{path.name} holds no reference that can be used: {wrong}")
+        if published:
+            tensors = {key: tensor.double() for key, tensor in tensors.items()}
+        reference = cls(**tensors, **plain)
         return reference if units is None else reference.check(units)
 
     def to(self, device: torch.device | str) -> Reference:
         """Copy on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{key: tensor.to(device) for key, tensor in moved.items()})
+
+
+def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean and deviation of the first paper's files, and the plain values that they lack."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path.name} is damaged, or holds other things than tensors: {error}") from error
+    if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
+        raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
+    about = {"source": path.name}
+    return {key: held[key] for key in ("mean", "std")}, {"n": 0, "level": 0.9, "scale_free": False, "about": about}
+
+
+def _read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and plain values as `Reference.save` wrote them."""
+    try:
+        with safe_open(path, "pt") as file:
+            plain = json.loads((file.metadata() or {}).get("pss", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
+    if plain is None:
+        raise ValueError(f"{path.name} is no reference of pss: its header has no 'pss' entry")
+    if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["about"], dict):
+        raise ValueError(f"{path.name} is no reference of pss: expected {', '.join(_PLAIN)} in its header")
+    return tensors, plain
+
+
+def _what_is_wrong(tensors: dict[str, Any], plain: dict[str, Any]) -> str:
+    """Say what keeps these from being a reference; empty where nothing does."""
+    known = {f.name for f in fields(Reference)} - set(_PLAIN)
+    needed = {"mean", "std", *_TAIL} if len(tensors) > 2 else {"mean", "std"}
+    if not needed <= set(tensors) <= known:
+        return f"it lacks {sorted(needed - set(tensors))} and has {sorted(set(tensors) - known)} too much"
+    mean = tensors["mean"]
+    count = mean.numel() if isinstance(mean, Tensor) else np.size(mean)
+    for key, tensor in tensors.items():
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+        if shape is None or shape[:1] != (count,) or len(shape) != (2 if key == "quantiles" else 1):
+            found = type(tensor).__name__ if shape is None else shape
+            return f"{key!r} is {found}, expected one number for each of {count} units"
+    for key in {"mean", "std", "threshold", "quantiles", "mean_excess"} & set(tensors):
+        if not tensors[key].isfinite().all():
+            return f"{key!r} is not finite for {int((~tensors[key].isfinite()).sum())} units"
+    if "fitted" in tensors and (tensors["fitted"].dtype != torch.bool or not plain["n"] >= MIN_IMAGES):
+        return f"'fitted' is {tensors['fitted'].dtype}, n = {plain['n']}; expected torch.bool, and n >= {MIN_IMAGES}"
+    return ""
 
 
 def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -50,6 +50,35 @@ def test_dead_units_come_last(method, profiles, reference):
     assert (rank(new, reference, method)[:, -1] == 17).all()
 
 
+@pytest.mark.parametrize("method", ["stage", "layer_matched_random"])
+def test_random_units_are_dead_ones_last(method, units):
+    values = torch.from_numpy(np.random.default_rng(0).lognormal(size=(100, 60)))
+    values[:, 30:50] = 0.0  # 20 of the 30 units of the last stage, which is one layer
+    reference = Reference.fit(values)
+    new = values[:20].clone()
+    new[:, 50:] *= 100
+    ids = rank(new, reference, method, 10, units, match="zscore")
+    assert not reference.dead[ids].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, reference, units):
+    new = profiles[:3].clone()
+    new[1, 4] = value
+    if method == "stage":  # does not look at the profiles
+        assert rank(new, reference, method, 5, units).shape == (3, 5)
+        return
+    with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
+        rank(new, reference, method, 5, units)
+
+
+def test_significant_takes_a_probability_of_zero_and_refuses_nan():
+    assert significant(torch.tensor([[-torch.inf, -0.1]])).tolist() == [[True, False]]
+    with pytest.raises(ValueError, match="NaN"):
+        significant(torch.tensor([[torch.nan, -0.1]]))
+
+
 def test_orders_are_those_of_the_definitions(profiles, reference):
     new = profiles[:1]
     alive = [u for u in range(60) if u != 17]
@@ -109,6 +138,7 @@ def test_stage_shares(units):
     ("arguments", "message"),
     [
         ({"method": "best"}, "unknown method 'best'"),
+        ({"profiles": torch.rand(60)}, r"expected \(B, U\)"),
         ({"k": 0}, r"k = 0 is outside 1\.\.60"),
         ({"k": 61}, r"k = 61 is outside 1\.\.60"),
         ({"method": "pot"}, "needs a reference"),
@@ -118,7 +148,7 @@ def test_stage_shares(units):
 )
 def test_what_cannot_be_ranked_is_refused(profiles, arguments, message):
     with pytest.raises(ValueError, match=message):
-        rank(profiles[:1], **{"method": "raw", **arguments})
+        rank(**{"profiles": profiles[:1], "method": "raw", **arguments})
 
 
 def test_methods_are_listed_once():

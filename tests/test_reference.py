@@ -1,8 +1,11 @@
 """Reference statistics against NumPy, SciPy and each other; saving, loading, refusing."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 
@@ -10,6 +13,7 @@ from pss.reference import Reference
 from pss.units import Units
 
 U = 7
+TAIL = ("threshold", "xi", "scale", "fitted", "n_excess", "mean_excess", "quantiles")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,17 @@ def test_tail_probability_is_monotone_and_continuous_at_the_threshold(reference)
         steps = reference.tail_score(grid, tail).diff(dim=0)
         assert (steps >= -1e-12).all()
         assert steps[:, :3].max() < 0.06
+
+
+@pytest.mark.parametrize(("n", "level"), [(22, 0.9), (199, 0.9), (20, 0.99), (300, 0.999)])
+def test_scores_rise_across_the_threshold_for_any_number_of_images(n, level):
+    values = np.random.default_rng(2).exponential(size=(n, 3))  # the share above is more than 1 - level
+    reference = Reference.fit(values, level=level)
+    near = torch.linspace(-0.02, 0.02, 401, dtype=torch.float64)[:, None]
+    grid = reference.threshold * (1 + near)
+    for tail in ("gpd", "exponential"):
+        assert (reference.tail_score(grid, tail).diff(dim=0) >= -1e-12).all()
+        assert (reference.log_tail_probability(grid, tail).diff(dim=0) <= 1e-12).all()
 
 
 def test_beyond_the_end_of_a_bounded_tail_the_order_goes_on(reference):
@@ -154,6 +169,69 @@ def test_refuses_another_models_units(tmp_path):
     other = Reference(torch.ones(8), torch.ones(8), about={"units": "0000", "loss": "logit"})
     with pytest.raises(ValueError, match=r"units: reference 0000.*loss: reference logit, given cross_entropy"):
         other.check(units, loss="cross_entropy")
+
+
+def test_check_compares_records_as_text():
+    reference = Reference(torch.ones(8), torch.ones(8), about={"seed": 3})
+    assert reference.check(Units.of(nn.Conv2d(1, 8, 3)), seed=3, unrecorded="anything") is reference
+
+
+@pytest.mark.parametrize(
+    ("change", "plain", "message"),
+    [
+        ({"mean": None}, {}, r"lacks \['mean'\]"),
+        ({"xi": None}, {}, r"lacks \['xi'\]"),
+        ({"other": torch.ones(7)}, {}, r"has \['other'\] too much"),
+        ({"xi": torch.ones(3)}, {}, r"'xi' is \(3,\), expected one number for each of 7 units"),
+        ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
+        ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
+        ({}, {"n": 0}, "n = 0; expected"),
+        ({}, {"about": None}, "expected n, level, scale_free, about in its header"),
+        ({}, {"more": 1}, "expected n, level, scale_free, about in its header"),
+        ({}, [1], "expected n, level, scale_free, about in its header"),
+        ({}, "{", "damaged"),
+    ],
+)
+def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain, message):
+    names = ("mean", "std", *TAIL)
+    tensors = {name: getattr(reference, name).contiguous() for name in names} | change
+    header = {"n": 300, "level": 0.9, "scale_free": False, "about": {}}
+    plain = json.dumps(header | plain if isinstance(plain, dict) else plain) if plain != "{" else plain
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "r.safetensors", {"pss": plain})
+    with pytest.raises(ValueError, match=message):
+        Reference.load(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
+@pytest.mark.parametrize("published", [False, True])
+def test_refuses_truncated_files(tmp_path, reference, kept, published):
+    path = tmp_path / ("r.pth" if published else "r.safetensors")
+    if published:
+        torch.save({"mean": torch.rand(900), "std": torch.rand(900)}, path)
+    else:
+        reference.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match="is damaged"):
+        Reference.load(path)
+    with pytest.raises(FileNotFoundError, match="no reference at"):
+        Reference.load(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (torch.ones(5), torch.ones(4), r"'std' is \(4,\)"),
+        (torch.ones(5, 1), torch.ones(5, 1), r"'mean' is \(5, 1\)"),
+        (torch.tensor(1.0), torch.tensor(1.0), "'mean' is"),
+        ([1.0], [1.0], "'mean' is list"),
+        (torch.full((5,), torch.nan), torch.ones(5), "'mean' is not finite for 5 units"),
+    ],
+)
+def test_refuses_published_statistics_of_wrong_shapes(tmp_path, mean, std, message):
+    torch.save({"mean": mean, "std": std}, tmp_path / "stat.pth")
+    with pytest.raises(ValueError, match=message):
+        Reference.load(tmp_path / "stat.pth")
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,8 @@ def runs(delta: Tensor) -> list[tuple[int, Tensor]]:
     rows = np.flatnonzero((delta != 0).flatten(1).any(dim=1).cpu().numpy())
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
     return [(int(run[0]), delta[int(run[0]) : int(run[-1]) + 1]) for run in runs]
+
+
+def says(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label is predicted, over the last dimension; never where a number overflowed."""
+    return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)

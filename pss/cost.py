@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pss import _variants
-from pss._lines import GRID, Line, line_of, moved, runs, smallest, unit_mask
+from pss._lines import GRID, Line, line_of, moved, runs, says, smallest, unit_mask
 from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
 from pss.gradients import Loss, undisturbed
 from pss.repair import Ids, _check_batch, _check_ids, _check_labels, _chunks, _damage
@@ -98,6 +98,8 @@ def cost_of_correction(
     for ids in rankings.values():
         _check_batch(images, labels, ids)
     image_ids = list(range(len(images))) if image_ids is None else list(image_ids)
+    if len(image_ids) != len(images) or len(set(image_ids)) != len(images):
+        raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
     refuse_overlap(images, guard[0], None if guard_ids is None else image_ids, guard_ids)
     names = [layer.parameter for layer in units.layers]
     curvature = damped(fisher, names, damping) if "fisher" in directions else None
@@ -151,7 +153,7 @@ class Search:
         """Refuse images that are no mistakes."""
         logits = torch.cat([self.model(part) for part in images.split(256)])
         _check_labels(labels, logits)
-        right = (logits.argmax(dim=1) == labels).nonzero()[:, 0].tolist()
+        right = says(logits, labels).nonzero()[:, 0].tolist()
         if right:
             which = [image_ids[i] for i in right[:5]]
             raise ValueError(f"images {which} are classified correctly: there is nothing to correct, leave them out")
@@ -171,7 +173,7 @@ class Search:
     def _smallest(self, images: Tensor, labels: Tensor, lines: list[Line]) -> list[float]:
         """Smallest size that corrects each image; inf where none does."""
         try:
-            together = lambda sizes: self._along(images, lines, sizes).argmax(dim=2) == labels[:, None]  # noqa: E731
+            together = lambda sizes: says(self._along(images, lines, sizes), labels[:, None])  # noqa: E731
             return smallest(together, len(lines), self.cap, self.tolerance)
         except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again in place
             log.info("steps one at a time, in place, because: %s", error)
@@ -182,7 +184,7 @@ class Search:
             hits = torch.zeros(sizes.shape, dtype=torch.bool)
             for at, size in enumerate(sizes[0].tolist()):
                 with moved(self.model, line.delta, size):
-                    hits[0, at] = self.model(image[None])[0].argmax() == label
+                    hits[0, at] = says(self.model(image[None])[0], label)
                 if hits[0, at]:
                     break
             return hits
@@ -232,7 +234,7 @@ class Search:
     def _edited(self, image: Tensor, label: Tensor, line: Line, size: float) -> Tensor | None:
         """Log-probabilities of the guard images after the step, None if it does not correct the image."""
         with moved(self.model, line.delta, size):
-            if self.model(image[None])[0].argmax() != label:
+            if not says(self.model(image[None])[0], label):
                 return None
             return torch.cat([self.model(part).double().log_softmax(dim=1) for part in self.guard.split(256)])
 

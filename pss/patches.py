@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pss
-from pss._lines import line_of, moved, smallest, unit_mask
+from pss._lines import line_of, moved, says, smallest, unit_mask
 from pss.cost import Search, refuse_overlap
 from pss.data import write_whole
 from pss.fisher import DAMPING, Weights, damped, fisher_scores
@@ -341,7 +341,7 @@ def _correct(
                     with moved(model, line.delta, size):
                         logits = model(images)
                     losses[size] = float(loss(logits, labels).mean())
-                    hits.append(bool((logits.argmax(dim=1) == labels).all()))
+                    hits.append(bool(says(logits, labels).all()))
                 return torch.tensor([hits])
 
             size = smallest(corrected, 1, cap)[0]
@@ -349,12 +349,12 @@ def _correct(
             if done:
                 size = size * BEYOND if bool(corrected(torch.tensor([[size * BEYOND]])).all()) else size
             else:
-                size = min(losses, key=losses.get)
+                size = min((s for s in losses if np.isfinite(losses[s])), key=losses.get, default=0.0)
         total = {name: t + size * line.delta[name] for name, t in total.items()}
         if done:
             break
     with moved(model, total), torch.no_grad():
-        return total if bool((model(images).argmax(dim=1) == labels).all()) else None
+        return total if bool(says(model(images), labels).all()) else None
 
 
 def _mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[str], loss: Loss) -> Weights:

@@ -220,6 +220,30 @@ def test_not_corrected_counts_as_infinite(linear):
     assert table[["accuracy_lost", "others_corrected"]].isna().all(axis=None)
 
 
+class Overflows(nn.Linear):
+    """Not a number where a logit grows beyond 5: argmax then points at it, which is class 0 here."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return torch.where(logits.abs().amax(dim=1, keepdim=True) > 5, torch.nan, logits)
+
+
+def test_overflow_is_no_correction():
+    model = Overflows(2, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+    x, y = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    units, guard = Units.of(model, kind="rows"), (torch.eye(2, dtype=torch.float64) / 2, torch.tensor([1, 0]))
+    one = cost_of_correction(model, x, y, units, [[0, 1]], [1, 2], guard=guard, progress=False).set_index("k")
+    np.testing.assert_allclose(one.loc[1, "step"], np.inf)  # a row of zeros has no length to be moved by
+    assert 4 / 2**0.5 <= one.loc[2, "step"] <= 4 / 2**0.5 * 1.05
+    model.weight.data[0, 0] = -0.5  # moved alone it has to pass 4, and from there on to 5 it corrects
+    one = cost_of_correction(model, x, y, units, [[0]], 1, guard=guard, cap=10, progress=False).iloc[0]
+    assert 4.5 <= one["step"] <= 4.5 * 1.05  # 5, within these, is one of the sizes tried first
+    one = cost_of_correction(model, 1.2 * x, y, units, [[0]], 1, guard=guard, cap=10, progress=False).iloc[0]
+    assert not one["corrected"]  # the same size leads to a logit of 5.4
+
+
 def test_image_without_gradient_is_not_corrected(net):
     model, x, y, guard = net
     with torch.no_grad():
@@ -296,6 +320,7 @@ def test_guard_and_mistakes_never_overlap(net):
         ({"direction": "fisher"}, "needs fisher="),
         ({"guard": None}, "no guard images"),
         ({"cap": 0}, "cap must be"),
+        ({"image_ids": "aabcde"}, "6 different ids"),
         ({"tolerance": float("nan")}, "tolerance must be"),
     ],
 )

@@ -113,6 +113,8 @@ class _Carry(TorchFunctionMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         in_place = _in_place(func, kwargs)
         rows = _union([r for r in map(self.rows_of, inputs) if r is not None])
+        if rows is not None and func in _DECISIONS and len(rows) > 1:
+            raise NotCarried(f"the model reads values of a whole batch ({func.__name__})")
         if rows is not None and any(r is not None and len(r) < len(rows) for r in map(self.rows_of, inputs)):
             if in_place:
                 self._grow(args[0], rows, func)
@@ -204,6 +206,7 @@ def _linear(input, weight, bias=None):
     return input, weight, {}
 
 
+_DECISIONS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 _LAYERS = {F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolution, F.linear: _linear}
 
 

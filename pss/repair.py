@@ -122,7 +122,8 @@ def unit_steps(
     _check_lengths(lr, norm)
     _check_batch(images, labels, ids)
     runner, result = _Runner(model, units, loss, path), []
-    with undisturbed(model):
+    with _ready(model):
+        images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, 1):
             result += runner.gradients(images[part], labels[part], ids[part])
     return [[_step(g, lr, norm) for g in own] for own in result]
@@ -217,7 +218,8 @@ def edit_curves(
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
     runner, frames = _Runner(model, units, loss, path), []
-    with undisturbed(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+    with _ready(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+        images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, ids.shape[1] + 1):
             x, y, own = images[part], labels[part], ids[part]
             if edit == "prune":
@@ -231,6 +233,18 @@ def edit_curves(
     return pd.concat(frames, ignore_index=True)
 
 
+@contextmanager
+def _ready(model: nn.Module) -> Iterator[None]:
+    """The model undisturbed, and gradients possible also where the caller is in inference mode."""
+    with torch.inference_mode(False), undisturbed(model):
+        yield
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save of one made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 class _Runner:
     """The two paths to gradients and logits of several images; settles on ``in_place`` where the other fails."""
 
@@ -239,6 +253,7 @@ class _Runner:
             raise ValueError(f"unknown path {path!r}: expected 'auto', 'variants' or 'in_place'")
         self.model, self.units, self.loss, self.path = model, units, get_loss(loss), path
         self.trusted = False  # the growing batch was compared with the model edited in place
+        self.apart = False  # an image of a batch was compared with the image alone
         self.idle: set[nn.Parameter] = set()  # parameters that take no part, as of an auxiliary head
 
     def gradients(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
@@ -305,6 +320,10 @@ class _Runner:
         with undisturbed(self.model), torch.enable_grad():
             self.model.requires_grad_(False)
             outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[:, 0]
+            if not self.apart and len(images) > 1:
+                with torch.no_grad():
+                    self._compare(outputs[0], self.model(images[:1])[0], "alone")
+                self.apart = True
             found = self._differentiate(outputs, labels, flat)
         gradients = iter(found)
         return [[next(gradients) for _ in own] for own in ids]
@@ -338,12 +357,17 @@ class _Runner:
             with _undone(self._views(ids[0])) as views:
                 _add(views, steps[0])
                 expected = self.model(images[:1])[0]
-            slack = 300 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
-            if not torch.allclose(logits[0, -1], expected, rtol=0, atol=slack):
-                raise _variants.NotCarried("edited in place the model says something else: its rows interact")
+            self._compare(logits[0, -1], expected, "edited in place")
             self.trusted = True
             log.info("all edits of up to %d images in one pass", len(images))
         return logits
+
+    @staticmethod
+    def _compare(found: Tensor, expected: Tensor, when: str) -> None:
+        """Refuse the growing batch where an image's logits depend on the company."""
+        slack = 300 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=0, atol=slack):
+            raise _variants.NotCarried(f"{when} the model says something else: its rows interact")
 
     def _logits_alone(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         result = []

@@ -325,6 +325,40 @@ def test_auto_falls_back_and_says_so(make, why, caplog):
         edit_curves(model, images, labels, ids, units, "prune", path="variants")
 
 
+class Threshold(Chain):
+    """Takes another branch for some batches."""
+
+    def forward(self, x):
+        x = F.relu(self.one(x)) * (2 if x.mean() > 0.02 else 1)
+        return self.head(self.three(self.two(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Mixing, Threshold])
+@pytest.mark.parametrize("edit", ["prune", "finetune"])
+def test_images_do_not_see_each_other(make, edit):
+    """Neither in the logits, nor in the gradients of which the steps are made."""
+    model = build(make)
+    units = Units.of(model)
+    images, labels = batch(4)
+    ids = rankings(units, 4)
+    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5)
+    assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
+
+
+@pytest.mark.parametrize("path", ["variants", "in_place"])
+def test_gradients_also_in_inference_mode(path):
+    model = build(Chain)
+    units = Units.of(model)
+    images, labels = batch(2)
+    ids = rankings(units, 2)
+    expected = edit_curves(model, images, labels, ids, units, lr=0.5, path=path)
+    with torch.inference_mode():
+        got = edit_curves(model, images.clone(), labels.clone(), ids, units, lr=0.5, path=path)
+        steps = unit_steps(model, images.clone(), labels.clone(), units, ids, path=path)
+    pd.testing.assert_frame_equal(got, expected)
+    assert any(step.any() for step in steps[0])
+
+
 def test_the_log_names_the_growing_batch(caplog):
     model = build(Chain)
     units = Units.of(model)

@@ -84,6 +84,7 @@ class Sweep(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self.unplaced: dict[int, tuple[Use, Tensor]] = {}  # by number of the call: where is the batch?
         self.watched: Collection[int] = ()
+        self.images: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
 
@@ -91,6 +92,7 @@ class Sweep(TorchFunctionMode):
 
     def outputs(self, model: nn.Module, images: Tensor):
         """Outputs of the model under watch."""
+        self.images = images
         with self:
             outputs = model(images)
         return tree_map_only(_Pending, _Pending.value, outputs)
@@ -147,7 +149,9 @@ class Sweep(TorchFunctionMode):
         number = self.calls.total()
         self.calls[use.name] += 1
         plain = len(x) == self.samples and (x.dim() == 2 or isinstance(use.layer, Convolution))
-        if number in self.watched or (self.samples > 1 and not plain):
+        # What neither is the images nor comes from a layer may be a table that happens to be as long as the batch.
+        sure = plain and (x is self.images or x.requires_grad)
+        if number in self.watched or (self.samples > 1 and not sure):
             self.unplaced[number] = use, x
         elif isinstance(use.layer, Linear):
             use.split = lambda t: t.reshape(self.samples, -1, t.shape[-1])
@@ -160,7 +164,9 @@ class Sweep(TorchFunctionMode):
             other, x_alone = alone.unplaced.get(number, (None, None))
             if other is None or other.name != use.name or alone.calls != self.calls:
                 raise Unknown("the network takes another course for one sample than for a batch")
-            use.split = _split(x, x_alone, self.samples, isinstance(use.layer, Convolution))
+            split = _split(x, x_alone, self.samples, isinstance(use.layer, Convolution))
+            if not (isinstance(use.layer, Convolution) and len(x) == self.samples and len(x_alone) == 1):
+                use.split = split  # otherwise the batch is at the front
         self.unplaced.clear()
 
     # Collecting in the backward pass

@@ -489,6 +489,90 @@ def test_general_path_is_right_and_says_so(name, caplog):
         profile(model, images, labels, Units.of(model, kind), path="fast")
 
 
+class Prototypes(nn.Module):
+    """Classes are compared with images; their table is no batch, also where it is as long as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 6, 3), nn.Parameter(torch.randn(10, 5))
+        self.one, self.two = nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.silu(self.conv(x)).mean((2, 3)) @ self.two(F.silu(self.one(self.table))).T
+
+
+@pytest.mark.parametrize("count", [1, 7, 10])
+def test_a_table_as_long_as_the_batch(count):
+    model = seeded(Prototypes)
+    assert_equal_to_loop(model, (3, 8, 8), "all", sizes=(count,), path="auto")
+
+
+def test_images_prepared_by_the_network_stay_on_the_fast_path():
+    model = seeded(net("normalized", lambda m: None, lambda m, x: x))
+    model.first = nn.Sequential(nn.ZeroPad2d(1), model.first, nn.BatchNorm2d(6).double())
+    assert_equal_to_loop(model, (3, 8, 8), "all", path="fast")
+
+
+class Alias(nn.Module):
+    """Keeps a parameter in a list, where `torch.func.functional_call` does not replace it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 10)
+        self.kept = [self.conv.weight]
+
+    def forward(self, x):
+        return self.head(F.conv_transpose2d(F.silu(self.conv(x)), self.kept[0]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("path", ["auto", "vmap", "loop"])
+def test_a_parameter_kept_outside_of_the_modules(path):
+    model = seeded(Alias)
+    images, labels = batch((3, 8, 8), 3)
+    units = Units.of(model, "all")
+    rows = []
+    for b in range(3):
+        value = F.cross_entropy(model(images[b : b + 1]), labels[b : b + 1])
+        found = torch.autograd.grad(value, [model.conv.weight, model.head.weight])
+        names = ("conv.weight", "head.weight")
+        rows.append(units.reduce({name: g.abs()[None] for name, g in zip(names, found, strict=True)}))
+    got = profile(model, images, labels, units, path=path)
+    assert not got.requires_grad
+    assert_close(got, torch.cat(rows), units)
+
+
+@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
+def test_profiles_carry_no_graph_and_idle_layers_are_zero(path):
+    model = seeded(net("idle", set_all(unused=conv(3)), lambda m, x: x))
+    images, labels = batch((3, 8, 8), 3)
+    got = profile(model, images, labels, Units.of(model), path=path)
+    assert not got.requires_grad
+    assert not got[:, 6:].any() and got[:, :6].any()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    ],
+    ids=["memory", "memory of the CPU", "worker"],
+)
+@pytest.mark.parametrize("path", ["auto", "vmap"])
+def test_faults_of_the_machine_are_no_reason_for_a_slower_path(path, error):
+    model, calls = seeded(Net), []
+
+    def fail(module, inputs):
+        calls.append(len(inputs[0]))
+        raise error
+
+    model.head.register_forward_pre_hook(fail)
+    with pytest.raises(type(error), match=str(error)[:10].replace("[", r"\[")):
+        profile(model, *batch((3, 8, 8), 3), path=path)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("path", ["vmap", "loop"])
 def test_general_paths_on_request(path):
     for name in ("resnet50", "vit heads"):

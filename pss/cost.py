@@ -50,7 +50,8 @@ def cost_of_correction(
 
     The step is :math:`\delta = -t\,g` or, with direction ``fisher``, :math:`-t\,g_i/(F_i+\lambda)`, zero outside the
     units, with :math:`g` the gradient at the unedited model. The first of 25 sizes, over six decades, that makes the
-    label the predicted class is refined to ``tolerance``.
+    label the predicted class is refined to ``tolerance``. What is corrected only between two neighbouring
+    sizes, a factor of 1.8 apart, and not beyond, can be missed.
 
     Parameters
     ----------

@@ -177,7 +177,7 @@ def _directions(profiles: Tensor, reference: Reference | None, method: str, colu
         bad = (~profiles.isfinite().all(dim=1)).nonzero()[:10, 0].tolist()
         raise ValueError(f"profiles {bad} are not finite: leave them out or mend them")
     if method == "zscore":
-        values = reference.zscore(profiles)
+        values = reference.zscore(profiles.double())  # of a nearly dead unit it can be more than float32 holds
     elif method == "log_tail":
         floor = math.log(LEAST_PROBABILITY)
         values = -reference.log_tail_probability(profiles).clamp(min=floor).to(profiles.dtype)
@@ -185,7 +185,7 @@ def _directions(profiles: Tensor, reference: Reference | None, method: str, colu
         values = profiles
     values = values[:, columns]
     largest = values.abs().amax(dim=1, keepdim=True)  # scaled by it first: squares of 1e-25 are zero in float32
-    scaled = values / torch.where(largest > 0, largest, 1)
+    scaled = (values / torch.where(largest > 0, largest, 1)).to(profiles.dtype)
     length = scaled.norm(dim=1, keepdim=True)
     return scaled / torch.where(length > 0, length, 1)
 

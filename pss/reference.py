@@ -210,6 +210,8 @@ class Reference:
                 f"profiles of shape {tuple(profiles.shape)} do not fit this reference of {len(self)} units: "
                 f"expected (B, {len(self)}); were they made with the same units?"
             )
+        if not profiles.is_floating_point():
+            raise ValueError(f"profiles are {profiles.dtype}: expected floating-point saliencies")
         s = profiles.double()
         return s / _positive(s.mean(dim=1, keepdim=True)) if self.scale_free else s
 

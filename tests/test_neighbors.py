@@ -159,3 +159,14 @@ def test_agreement_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             agreement(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nearly_dead_unit_does_not_overflow(dtype):
+    values = np.random.default_rng(0).exponential(size=(60, 3)).astype(np.float32)
+    values[:, 2] *= 1e-40  # its z-scores reach 1e40, which float32 cannot hold
+    new = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 2.0], [1.0, 2.0, 0.0]], dtype=dtype)
+    ids, similarity = nearest(new, reference=pss.Reference.fit(values), k=2)
+    assert similarity.isfinite().all() and similarity.dtype == dtype
+    assert ids[:2, 0].tolist() == [1, 0]
+    torch.testing.assert_close(similarity[:2, 0], torch.ones(2, dtype=dtype))

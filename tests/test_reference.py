@@ -254,3 +254,8 @@ def test_what_cannot_be_fitted_is_refused(arguments, message):
 def test_refuses_profiles_of_other_units(reference):
     with pytest.raises(ValueError, match=r"expected \(B, 7\)"):
         reference.zscore(torch.rand(2, 8))
+
+
+def test_refuses_profiles_of_integers(reference):
+    with pytest.raises(ValueError, match="int64"):  # a z-score cut to an integer would be wrong without a word
+        reference.zscore(torch.ones(2, U, dtype=torch.int64))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from pss.data import write_whole
 from pss.gradients import Loss, parameter_saliency
 from pss.models import fingerprint
+from pss.profiles import name_of
 from pss.units import Units
 
 DAMPING = 0.01  # of the Fisher information, as a multiple of its mean
@@ -75,7 +76,7 @@ def fisher_diagonal(
     if not len(images):
         raise ValueError("no images: the Fisher information is a mean over at least one")
     names = list(dict.fromkeys(layer.parameter for layer in units.layers)) if units else None
-    about = {"model": fingerprint(model), "n": len(images), "loss": getattr(loss, "__name__", loss)}
+    about = {"model": fingerprint(model), "n": len(images), "loss": name_of(loss)}
     about |= {"images": digest(images), "labels": digest(labels), "parameters": names or "all"}
     if path is not None and Path(path).exists():
         return _read_fisher(Path(path), about)
@@ -94,12 +95,15 @@ def fisher_diagonal(
 
 
 def _read_fisher(path: Path, about: dict) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        found = json.loads((file.metadata() or {}).get("pss", "{}"))
-        if found != about:
-            other = [key for key in about if found.get(key) != about[key]]
-            raise ValueError(f"{path.name} was made with another {', '.join(other)}: delete it, or give another path")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("pss", "{}"))
+            diagonal = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.name} is damaged, or no Fisher information: delete it to make it anew") from error
+    if other := [key for key in about if found.get(key) != about[key]]:
+        raise ValueError(f"{path.name} was made with another {', '.join(other)}: delete it, or give another path")
+    return diagonal
 
 
 def fisher_scores(

@@ -7,6 +7,7 @@ out: the step and its length are chosen without them, so that what the patch doe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,10 +195,12 @@ class Patch:
             with safe_open(path, "pt") as file:
                 held = json.loads((file.metadata() or {}).get("patch", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
-        if held is None:
+        if not isinstance(held, dict):
             raise ValueError(f"{path.name} is no patch of pss: its header has no 'patch' entry")
+        if held.pop("checksum", None) != _checksum(tensors, held):
+            raise ValueError(f"{path.name} is damaged: its checksum differs; fit the patch again, or get the file anew")
         count = range(len(held["units"]))
         places = tuple((name, tuple(map(tuple, index))) for name, index in held.pop("places"))
         frames = {name: pd.DataFrame(held.pop(name)) for name in ("evidence", "tried")}
@@ -210,7 +213,8 @@ class Patch:
         frames = {n: getattr(self, n).to_dict("records") for n in ("evidence", "tried")}
         pairs = (("original", self.original), ("difference", self.difference))
         tensors = {f"{i}.{name}": t.cpu().contiguous() for name, own in pairs for i, t in enumerate(own)}
-        return save(tensors, {"patch": json.dumps(plain | frames)})
+        held = json.loads(json.dumps(plain | frames))
+        return save(tensors, {"patch": json.dumps(held | {"checksum": _checksum(tensors, held)})})
 
     def _views(self, model: nn.Module) -> list[Tensor]:
         return [model.get_parameter(name).data[tuple(slice(*ends) for ends in index)] for name, index in self.places]
@@ -222,6 +226,14 @@ class Patch:
     def _check_not_empty(self) -> None:
         if not self.units:
             raise ValueError(f"this patch holds no units: {self.reason}")
+
+
+def _checksum(tensors: Mapping[str, Tensor], held: dict) -> str:
+    """SHA-256 over the tensors' bytes and the rest of the header: a flipped bit must never reach a model."""
+    total = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
+    for name in sorted(tensors):
+        total.update(name.encode() + bytes(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
 
 
 def fit_patch(

@@ -139,9 +139,9 @@ def profile_dataset(
         "units": units.fingerprint,
         "data": data_name or getattr(dataset, "fingerprint", None) or _sampled_fingerprint(dataset),
         "preprocessing": preprocessing,
-        "loss": _name(loss),
+        "loss": name_of(loss),
         "signed": bool(signed),
-        "options": {key: _name(options[key]) for key in sorted(options)},
+        "options": {key: name_of(options[key]) for key in sorted(options)},
     }
     path = Path(path) if path is not None else cache_folder() / "profiles" / _key(made_of)
     first = _rank()[0] == 0
@@ -357,12 +357,12 @@ def _deaf_to_workers() -> Iterator[None]:
 # --- what the rows are made of ----------------------------------------------------------------------------------------
 
 
-def _name(value: Any) -> Any:
+def name_of(value: Any) -> Any:
     """A value as it stands in the manifest: functions by their qualified name."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, functools.partial):
-        return f"{_name(value.func)} with {value.args} {value.keywords}"
+        return f"{name_of(value.func)} with {value.args} {value.keywords}"
     if hasattr(value, "__qualname__"):
         if "<lambda>" in value.__qualname__:
             raise ValueError("a lambda has no name to know the profiles by: write it as a function with def")

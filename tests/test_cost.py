@@ -410,3 +410,14 @@ def test_cost_curve_counts_what_is_not_corrected():
     line = pss.plots.cost_curves(table).lines[0]
     np.testing.assert_allclose(line.get_xdata(), [0.1, 0.3])
     np.testing.assert_allclose(line.get_ydata(), [0.25, 0.5])
+
+
+def test_fisher_file_that_cannot_be_trusted_is_refused(net, tmp_path):
+    model, *_, guard = net
+    path = tmp_path / "fisher.safetensors"
+    with pytest.raises(ValueError, match="a lambda has no name"):
+        fisher_diagonal(model, guard, loss=lambda z, y: z.sum(dim=1), path=path)
+    fisher_diagonal(model, guard, path=path, progress=False)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="is damaged"):
+        fisher_diagonal(model, guard, path=path)

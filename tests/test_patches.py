@@ -133,6 +133,11 @@ def test_damaged_or_other_files_are_refused(patch, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
         Patch.load(path)
+    patch.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    with pytest.raises(ValueError, match="checksum differs"):
+        Patch.load(path)
     pss.models.save_weights(Net(), path)
     with pytest.raises(ValueError, match="no patch of pss"):
         Patch.load(path)

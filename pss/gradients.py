@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pss.interception import Sweep, Unknown
+from pss.interception import OwnGradients, Sweep, Unknown
 from pss.units import Layer, Units
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ def _profile(
     """Profile of as many images as are taken at once: the fast path, and the general path for what it leaves."""
     names = _canonical_names(model)
     rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
+    vectorized = path != "loop"
     means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
     if path in ("auto", "fast"):
         in_rows = [name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)]
@@ -216,6 +217,7 @@ def _profile(
             if path == "fast" or _is_of_the_machine(error):
                 raise
             reason = str(error)
+            vectorized = not isinstance(error, OwnGradients)  # vmap would take them wrongly, without a word
         rest = [name for name in rest if name not in means]
     if rest and path == "fast":
         raise Unknown(f"path='fast' cannot do {', '.join(rest)}: {reason}; use path='auto'")
@@ -225,7 +227,7 @@ def _profile(
     if rest:
         numbers = [i for i, layer in enumerate(units.layers) if names[layer.parameter] in rest]
         parts = []
-        for gradients in _gradients(model, images, labels, list(rest), loss, vectorized=path != "loop"):
+        for gradients in _gradients(model, images, labels, list(rest), loss, vectorized=vectorized):
             whole = gradients if signed else {name: g.abs() for name, g in gradients.items()}
             parts.append([units.layers[i].reduce(whole[names[units.layers[i].parameter]]) for i in numbers])
         slow = {i: torch.cat(columns) for i, columns in zip(numbers, zip(*parts, strict=True), strict=True)}
@@ -259,13 +261,21 @@ def _row_means(
         if sweep.unplaced:
             alone = Sweep(wanted, 1, signed, fold, bf16)
             alone.watched = set(sweep.unplaced)
-            alone.outputs(model, images[-1:])
+            _refuse_company(outputs, alone.outputs(model, images[-1:]))
             sweep.place(alone)
         return sweep.row_means(losses)
     except Unknown:
         if not fold:
             raise
         return _row_means(model, images, labels, names, loss, signed, False, bf16)
+
+
+def _refuse_company(outputs: Tensor, alone: Tensor) -> None:
+    """Raise where the last image's outputs in the batch are not those that it has alone."""
+    if isinstance(outputs, Tensor) and outputs.is_floating_point():
+        slack = torch.finfo(outputs.dtype).eps ** 0.5 * alone.abs().max()
+        if (outputs[-1:] - alone).abs().max() > slack:
+            raise Unknown("the outputs of an image depend on the others of its batch")
 
 
 def _gradients(
@@ -275,8 +285,7 @@ def _gradients(
     parameters = {name: model.get_parameter(name) for name in names}
     numbers = sum(p.numel() for p in parameters.values())
     at_once = max(1, min(len(images), GRADIENT_BYTES // (numbers * images.element_size())))
-    with torch.no_grad():
-        _check_outputs(model(images[:1]), labels, loss)
+    _check_outputs(model(images[:1]), labels, loss)
     for chunk in zip(images.split(at_once), labels.split(at_once), strict=True):
         if vectorized:
             try:

@@ -27,6 +27,10 @@ class Unknown(RuntimeError):
     """The fast path cannot say whose gradient is whose in this network: use the general path."""
 
 
+class OwnGradients(Unknown):
+    """The network runs a backward pass within its forward pass."""
+
+
 @dataclass
 class Use:
     """One call of a layer: which parameter, how, and what to multiply its gradient by."""
@@ -85,6 +89,7 @@ class Sweep(TorchFunctionMode):
         self.unplaced: dict[int, tuple[Use, Tensor]] = {}  # by number of the call: where is the batch?
         self.watched: Collection[int] = ()
         self.images: Tensor | None = None
+        self.collecting = False
         self.sums: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
 
@@ -173,6 +178,8 @@ class Sweep(TorchFunctionMode):
 
     def collect(self, use: Use, x: Tensor, g: Tensor) -> None:
         """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+        if not self.collecting:
+            raise OwnGradients("the network takes gradients on its way")
         if use.split is not None:
             x, g = use.split(x), use.split(g)
         in_parts = isinstance(use.layer, Convolution) and use.split is not None
@@ -200,6 +207,7 @@ class Sweep(TorchFunctionMode):
         """
         reached = [None] * len(self.wanted)
         if losses.requires_grad:
+            self.collecting = True
             inputs = [self.token, *self.wanted.values()]
             reached = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)[1:]
         unseen = [name for name, g in zip(self.wanted, reached, strict=True) if g is not None]

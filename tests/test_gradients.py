@@ -573,6 +573,40 @@ def test_faults_of_the_machine_are_no_reason_for_a_slower_path(path, error):
     assert len(calls) == 1
 
 
+class InnerGradient(Net):
+    """Asks for a gradient on its way, of which the fast path must collect nothing."""
+
+    def __init__(self, create_graph):
+        super().__init__()
+        self.create_graph = create_graph
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        inner = self.head(F.silu(self.first(x)).flatten(2).mean(2)).square().sum()
+        return super().forward(x + torch.autograd.grad(inner, x, create_graph=self.create_graph)[0])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_within_the_network(create_graph):
+    assert_equal_to_loop(seeded(lambda: InnerGradient(create_graph)), (3, 8, 8), "all", path="auto")
+
+
+class Company(nn.Module):
+    """Scales by the mean of a whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.feed, self.head = nn.Linear(3, 6), nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = F.silu(self.feed(x))
+        return self.head((x / x.mean()).mean(1))
+
+
+def test_images_that_scale_each_other():
+    assert_equal_to_loop(seeded(Company), (5, 3), "rows", path="auto")
+
+
 @pytest.mark.parametrize("path", ["vmap", "loop"])
 def test_general_paths_on_request(path):
     for name in ("resnet50", "vit heads"):

@@ -188,6 +188,7 @@ def profile(
     _check_inputs(model, images, labels, units)
     size = _images_at_once(images)
     with _ready(model, images):
+        labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
         chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
         return torch.cat([_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks])
 

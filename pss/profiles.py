@@ -250,7 +250,7 @@ def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.nd
     if images.is_floating_point():
         images = images.to(next(model.parameters()).dtype)
     rows = profile(model, images, labels, units, loss, signed=signed, **options)
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         outputs = model(images)
         losses = get_loss(loss)(outputs, labels)
     _, records = folder.empty_rows(len(images), 0)

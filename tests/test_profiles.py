@@ -553,3 +553,14 @@ def test_blocks_of_a_dask_array():
     whole = np.arange(60, dtype=np.float32).reshape(10, 6)
     parts = [block for _, block in blocks(dask.from_array(whole, chunks=(3, 2)), 10 * 4 * 4)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_the_callers_autocast_does_not_reach_the_records():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    images, labels = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    units = Units.of(model, "rows")
+    rows, records = profiles._compute(model, images, labels, units, "cross_entropy", False, {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, records_again = profiles._compute(model, images, labels, units, "cross_entropy", False, {})
+    np.testing.assert_array_equal(again, rows)
+    np.testing.assert_array_equal(records_again, records)

@@ -103,6 +103,15 @@ def test_links_to_files_resolve(path):
                     assert (path.parent / link.split("#")[0]).exists(), link
 
 
+def test_card_leads_to_the_notebooks_before_and_after_by_their_titles(path):
+    place = NOTEBOOKS.index(path)
+    for language in (0, 1):
+        title = lambda p, i=language: re.match(r"# (.+)", pairs(p)[0][i])[1].strip()  # noqa: E731
+        expected = [f"[← {title(p)}]({p.name})" for p in NOTEBOOKS[max(0, place - 1) : place]]
+        expected += [f"[{title(p)} →]({p.name})" for p in NOTEBOOKS[place + 1 : place + 2]]
+        assert pairs(path)[0][language].split("\n\n")[1] == " | ".join(expected)
+
+
 def test_opens_with_a_card_and_closes_with_exercises_and_references(path):
     found = pairs(path)
     assert found[0][0].startswith("# ") and "ipynb" in "".join(a for a, _ in found[:2])

@@ -61,11 +61,12 @@ def plot(tables: dict[str, pd.DataFrame]) -> None:
     from pss import plots
 
     plots.use_style()
-    with_ratio = [table[table["ratio"] != 1] for table in tables.values() if "ratio" in table]
     bars = [
-        (", ".join(str(v) for v in record.values() if isinstance(v, str)), record["ratio"])
-        for table in with_ratio
+        (_label(record), record["ratio"])
+        for table in tables.values()
+        if "ratio" in table
         for record in table.to_dict("records")
+        if str(record.get("what", "profile")).startswith(("profile", "pss"))  # not the baselines
     ]
     figure, ax = plt.subplots(figsize=(9, 0.26 * len(bars) + 1))
     drawn = ax.barh([label for label, _ in bars], [ratio for _, ratio in bars], color="#0072B2")
@@ -74,6 +75,11 @@ def plot(tables: dict[str, pd.DataFrame]) -> None:
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="times as fast as the plain loop")
     figure.savefig(FIGURES / "bench.png")
+
+
+def _label(record: dict) -> str:
+    sizes = [f"{record[key]} {unit}" for key, unit in (("size", "px"), ("images", "at a time")) if "edit" in record]
+    return ", ".join([*(v for v in record.values() if isinstance(v, str)), *sizes])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ modules of this folder; times are medians of repetitions that take turns; what i
 from __future__ import annotations
 
 import argparse
+import inspect
 import platform
 import time
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def main() -> None:
         started = time.monotonic()
         title, run = PARTS[key]
         tables[key] = run()
-        pages.append(f"## {title}\n\n{run.__doc__.strip()}\n\n{markdown(tables[key])}\n")
+        pages.append(f"## {title}\n\n{inspect.cleandoc(run.__doc__)}\n\n{markdown(tables[key])}\n")
         print(pages[-1], f"({time.monotonic() - started:.0f} s)\n", flush=True)
     if chosen == list(PARTS):
         (FIGURES / "bench.md").write_text("\n".join(pages), encoding="utf-8")

@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=batches * epochs)
     order = torch.Generator().manual_seed(seed)
     progress = tqdm(range(epochs), desc=f"training, seed {seed}", unit="epoch", disable=None)
-    with _threads(threads):
+    with thread_count(threads):
         for _ in progress:
             for batch in torch.randperm(len(images), generator=order).split(_BATCH):
                 loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -225,7 +225,8 @@ def train(
 
 
 @contextmanager
-def _threads(count: int):
+def thread_count(count: int) -> Iterator[None]:
+    """Compute with so many threads, then with as many as before: sums depend on their number in the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -39,7 +39,7 @@ import pss
 from pss import store as folder
 from pss.data import cache_folder
 from pss.gradients import Loss, get_loss, profile, undisturbed
-from pss.models import fingerprint
+from pss.models import fingerprint, thread_count
 from pss.store import ProfileStore, blocks
 from pss.units import Units
 
@@ -162,7 +162,7 @@ def profile_dataset(
         def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
             return _compute(model, images.to(device), labels.to(device), units, loss, signed, options)
 
-        with _threads(manifest["threads"]):
+        with thread_count(manifest["threads"]):
             _fill(path, manifest, dataset, compute, workers, on_error == "skip", progress)
         _barrier()
         if first:
@@ -414,17 +414,6 @@ def _rank() -> tuple[int, int]:
 def _barrier() -> None:
     if _rank()[1] > 1:
         dist.barrier()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Sums depend on the number of threads in their last bit: go on with the number that a store began with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

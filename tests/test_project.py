@@ -16,9 +16,17 @@ def requirements(lines: list[str]) -> dict[str, str]:
     return found
 
 
+def everything(project: dict) -> list[str]:
+    """What `make` installs: the dependencies, the extra `test`, and the extras that it names."""
+    extras = project["optional-dependencies"]
+    first, *others = extras["test"]
+    named = re.fullmatch(r"pss\[(.+)\]", first)[1].split(",")
+    return project["dependencies"] + [line for name in named for line in extras[name]] + others
+
+
 def test_environment_yml_equals_pyproject(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    wanted = requirements(project["dependencies"] + project["optional-dependencies"]["test"])
+    wanted = requirements(everything(project))
     conda = yaml.safe_load((root / "environment.yml").read_text())["dependencies"]
     pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
     given = requirements([entry for entry in conda if isinstance(entry, str)])
@@ -35,7 +43,7 @@ def test_constraints_pin_every_dependency_within_its_bounds(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().split())
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    for line in project["dependencies"] + project["optional-dependencies"]["test"]:
+    for line in everything(project):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[requirement.name.lower()]), line
 

@@ -137,7 +137,7 @@ def profile_dataset(
         "n_units": len(units),
         "model": fingerprint(model),
         "units": units.fingerprint,
-        "data": data_name or getattr(dataset, "fingerprint", None) or _sampled_fingerprint(dataset),
+        "data": data_name or name_of_data(dataset),
         "preprocessing": preprocessing,
         "loss": name_of(loss),
         "signed": bool(signed),
@@ -368,6 +368,11 @@ def name_of(value: Any) -> Any:
             raise ValueError("a lambda has no name to know the profiles by: write it as a function with def")
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value) if " at 0x" not in repr(value) else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def name_of_data(dataset: Dataset) -> str:
+    """What the record of profiles calls a data set: its ``fingerprint``, or its length and a sample of its items."""
+    return getattr(dataset, "fingerprint", None) or _sampled_fingerprint(dataset)
 
 
 def _sampled_fingerprint(dataset: Dataset) -> str:

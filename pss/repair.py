@@ -559,13 +559,34 @@ def paired_difference(
     difference = (first - second).to_numpy()
     if np.isnan(difference).any():
         raise ValueError(f"{value} is missing for some image and k: give whole curves")
-    draws = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
-    # Means as products with how often each image was drawn: never resamples x images x k in memory.
-    weights = np.stack([np.bincount(d, minlength=len(difference)) for d in draws]) / len(difference)
-    low, high = np.quantile(weights @ difference, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = bootstrap(difference, level, resamples, seed)
     return pd.DataFrame(
         {"k": first.columns, "n": len(first), "mean": difference.mean(axis=0), "low": low, "high": high}
     )
+
+
+def bootstrap(
+    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of the mean over images: as many as there are, drawn with replacement.
+
+    Parameters
+    ----------
+    values : ndarray, shape (N, K)
+        One row an image. The same seed draws the same images for every column, and for every table of N images.
+
+    Returns
+    -------
+    low, high : ndarray, shape (K,)
+    """
+    n, rng = len(values), np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, 200):  # never resamples x images x K in memory, nor resamples x images
+        draws = rng.integers(n, size=(min(200, resamples - start), n))
+        # Means as products with how often each image was drawn.
+        means.append(np.stack([np.bincount(drawn, minlength=n) for drawn in draws]) / n @ values)
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
 
 
 def collateral(

@@ -1,0 +1,577 @@
+"""A whole experiment: statistics, rankings and repairs for every misread image of a data set, as tidy tables.
+
+What the second paper's program does (Wang and Sato 2023, section 4): statistics of a reference set, made once and
+reused; then for each image that the network gets wrong a ranking of its filters by each method, and what the network
+says after the first 1, 2, … of them are fine-tuned or pruned. An experiment lives in a folder:
+
+=================  ====================================================================================
+``results.json``   what made it: package, network, data, statistics, settings; ``complete`` becomes true last
+``parts/``         finished blocks of images: whoever runs it may be killed, and goes on where it was
+``images.csv``     one row for every image looked at
+``ranking.csv``    one row for every misread image, ranking and place in it
+``results.csv``    one row for every misread image, ranking, edit and number of edited units
+=================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import pss
+from pss import repair
+from pss.data import write_whole
+from pss.fisher import fisher_diagonal, fisher_scores
+from pss.gradients import Loss, profile
+from pss.models import fingerprint, predict, thread_count
+from pss.profiles import name_of, name_of_data, profile_dataset
+from pss.ranking import METHODS, rank, stage_shares
+from pss.reference import Reference
+from pss.units import Units
+
+PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
+OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw", "fisher")
+BLOCK = 32  # images of a part: at most so much is lost when a run is killed
+_TABLES = ("images", "ranking", "results")
+_RANDOM = ("random", "stage", "layer_matched_random")
+
+
+def method_of(algo: str) -> str:
+    """Our name of a ranking, given ours or the second paper's program's.
+
+    There ``baseline`` is the z-score, ``POT`` peaks over threshold, ``conv5`` raw saliency within the last stage and
+    ``random`` any units.
+
+    Raises
+    ------
+    ValueError
+        For any other name.
+    """
+    method = PUBLISHED.get(algo, algo)
+    if method not in OURS:
+        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *OURS])}")
+    return method
+
+
+# --- statistics: made once, reused ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is usual, as far as the rankings asked for need it; None for the rest."""
+
+    plain: Reference | None = None
+    scale_free: Reference | None = None
+    fisher: dict[str, Tensor] | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the references were made of, for the record."""
+        both = {"plain": self.plain, "scale_free": self.scale_free}
+        return {name: {**r.about, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
+
+
+def statistics(
+    model: nn.Module,
+    units: Units,
+    path: str | Path,
+    images: Dataset | None = None,
+    make: bool = True,
+    algo: Sequence[str] = tuple(PUBLISHED),
+    level: float = 0.90,
+    loss: str | Loss = "cross_entropy",
+    progress: bool = True,
+) -> Statistics:
+    """Statistics that the rankings need: read where they are there and fit, otherwise made and kept.
+
+    Parameters
+    ----------
+    path : path
+        A folder, where they are kept; or a file with a reference, ours (``.safetensors``) or published (``.pth``).
+    images : Dataset, optional
+        The reference images, of (image, label). Needed to make statistics; where given, what is found must be of them.
+    make : bool
+        The program's ``do_stats``. False makes nothing: what is needed must be there.
+    algo : sequence of str
+        The rankings.
+
+    Raises
+    ------
+    FileNotFoundError
+        If statistics are missing, and ``make`` is False.
+    ValueError
+        If those found are of another model, units, data, loss or level; or there are no images to make them of.
+    """
+    methods = [method_of(name) for name in algo]
+    path = Path(path)
+    made_of = {"model": fingerprint(model), "loss": str(name_of(loss))}
+    if images is not None:
+        made_of["data"] = name_of_data(images)
+    if path.suffix in (".safetensors", ".pth", ".pt"):
+        reference = Reference.load(path, units).check(units, **made_of)
+        found = Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
+        return _with_fisher(found, None, methods, model, units, images, make, loss, progress)
+    references: dict[str, Reference] = {}
+    for kind in ("plain", "scale_free"):
+        if kind == "plain" or any(method.startswith(kind) for method in methods):
+            file = path / f"reference-{level:g}{'-scale-free' * (kind == 'scale_free')}.safetensors"
+            if not file.is_file():
+                store = _profiles(model, units, path / "profiles", images, make, file, loss, progress)
+                Reference.fit(store, level, kind == "scale_free").save(file)
+            references[kind] = Reference.load(file).check(units, **made_of)
+    file = path / "fisher.safetensors"
+    return _with_fisher(Statistics(**references), file, methods, model, units, images, make, loss, progress)
+
+
+def _profiles(model, units, path, images, make, wanted: Path, loss, progress):
+    """Profiles of the reference images, or what to do about it if they may not or cannot be made."""
+    if not make:
+        raise FileNotFoundError(f"no statistics {wanted.name} in {wanted.parent}: make them once, with do_stats = True")
+    if images is None:
+        raise ValueError(f"no statistics {wanted.name} in {wanted.parent}, and no reference images to make them of")
+    return profile_dataset(model, images, units, path, loss=loss, progress=progress)
+
+
+def _with_fisher(found: Statistics, file, methods, model, units, images, make, loss, progress) -> Statistics:
+    """The same statistics, with the Fisher information if a ranking needs it."""
+    if "fisher" not in methods:
+        return found
+    if file is None or not (hasattr(images, "images") and hasattr(images, "labels")):
+        raise ValueError(
+            "algo 'fisher' needs a folder for its statistics and reference images in memory (a pss.data.ImageSet): "
+            "it is for small networks; leave it out"
+        )
+    if not make and not file.is_file():
+        raise FileNotFoundError(f"no statistics {file.name} in {file.parent}: make them once, with do_stats = True")
+    return Statistics(
+        found.plain, found.scale_free, fisher_diagonal(model, images, units, loss, file, progress=progress)
+    )
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A finished experiment: its folder, its record, and its tables (see `run`)."""
+
+    folder: Path
+    about: dict[str, Any]
+    images: pd.DataFrame
+    ranking: pd.DataFrame
+    results: pd.DataFrame
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Experiment:
+        """Read a finished experiment.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it is not finished.
+        """
+        folder = Path(folder)
+        about = _read_about(folder)
+        if about is None:
+            raise FileNotFoundError(f"{folder} holds no experiment: run one there with pss.experiment.run")
+        if not about["complete"]:
+            raise ValueError(f"the experiment in {folder} is not finished: run it again, it goes on where it was")
+        return cls(folder, about, *(_read_csv((folder / f"{name}.csv").read_bytes()) for name in _TABLES))
+
+
+def run(
+    model: nn.Module,
+    dataset: Dataset,
+    units: Units,
+    folder: str | Path,
+    given: Statistics,
+    algo: Sequence[str] = tuple(PUBLISHED),
+    edits: Sequence[repair.Edit] = ("finetune",),
+    filters: int = 25,
+    lr: float = 1e-3,
+    norm: float | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    loss: str | Loss = "cross_entropy",
+    about: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Experiment:
+    """Rank and edit the units of the misread images of a data set, a block of images at a time; resumable.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Map-style, of (image, label); ``ids`` name its images if it has them. They are taken in a random order.
+    folder : path
+        Where the experiment lives. One that was begun there with the same settings goes on; a finished one is read.
+    given : Statistics
+        From `statistics`.
+    algo : sequence of str
+        Rankings, by our names or the program's (`method_of`).
+    edits : sequence of {"finetune", "prune"}
+        The program's ``do_finetuning`` and ``zero_clear``. None: rankings only.
+    filters : int
+        How many units are edited, one after the other.
+    lr, norm, loss
+        As in `pss.edit_curves`.
+    count : int, optional
+        Stop after so many misread images; all by default.
+    about : dict, optional
+        Anything to be kept in the record, as the name of the network.
+
+    Returns
+    -------
+    Experiment
+        ``images``: ``image`` (id), ``position`` in the data set, ``label``, ``predicted``, ``confidence``,
+        ``confidence_true``, ``edited`` (whether the other tables have it). ``ranking``: ``image``, ``algo``, ``k``,
+        ``unit``, ``layer``, ``stage``. ``results``: ``image``, ``algo``, ``edit``, ``k`` (from 0, before any edit) and
+        the columns of `pss.edit_curves`.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds another experiment (saying what differs), the statistics are of another model, two names
+        are the same ranking, or the network misreads no image.
+    """
+    methods = {name: method_of(name) for name in algo}
+    if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
+        raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
+    _check_statistics(given, methods, model, units)
+    settings = {
+        "pss": pss.__version__,
+        "model": fingerprint(model),
+        "units": units.fingerprint,
+        "data": name_of_data(dataset),
+        "statistics": given.about,
+        "algo": list(algo),
+        "edits": list(edits),
+        "filters": filters,
+        "lr": lr,
+        "norm": norm,
+        "count": count,
+        "seed": seed,
+        "loss": str(name_of(loss)),
+        "about": about or {},
+    }
+    folder = Path(folder)
+    record = _begin(folder, settings)
+    if record["complete"]:
+        return Experiment.open(folder)
+    job = _Job(model, units, given, methods, tuple(edits), filters, {"lr": lr, "norm": norm, "loss": loss}, seed)
+    with thread_count(record["threads"]):
+        parts = _fill(folder / "parts", dataset, job, count, progress)
+    return _finish(folder, record, parts)
+
+
+def _check_statistics(given: Statistics, methods: dict[str, str], model: nn.Module, units: Units) -> None:
+    for reference in (given.plain, given.scale_free):
+        if reference is not None:
+            reference.check(units, model=fingerprint(model))
+    for name, method in methods.items():
+        kind = "fisher" if method == "fisher" else "scale_free" if method.startswith("scale_free") else "plain"
+        needed = method not in ("raw", "last_stage_raw", *_RANDOM[:2])
+        if needed and getattr(given, kind) is None:
+            raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record of this experiment, new or as it was begun; refused if another one lives here."""
+    settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
+    found = _read_about(folder)
+    if found is None:
+        found = {**settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "complete": False}
+        _write_about(folder, found)
+    if differ := [key for key in settings if found.get(key) != settings[key]]:
+        what = "; ".join(f"{key}: there {found.get(key)!r}, given {settings[key]!r}" for key in differ)
+        raise ValueError(f"{folder} holds another experiment ({what}): give a folder of its own, or remove that one")
+    return found
+
+
+def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataFrame]]) -> Experiment:
+    """Put the parts together, write the tables, and declare the experiment complete."""
+    tables = {}
+    for name in _TABLES:
+        filled = [part[name] for part in parts if len(part[name])]
+        tables[name] = pd.concat(filled, ignore_index=True) if filled else parts[0][name]
+    looked_at, edited = len(tables["images"]), int(tables["images"]["edited"].sum())
+    if not edited:
+        raise ValueError(f"the network misreads none of the {looked_at} images: there is nothing to repair")
+    for name, table in tables.items():
+        text = table.to_csv(index=False)
+        write_whole(folder / f"{name}.csv", lambda file, text=text: file.write(text.encode()))
+    _write_about(folder, {**record, "looked_at": looked_at, "edited": edited, "complete": True})
+    return Experiment.open(folder)
+
+
+def _fill(path: Path, dataset: Dataset, job: _Job, count: int | None, progress: bool) -> list[dict[str, pd.DataFrame]]:
+    """All parts, those that are there read, the others made."""
+    order = np.random.default_rng(job.seed).permutation(len(dataset))
+    parts, done = [], 0
+    total = len(dataset) if count is None else count
+    what = "images" if count is None else "misread images"
+    with tqdm(total=total, desc=what, unit="image", delay=2, disable=not progress) as bar:
+        for number, start in enumerate(range(0, len(order), BLOCK)):
+            if done == count:
+                break
+            file = path / f"{number:05d}.zip"
+            part = _read_part(file)
+            if part is None:
+                left = None if count is None else count - done
+                part = job.part(dataset, order[start : start + BLOCK], left)
+                _write_part(file, part)
+                part = _read_part(file)  # the same text gives the same tables, whoever wrote it
+            parts.append(part)
+            edited = int(part["images"]["edited"].sum())
+            done += edited
+            bar.update(len(part["images"]) if count is None else edited)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done to every block of images."""
+
+    model: nn.Module
+    units: Units
+    given: Statistics
+    methods: dict[str, str]
+    edits: tuple[repair.Edit, ...]
+    filters: int
+    how: dict[str, Any]  # of edit_curves
+    seed: int
+
+    def part(self, dataset: Dataset, positions: np.ndarray, left: int | None) -> dict[str, pd.DataFrame]:
+        """The three tables of some images, of which at most ``left`` misread ones are edited."""
+        images, labels = _read_images(dataset, positions)
+        device = next(self.model.parameters()).device
+        images, labels = images.to(device), labels.to(device)
+        logits = predict(self.model, images)
+        if len(outside := labels[(labels < 0) | (labels >= logits.shape[1])]):
+            raise ValueError(f"label {int(outside[0])} is outside 0..{logits.shape[1] - 1} of this model")
+        wrong = (logits.argmax(dim=1) != labels).nonzero()[:left, 0]
+        table = _table_of_images(dataset, positions, labels, logits, wrong)
+        names = table["image"].to_numpy()[wrong.cpu()]
+        if not len(wrong):
+            return {"images": table, "ranking": pd.DataFrame(), "results": pd.DataFrame()}
+        ranked = self._rank(images[wrong], labels[wrong], positions[wrong.cpu()])
+        results = [self._edit(images[wrong], labels[wrong], names, ranked, edit) for edit in self.edits]
+        ranking = self._table_of_ranks(names, ranked)
+        return {"images": table, "ranking": ranking, "results": pd.concat(results) if results else pd.DataFrame()}
+
+    def _rank(self, images: Tensor, labels: Tensor, positions: np.ndarray) -> dict[str, Tensor]:
+        """The first units of each image by every ranking, (B, filters)."""
+        s = profile(self.model, images, labels, self.units, self.how["loss"])
+        return {name: self._rank_by(method, s, images, labels, positions) for name, method in self.methods.items()}
+
+    def _rank_by(self, method: str, s: Tensor, images: Tensor, labels: Tensor, positions: np.ndarray) -> Tensor:
+        plain, k = self.given.plain, self.filters
+        if method == "fisher":
+            scores = fisher_scores(self.model, images, labels, self.units, self.given.fisher, loss=self.how["loss"])
+            return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+        if method == "last_stage_raw":
+            return _last_stage(s, self.units, k)
+        if method.startswith("scale_free_"):
+            return rank(s, self.given.scale_free, method.removeprefix("scale_free_"), k)
+        if method in _RANDOM:  # of each image alone: it does not matter which others it came with
+            match = "pot" if plain is not None and plain.threshold is not None else "zscore"
+            seeds = [np.random.SeedSequence([self.seed, int(at)]).generate_state(1)[0] for at in positions]
+            own = [
+                rank(row[None], plain, method, k, self.units, int(seed), match)
+                for row, seed in zip(s, seeds, strict=True)
+            ]
+            return torch.cat(own)
+        return rank(s, plain, method, k, self.units)
+
+    def _edit(self, images: Tensor, labels: Tensor, names: np.ndarray, ranked: dict, edit: repair.Edit) -> pd.DataFrame:
+        """Curves of all rankings, made in one call."""
+        times, ids = len(ranked), torch.cat(list(ranked.values()))
+        many = images.repeat(times, *[1] * (images.dim() - 1)), labels.repeat(times)
+        curves = repair.edit_curves(self.model, *many, ids, self.units, edit, **self.how, progress=False)
+        which = curves.pop("image").to_numpy()
+        curves.insert(0, "image", names[which % len(names)])
+        curves.insert(1, "algo", np.array(list(ranked))[which // len(names)])
+        curves.insert(2, "edit", edit)
+        return curves
+
+    def _table_of_ranks(self, names: np.ndarray, ranked: dict[str, Tensor]) -> pd.DataFrame:
+        ids = np.stack([part.cpu().numpy() for part in ranked.values()])  # (algos, B, k)
+        algo, image, k = (axis.ravel() for axis in np.indices(ids.shape))
+        layers = np.array([layer.name for layer in self.units.layers])
+        return pd.DataFrame(
+            {
+                "image": names[image],
+                "algo": np.array(list(ranked))[algo],
+                "k": k + 1,
+                "unit": ids.ravel(),
+                "layer": layers[self.units.layer_ids[ids.ravel()]],
+                "stage": np.array(self.units.stages)[self.units.stage_ids[ids.ravel()]],
+            }
+        )
+
+
+def _last_stage(s: Tensor, units: Units, k: int) -> Tensor:
+    """The units of the last stage with the largest saliency: the program's ``conv5``, with the stage that it names."""
+    members = np.flatnonzero(units.stage_ids == len(units.stages) - 1)
+    if k > len(members):
+        raise ValueError(f"the last stage, {units.stages[-1]}, has {len(members)} units: give filters of at most that")
+    members = torch.from_numpy(members).to(s.device)
+    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
+
+
+def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for at in positions:
+        try:
+            image, label = dataset[int(at)][:2]
+        except Exception as error:
+            error.add_note(f"this happened while reading image {_name(dataset, at)} of the data set")
+            raise
+        images.append(image)
+        labels.append(int(label))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _name(dataset: Dataset, at: int) -> str:
+    return str(getattr(dataset, "ids", range(len(dataset)))[int(at)])
+
+
+def _table_of_images(dataset, positions: np.ndarray, labels: Tensor, logits: Tensor, edited: Tensor) -> pd.DataFrame:
+    probabilities = logits.double().softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    chosen[edited] = True
+    columns = {
+        "label": labels,
+        "predicted": predicted,
+        "confidence": confidence,
+        "confidence_true": probabilities.gather(1, labels[:, None])[:, 0],
+        "edited": chosen,
+    }
+    names = [_name(dataset, at) for at in positions]
+    plain = {name: values.cpu().numpy() for name, values in columns.items()}
+    return pd.DataFrame({"image": names, "position": positions, **plain})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_csv(content: bytes) -> pd.DataFrame:
+    if not content.strip():
+        return pd.DataFrame()
+    return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False, float_precision="round_trip")
+
+
+def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:
+    def write(opened) -> None:
+        with zipfile.ZipFile(opened, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, table in part.items():
+                archive.writestr(f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "")
+
+    write_whole(file, write)
+
+
+def _read_part(file: Path) -> dict[str, pd.DataFrame] | None:
+    """Tables of a finished part; None if it is not there, or not whole (its checksums say)."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {name: _read_csv(archive.read(f"{name}.csv")) for name in _TABLES}
+    except (FileNotFoundError, zipfile.BadZipFile, KeyError):
+        return None
+
+
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    file = folder / "results.json"
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove the folder to begin anew") from error
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / "results.json", lambda file: file.write(text.encode()))
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+def bands(
+    results: pd.DataFrame,
+    by: Sequence[str] = ("algo", "edit"),
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Means over images at each number of edits, with bootstrap intervals over images.
+
+    Each of the resamples draws as many images as there are, with replacement,
+
+    .. math:: m^*_r = \frac1n \sum_{i=1}^n v_{I_{ri}}, \qquad I_{ri} \sim \mathrm{U}\{1, \dots, n\},
+
+    so that its spread is that of a mean over n images. (Drawing fewer makes bands too wide, drawing more too narrow.)
+
+    Returns
+    -------
+    DataFrame
+        As `pss.repair.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
+        ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
+    """
+    by = list(by)
+    tables = []
+    for names, own in results.groupby(by, sort=False):
+        columns: dict[str, Any] = dict(zip(by, names, strict=True))
+        frames = dict(zip(("change_wrong", "change_true", "corrected"), published_frames(own), strict=True))
+        for name, frame in frames.items():
+            low, high = repair.bootstrap(frame.to_numpy(float), level, resamples, seed)
+            columns |= {"k": frame.columns, "n": len(frame), name: frame.mean().to_numpy()}
+            columns |= {f"{name}_low": low, f"{name}_high": high}
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def published_frames(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """``df_i``, ``df_c`` and ``df_f`` of the second paper's program, from the rows of one ranking and edit.
+
+    Change of the confidence in the incorrect class (the one predicted first), in the correct class, and whether the
+    image is read rightly (flipped): a row an image, a column a number of edited units. The program writes columns 1..25
+    as 0..24, and leaves out which image a row is.
+
+    Returns
+    -------
+    df_i, df_c, df_f : DataFrame
+        Index: image ids, in order of their names. Columns: k = 0 .. K; ``frame.loc[:, 1:]`` is what the program has.
+    """
+    if results.duplicated(["image", "k"]).any():
+        raise ValueError("several rows for one image and k: give the rows of one algo and one edit")
+    table = results.pivot(index="image", columns="k")  # noqa: PD010
+    changes = [table[name].sub(table[name][0], axis=0) for name in ("confidence_wrong", "confidence_true")]
+    return *changes, table["corrected"].astype(int)
+
+
+def shares(ranking: pd.DataFrame, units: Units, k: int | None = None) -> pd.DataFrame:
+    """Share of each stage among the first k units by each ranking, beside the share of all units that it holds.
+
+    Returns
+    -------
+    DataFrame
+        ``algo``, ``stage``, ``share``, ``error``, ``prior``: see `pss.stage_shares`.
+    """
+    tables = []
+    for name, own in ranking.groupby("algo", sort=False):
+        ids = own.pivot(index="image", columns="k", values="unit").to_numpy(copy=True)[:, :k]  # noqa: PD010
+        tables.append(stage_shares(torch.from_numpy(ids), units).reset_index().assign(algo=name))
+    return pd.concat(tables, ignore_index=True)

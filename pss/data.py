@@ -18,14 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import platformdirs
@@ -34,6 +30,7 @@ from PIL import Image, ImageChops
 from scipy import ndimage
 from torch.utils.data import TensorDataset
 
+from pss._files import write_whole
 from pss._vision import torchvision
 
 SIZE = 32
@@ -575,7 +572,7 @@ def _cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, 
     if path.exists():
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # a damaged file can fail anywhere in zipfile's and NumPy's parsers
             warnings.warn(f"the cached file {path} is damaged ({error}): making it again", stacklevel=2)
     arrays = build()
     try:
@@ -596,18 +593,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     checksum = np.asarray(_sha256(*arrays.values()))
     write_whole(path, lambda file: np.savez_compressed(file, **arrays, sha256=checksum))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _sha256(*arrays: np.ndarray) -> str:

@@ -13,20 +13,18 @@ A z-score divides saliency by what is usual too; raw saliency does not.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pss.data import write_whole
+import pss
+from pss._files import pack, unpack, write_whole
 from pss.gradients import Loss, parameter_saliency
 from pss.models import fingerprint
 from pss.profiles import name_of
@@ -76,7 +74,7 @@ def fisher_diagonal(
     if not len(images):
         raise ValueError("no images: the Fisher information is a mean over at least one")
     names = list(dict.fromkeys(layer.parameter for layer in units.layers)) if units else None
-    about = {"model": fingerprint(model), "n": len(images), "loss": name_of(loss)}
+    about = {"pss": pss.__version__, "model": fingerprint(model), "n": len(images), "loss": name_of(loss)}
     about |= {"images": digest(images), "labels": digest(labels), "parameters": names or "all"}
     if path is not None and Path(path).exists():
         return _read_fisher(Path(path), about)
@@ -88,19 +86,18 @@ def fisher_diagonal(
             bar.update(len(images[part]))
     diagonal = {name: (sums / len(images)).float().contiguous() for name, sums in total.items()}
     if path is not None:
-        held = {name: tensor.cpu() for name, tensor in diagonal.items()}
-        content = save(held, {"pss": json.dumps(about)})
+        content = pack(diagonal, "fisher", about)
         write_whole(Path(path), lambda file: file.write(content))
     return diagonal
 
 
 def _read_fisher(path: Path, about: dict) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("pss", "{}"))
-            diagonal = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+        diagonal, found = unpack(path, "fisher")
+    except ValueError as error:
         raise ValueError(f"{path.name} is damaged, or no Fisher information: delete it to make it anew") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no Fisher information of this version: delete it to make it anew")
     if other := [key for key in about if found.get(key) != about[key]]:
         raise ValueError(f"{path.name} was made with another {', '.join(other)}: delete it, or give another path")
     return diagonal

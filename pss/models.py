@@ -14,8 +14,10 @@ import argparse
 import hashlib
 import os
 import pickle
+import re
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import pss
 from pss import data
 from pss._vision import torchvision
 
@@ -38,6 +41,7 @@ _BATCH = 100
 _LEARNING_RATE = 0.05
 _RECIPE = 1  # counts changes of the training that change the result, so that older cached weights are not used
 _PREFIXES = ("module.", "model.", "state_dict.")
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # torchvision's files still have norm.1
 
 
 class _ScaledResNet18(torchvision.models.ResNet):
@@ -241,16 +245,34 @@ def thread_count(count: int) -> Iterator[None]:
 def save_weights(model: nn.Module, path: str | os.PathLike, record: Mapping[str, str] | None = None) -> None:
     """Write a model's weights as safetensors, whole or not at all, with its `fingerprint` and a record beside them."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    record = {"pss": pss.__version__, **(record or {}), "sha256": _hash(state)}
+    record["checksum"] = _record_checksum(record)
     # One key only: safetensors writes several in an order that changes from run to run.
-    content = safetensors.torch.save(state, {"record": _as_text({**(record or {}), "sha256": _hash(state)})})
+    content = safetensors.torch.save(state, {"record": _as_text(record)})
     data.write_whole(Path(path), lambda file: file.write(content))
 
 
 def read_record(path: str | os.PathLike) -> dict[str, str]:
-    """What `save_weights` noted beside the weights: seed, width, epochs, accuracies, sha256; empty if nothing."""
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("record", "")
-    return dict(line.split("=", 1) for line in text.splitlines())
+    """What `save_weights` noted beside the weights: version, seed, width, epochs, accuracies, sha256; may be empty.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("record", "")
+        record = dict(line.split("=", 1) for line in text.splitlines())
+        if record.pop("checksum", _record_checksum(record)) != _record_checksum(record):
+            raise ValueError("the checksum of its record differs")
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    return record
+
+
+def _record_checksum(record: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(_as_text(record).encode()):08x}"
 
 
 def _as_text(record: Mapping[str, str]) -> str:
@@ -292,9 +314,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
+        expected = read_record(path).get("sha256")
         try:
             state = safetensors.torch.load_file(path)
-            expected = read_record(path).get("sha256")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
         if expected is not None and expected != _hash(state):
@@ -321,12 +343,14 @@ def _unprefixed(state: dict[str, torch.Tensor], names: set[str]) -> dict[str, to
         if prefix is None:
             break
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+    renamed = {_OLD_DENSENET.sub(r"\1", name): tensor for name, tensor in state.items()}
+    return renamed if set(renamed) <= names else state
 
 
 def _check_fits(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
+    counted = ".num_batches_tracked"  # of batch norm, which files from before torch 0.4.1 do not have
+    wrong = [f"{name} is missing" for name in own if name not in state and not name.endswith(counted)]
     wrong += [f"{name} is not in the model" for name in state if name not in own]
     wrong += [
         f"{name} is {tuple(state[name].shape)}, in the model {tuple(own[name].shape)}"

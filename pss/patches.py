@@ -8,7 +8,6 @@ out: the step and its length are chosen without them, so that what the patch doe
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,16 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import pss
+from pss._files import pack, unpack, write_whole
 from pss._lines import line_of, moved, says, smallest, unit_mask
 from pss.cost import Search, refuse_overlap
-from pss.data import write_whole
-from pss.fisher import DAMPING, Weights, damped, fisher_scores
+from pss.fisher import DAMPING, Weights, damped, digest, fisher_scores
 from pss.gradients import Loss, get_loss, profile, undisturbed
 from pss.models import fingerprint
 from pss.ranking import score
@@ -191,16 +188,9 @@ class Patch:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no patch at {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                held = json.loads((file.metadata() or {}).get("patch", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
+        tensors, held = unpack(path, "patch")
         if not isinstance(held, dict):
             raise ValueError(f"{path.name} is no patch of pss: its header has no 'patch' entry")
-        if held.pop("checksum", None) != _checksum(tensors, held):
-            raise ValueError(f"{path.name} is damaged: its checksum differs; fit the patch again, or get the file anew")
         count = range(len(held["units"]))
         places = tuple((name, tuple(map(tuple, index))) for name, index in held.pop("places"))
         frames = {name: pd.DataFrame(held.pop(name)) for name in ("evidence", "tried")}
@@ -213,8 +203,7 @@ class Patch:
         frames = {n: getattr(self, n).to_dict("records") for n in ("evidence", "tried")}
         pairs = (("original", self.original), ("difference", self.difference))
         tensors = {f"{i}.{name}": t.cpu().contiguous() for name, own in pairs for i, t in enumerate(own)}
-        held = json.loads(json.dumps(plain | frames))
-        return save(tensors, {"patch": json.dumps(held | {"checksum": _checksum(tensors, held)})})
+        return pack(tensors, "patch", plain | frames)
 
     def _views(self, model: nn.Module) -> list[Tensor]:
         return [model.get_parameter(name).data[tuple(slice(*ends) for ends in index)] for name, index in self.places]
@@ -226,14 +215,6 @@ class Patch:
     def _check_not_empty(self) -> None:
         if not self.units:
             raise ValueError(f"this patch holds no units: {self.reason}")
-
-
-def _checksum(tensors: Mapping[str, Tensor], held: dict) -> str:
-    """SHA-256 over the tensors' bytes and the rest of the header: a flipped bit must never reach a model."""
-    total = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
-    for name in sorted(tensors):
-        total.update(name.encode() + bytes(tensors[name].reshape(-1).view(torch.uint8).numpy()))
-    return total.hexdigest()
 
 
 def fit_patch(
@@ -321,6 +302,7 @@ def fit_patch(
                 found = (order[:k], delta)
                 break
     about = _about(model, units, budget, measure, method, direction, damping, seed)
+    about |= {"mistakes": _digest(mistakes), "guard": _digest(guard)}
     base = Patch(about.pop("model"), tried=pd.DataFrame(tried), about=about)
     if found is None:
         return replace(base, reason=_reason(tried, measure, budget, len(images)))
@@ -464,6 +446,11 @@ def _about(model: nn.Module, units: Units, *how: object) -> dict[str, str]:
     versions = {"pss": pss.__version__, "torch": torch.__version__}
     made = {name: str(value) for name, value in zip(names, how, strict=True)}
     return {"model": fingerprint(model), "units": units.fingerprint, **made, **versions}
+
+
+def _digest(images: Images) -> str:
+    """Checksum of images and labels."""
+    return hashlib.sha256("".join(digest(part) for part in images).encode()).hexdigest()
 
 
 def _check_fit(

@@ -12,7 +12,6 @@ one, so that every unit has a rank.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -23,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pss import evt
+from pss._files import pack, unpack, write_whole
 from pss.store import blocks
 from pss.units import Units
 
@@ -238,14 +236,8 @@ class Reference:
         """Write one safetensors file, whole or not at all."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         plain = {"n": self.n, "level": self.level, "scale_free": self.scale_free, "about": self.about}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"pss": json.dumps(plain)})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        content = pack(tensors, "pss", plain)
+        write_whole(Path(path), lambda file: file.write(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike, units: Units | None = None) -> Reference:
@@ -296,12 +288,7 @@ def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and plain values as `Reference.save` wrote them."""
-    try:
-        with safe_open(path, "pt") as file:
-            plain = json.loads((file.metadata() or {}).get("pss", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
+    tensors, plain = unpack(path, "pss")
     if plain is None:
         raise ValueError(f"{path.name} is no reference of pss: its header has no 'pss' entry")
     if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["about"], dict):

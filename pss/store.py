@@ -353,11 +353,14 @@ def _manifest_checksum(manifest: dict) -> int:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     beside = path.with_name(f"{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def open_arrays(path: Path, manifest: dict) -> tuple[np.memmap, np.memmap]:

@@ -1,0 +1,84 @@
+"""Files that are whole or absent, and that show when a bit of them has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_ABANDONED = 3600.0  # seconds after which an unfinished file is that of a process that was killed
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: beside its place first, then moved there.
+
+    ``write`` gets the open file. A process that is killed leaves ``.<name>.<random>.partial``, which nobody reads and
+    which a later call for the same file takes away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{_literal(path.name)}.*.partial"):
+        if time.time() - old.stat().st_mtime > _ABANDONED:
+            old.unlink(missing_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or else a power failure may leave an empty file of the right name
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _literal(name: str) -> str:
+    """A name for glob, in which ``[``, ``*`` and ``?`` mean themselves."""
+    return "".join(f"[{c}]" if c in "[*?" else c for c in name)
+
+
+def checksum(tensors: Mapping[str, Tensor], held: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, and over what is noted beside them."""
+    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pack(tensors: Mapping[str, Tensor], key: str, held: Mapping[str, Any]) -> bytes:
+    """A safetensors file of tensors and, as JSON under ``key`` of its header, what is noted beside them.
+
+    One key only: safetensors writes several in an order that changes from run to run.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    held = json.loads(json.dumps(held))
+    return save(tensors, {key: json.dumps(held | {"checksum": checksum(tensors, held)})})
+
+
+def unpack(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+    """Read what `pack` wrote; of a safetensors file without that key the tensors, and None.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            held = json.loads((file.metadata() or {}).get(key, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
+    if isinstance(held, dict) and held.pop("checksum", None) != checksum(tensors, held):
+        raise ValueError(f"{path.name} is damaged: its checksum differs; make it again, or get the file anew")
+    return tensors, held

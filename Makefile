@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests and notebooks run two at a time: one thread each.
 test: export OMP_NUM_THREADS := 1
 
-.PHONY: run test lab notebooks bench lint clean
+.PHONY: run test lab notebooks site bench lint clean
 
 run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
 	@$(PY) -m pss.batch --out runs notebooks
@@ -28,6 +28,9 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 
 notebooks: $(STAMP)  ## run the committed notebooks again, in place
 	@$(PY) -m pss.batch --in-place notebooks
+
+site: $(STAMP)  ## the pages of the notebooks, English and Japanese, into site/
+	@$(PY) docs/build.py site
 
 bench: $(STAMP)  ## measure speed and memory against plain loops, under 15 minutes
 	@$(PY) -m bench

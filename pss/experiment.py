@@ -6,7 +6,7 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 
 =================  ====================================================================================
 ``results.json``   what made it: package, network, data, statistics, settings; ``complete`` becomes true last
-``parts/``         finished blocks of images: whoever runs it may be killed, and goes on where it was
+``parts/``         while it runs, the finished blocks of images: it may be killed, and goes on where it was
 ``images.csv``     one row for every image looked at
 ``ranking.csv``    one row for every misread image, ranking and place in it
 ``results.csv``    one row for every misread image, ranking, edit and number of edited units
@@ -15,11 +15,14 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss import repair
-from pss.data import write_whole
+from pss import repair, zoo
+from pss._files import write_whole
+from pss.data import cache_folder, digits
 from pss.fisher import fisher_diagonal, fisher_scores
 from pss.gradients import Loss, profile
 from pss.models import fingerprint, predict, thread_count
@@ -86,12 +90,13 @@ class Statistics:
 def statistics(
     model: nn.Module,
     units: Units,
-    path: str | Path,
+    path: str | Path = "",
     images: Dataset | None = None,
     make: bool = True,
     algo: Sequence[str] = tuple(PUBLISHED),
     level: float = 0.90,
     loss: str | Loss = "cross_entropy",
+    preprocessing: str = "",
     progress: bool = True,
 ) -> Statistics:
     """Statistics that the rankings need: read where they are there and fit, otherwise made and kept.
@@ -99,13 +104,16 @@ def statistics(
     Parameters
     ----------
     path : path
-        A folder, where they are kept; or a file with a reference, ours (``.safetensors``) or published (``.pth``).
+        A folder, where they are kept; or a file with a reference, ours (``.safetensors``) or published (``.pth``). By
+        default a folder in `pss.data.cache_folder`, named by what they are made of.
     images : Dataset, optional
         The reference images, of (image, label). Needed to make statistics; where given, what is found must be of them.
     make : bool
         The program's ``do_stats``. False makes nothing: what is needed must be there.
     algo : sequence of str
         The rankings.
+    preprocessing : str
+        Any text that names how the images were prepared, see `pss.profile_dataset`.
 
     Raises
     ------
@@ -115,49 +123,60 @@ def statistics(
         If those found are of another model, units, data, loss or level; or there are no images to make them of.
     """
     methods = [method_of(name) for name in algo]
-    path = Path(path)
     made_of = {"model": fingerprint(model), "loss": str(name_of(loss))}
     if images is not None:
-        made_of["data"] = name_of_data(images)
-    if path.suffix in (".safetensors", ".pth", ".pt"):
+        made_of |= {"data": name_of_data(images), "preprocessing": preprocessing}
+    if Path(path).suffix in (".safetensors", ".pth", ".pt"):
+        if "fisher" in methods:
+            raise ValueError(f"algo 'fisher' needs more than {Path(path).name} holds: give a folder, or leave it out")
         reference = Reference.load(path, units).check(units, **made_of)
-        found = Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
-        return _with_fisher(found, None, methods, model, units, images, make, loss, progress)
-    references: dict[str, Reference] = {}
-    for kind in ("plain", "scale_free"):
-        if kind == "plain" or any(method.startswith(kind) for method in methods):
-            file = path / f"reference-{level:g}{'-scale-free' * (kind == 'scale_free')}.safetensors"
-            if not file.is_file():
-                store = _profiles(model, units, path / "profiles", images, make, file, loss, progress)
-                Reference.fit(store, level, kind == "scale_free").save(file)
-            references[kind] = Reference.load(file).check(units, **made_of)
-    file = path / "fisher.safetensors"
-    return _with_fisher(Statistics(**references), file, methods, model, units, images, make, loss, progress)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
+    folder = Path(path) if str(path) else _cached("statistics", {**made_of, "units": units.fingerprint})
+
+    def find(name: str, build: Callable[[Path], None]) -> Path:
+        """The file, made if it is not there and may be."""
+        file = folder / name
+        if not file.is_file():
+            if not make:
+                raise FileNotFoundError(f"no statistics {name} in {folder}: make them once, with do_stats = True")
+            if images is None:
+                raise ValueError(f"no statistics {name} in {folder}, and no reference images to make them of")
+            build(file)
+        return file
+
+    def fit(file: Path, scale_free: bool) -> None:
+        place = folder / "profiles" if str(path) else None  # in the cache, those that others have made
+        how = {"loss": loss, "preprocessing": preprocessing, "progress": progress}
+        Reference.fit(profile_dataset(model, images, units, place, **how), level, scale_free).save(file)
+
+    kinds = {"plain": ""} | ({"scale_free": "-scale-free"} if any(m.startswith("scale_free") for m in methods) else {})
+    found: dict[str, Any] = {}
+    for kind, ending in kinds.items():
+        file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
+        found[kind] = Reference.load(file).check(units, **made_of)
+    if "fisher" in methods:
+        if not (hasattr(images, "images") and hasattr(images, "labels")):
+            raise ValueError(
+                "algo 'fisher' needs its reference images in memory (a pss.data.ImageSet): it is for small networks"
+            )
+        read = partial(fisher_diagonal, model, images, units, loss, progress=progress)
+        found["fisher"] = read(path=find("fisher.safetensors", lambda file: read(path=file)))
+    return Statistics(**found)
 
 
-def _profiles(model, units, path, images, make, wanted: Path, loss, progress):
-    """Profiles of the reference images, or what to do about it if they may not or cannot be made."""
-    if not make:
-        raise FileNotFoundError(f"no statistics {wanted.name} in {wanted.parent}: make them once, with do_stats = True")
-    if images is None:
-        raise ValueError(f"no statistics {wanted.name} in {wanted.parent}, and no reference images to make them of")
-    return profile_dataset(model, images, units, path, loss=loss, progress=progress)
+def _cached(kind: str, made_of: Any) -> Path:
+    """Folder in the cache for what is made of this."""
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:20]
+    return cache_folder() / kind / key
 
 
-def _with_fisher(found: Statistics, file, methods, model, units, images, make, loss, progress) -> Statistics:
-    """The same statistics, with the Fisher information if a ranking needs it."""
-    if "fisher" not in methods:
-        return found
-    if file is None or not (hasattr(images, "images") and hasattr(images, "labels")):
-        raise ValueError(
-            "algo 'fisher' needs a folder for its statistics and reference images in memory (a pss.data.ImageSet): "
-            "it is for small networks; leave it out"
-        )
-    if not make and not file.is_file():
-        raise FileNotFoundError(f"no statistics {file.name} in {file.parent}: make them once, with do_stats = True")
-    return Statistics(
-        found.plain, found.scale_free, fisher_diagonal(model, images, units, loss, file, progress=progress)
-    )
+def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
+    """Give the images of an experiment: a tree of folders by class, or the built-in ones of the network.
+
+    See `pss.zoo.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
+    `pss.data.digits`, that its reference never saw.
+    """
+    return digits("test") if network.name == "digits" and not str(root) else zoo.reference_set(network, root)
 
 
 # --- the experiment ---------------------------------------------------------------------------------------------------
@@ -180,7 +199,7 @@ class Experiment:
         Raises
         ------
         FileNotFoundError, ValueError
-            If there is none, or it is not finished.
+            If there is none, or it is not finished, or a table is not as it was written.
         """
         folder = Path(folder)
         about = _read_about(folder)
@@ -188,15 +207,21 @@ class Experiment:
             raise FileNotFoundError(f"{folder} holds no experiment: run one there with pss.experiment.run")
         if not about["complete"]:
             raise ValueError(f"the experiment in {folder} is not finished: run it again, it goes on where it was")
-        return cls(folder, about, *(_read_csv((folder / f"{name}.csv").read_bytes()) for name in _TABLES))
+        tables = []
+        for name in _TABLES:
+            content = (folder / f"{name}.csv").read_bytes()
+            if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
+                raise ValueError(f"{folder / name}.csv is not as it was written: remove the folder and run it again")
+            tables.append(_read_csv(content))
+        return cls(folder, about, *tables)
 
 
 def run(
     model: nn.Module,
     dataset: Dataset,
     units: Units,
-    folder: str | Path,
     given: Statistics,
+    folder: str | Path = "",
     algo: Sequence[str] = tuple(PUBLISHED),
     edits: Sequence[repair.Edit] = ("finetune",),
     filters: int = 25,
@@ -214,10 +239,11 @@ def run(
     ----------
     dataset : Dataset
         Map-style, of (image, label); ``ids`` name its images if it has them. They are taken in a random order.
-    folder : path
-        Where the experiment lives. One that was begun there with the same settings goes on; a finished one is read.
     given : Statistics
         From `statistics`.
+    folder : path
+        Where the experiment lives. One that was begun there with the same settings goes on; a finished one is read. By
+        default a folder in `pss.data.cache_folder`, named by the settings.
     algo : sequence of str
         Rankings, by our names or the program's (`method_of`).
     edits : sequence of {"finetune", "prune"}
@@ -265,7 +291,7 @@ def run(
         "loss": str(name_of(loss)),
         "about": about or {},
     }
-    folder = Path(folder)
+    folder = Path(folder) if str(folder) else _cached("experiments", settings)
     record = _begin(folder, settings)
     if record["complete"]:
         return Experiment.open(folder)
@@ -284,6 +310,8 @@ def _check_statistics(given: Statistics, methods: dict[str, str], model: nn.Modu
         needed = method not in ("raw", "last_stage_raw", *_RANDOM[:2])
         if needed and getattr(given, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
+        if method in ("pot", "exponential") and given.plain.threshold is None:
+            raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -308,10 +336,13 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     looked_at, edited = len(tables["images"]), int(tables["images"]["edited"].sum())
     if not edited:
         raise ValueError(f"the network misreads none of the {looked_at} images: there is nothing to repair")
+    hashes = {}
     for name, table in tables.items():
-        text = table.to_csv(index=False)
-        write_whole(folder / f"{name}.csv", lambda file, text=text: file.write(text.encode()))
-    _write_about(folder, {**record, "looked_at": looked_at, "edited": edited, "complete": True})
+        content = table.to_csv(index=False).encode() if len(table.columns) else b""
+        write_whole(folder / f"{name}.csv", lambda file, content=content: file.write(content))
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    _write_about(folder, {**record, "looked_at": looked_at, "edited": edited, "sha256": hashes, "complete": True})
+    shutil.rmtree(folder / "parts")
     return Experiment.open(folder)
 
 
@@ -470,7 +501,7 @@ def _table_of_images(dataset, positions: np.ndarray, labels: Tensor, logits: Ten
 def _read_csv(content: bytes) -> pd.DataFrame:
     if not content.strip():
         return pd.DataFrame()
-    return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False, float_precision="round_trip")
+    return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False)
 
 
 def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:
@@ -487,7 +518,11 @@ def _read_part(file: Path) -> dict[str, pd.DataFrame] | None:
     try:
         with zipfile.ZipFile(file) as archive:
             return {name: _read_csv(archive.read(f"{name}.csv")) for name in _TABLES}
-    except (FileNotFoundError, zipfile.BadZipFile, KeyError):
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise
+    except Exception:  # a damaged file can fail anywhere in zipfile's parser and in the decompressor
         return None
 
 

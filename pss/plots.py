@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from pss.units import Units
@@ -29,6 +30,7 @@ METHOD_COLORS = {
     "ratio": "#009E73",
     "fisher": "#6A3D9A",
     "stage": "#8C6D31",
+    "last_stage_raw": "#882255",
     "random": "#777777",
     "layer_matched_random": "#333333",
     "least": "#B8B8B8",
@@ -44,6 +46,7 @@ METHOD_LABELS = {
     "ratio": "ratio to mean",
     "fisher": "gain over cost",
     "stage": "last stage, random",
+    "last_stage_raw": "last stage, raw",
     "random": "random",
     "layer_matched_random": "random, same layers",
     "least": "least salient",
@@ -590,3 +593,52 @@ def pair_map(points: np.ndarray, pairs: Sequence[str], top: int = 6, ax: Axes | 
     ax.set(xticks=[], yticks=[])
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
     return ax
+
+
+def plain(text: str, longest: int = 28) -> str:
+    """Text that a figure can show as it stands: shortened, no mathematics, glyphs that the font lacks as ``?``."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    text = "".join(letter if ord(letter) in known else "?" for letter in " ".join(text.split()))
+    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
+
+
+def top_confidences(
+    confidences: Tensor, label: int, classes: Sequence[str], count: int = 5, ax: Axes | None = None
+) -> Axes:
+    """Largest confidences, (C,), with the true class added below if it is not among them; the true class in green."""
+    ax = ax or plt.subplots(figsize=(4.6, 2.6))[1]
+    order = confidences.argsort(descending=True)[:count].tolist()
+    order += [] if label in order else [label]
+    values = [float(confidences[c]) for c in order]
+    ax.barh(range(len(order)), values, color=["#00795A" if c == label else "#D55E00" for c in order])
+    ax.set_yticks(range(len(order)), [f"{plain(classes[c])} ({c})" for c in order])
+    ax.get_yticklabels()[order.index(label)].set(color="#00795A", fontweight="bold")
+    for place, value in enumerate(values):
+        ax.text(value + 0.01, place, f"{value:.2g}", va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlabel="confidence", xlim=(0, 1.12))
+    return ax
+
+
+def edit_lines(curves: pd.DataFrame) -> Figure:
+    """One image under each edit: confidence in its true class and in the one predicted at first, over the edits made.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `pss.edit_curve`, with a column ``edit``; a panel for each. Dots mark where the true class is predicted.
+    """
+    edits = list(dict.fromkeys(curves["edit"]))
+    figure, axes = plt.subplots(1, len(edits), figsize=(4.4 * len(edits), 3), sharey=True, squeeze=False)
+    for ax, edit in zip(axes[0], edits, strict=True):
+        own = curves[curves["edit"] == edit]
+        if (own["label"] != own["predicted0"]).all():
+            ax.plot(own["k"], own["confidence_wrong"], color="#D55E00", label="class predicted at first")
+        ax.plot(own["k"], own["confidence_true"], color="#00795A", label="true class")
+        right = own[own["corrected"]]
+        ax.plot(right["k"], right["confidence_true"], "o", ms=5, color="#00795A", label="predicted: the true class")
+        ax.set(title=edit, xlabel="number of edited units k", ylim=(-0.03, 1.03))
+    axes[0, 0].set_ylabel("confidence")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure

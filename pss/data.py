@@ -16,17 +16,19 @@ every ``reference`` split and the other every ``test`` split, so no test image s
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from scipy import ndimage
 from torch.utils.data import TensorDataset
 
@@ -49,6 +51,10 @@ SPLITS = {
 _SKIMAGE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 _SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
 _NOISE = 0.6  # standard deviation, where black is 0 and white is 1
+
+MAX_PIXELS = 2**26  # of a picture file: 8,192 by 8,192
+_MAX_RATIO = 100  # of its sides: a line of one pixel, scaled to 256 pixels across, would fill the memory
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program, as EPS does
 
 
 class ImageSet(TensorDataset):
@@ -79,7 +85,10 @@ class ImageSet(TensorDataset):
     """
 
     def __init__(self, images, labels, *, name, split, classes, ids=None, sources=None, mean=MEAN, std=STD):
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point():
+            raise ValueError(f"labels are {labels.dtype}: expected class numbers, ints")
+        labels = labels.to(torch.int64)
         if images.ndim != 4 or len(images) != len(labels):
             raise ValueError(
                 f"expected images (N, C, H, W) and N labels, got {tuple(images.shape)} and {tuple(labels.shape)}"
@@ -335,20 +344,24 @@ def _mnist_m(raw, sources, draws, seed) -> np.ndarray:
 
 
 def _photos() -> list[np.ndarray]:
-    """The colour photographs that lie in the installed wheels, read by path: nothing here can start a download."""
+    """The colour photographs behind `mnist_m`."""
+    return [np.asarray(Image.open(_shipped(name)).convert("RGB")) for name in _SKIMAGE_PHOTOS + _SKLEARN_PHOTOS]
+
+
+def _shipped(name: str) -> Path:
+    """Path of a picture that lies in an installed wheel: nothing here can start a download."""
     import skimage
     import sklearn.datasets
 
-    shipped = Path(skimage.__file__).parent / "data"
-    paths = [shipped / name for name in _SKIMAGE_PHOTOS]
-    paths += [Path(sklearn.datasets.__file__).parent / "images" / name for name in _SKLEARN_PHOTOS]
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: this version of {path.parents[1].name} does not ship it; "
-                "install the versions of constraints.txt"
-            )
-    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    of_sklearn = name in _SKLEARN_PHOTOS
+    package = sklearn if of_sklearn else skimage
+    path = Path(package.__file__).parent.joinpath(*(("datasets", "images") if of_sklearn else ("data",)), name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: this version of {package.__name__} does not ship it; "
+            "install the versions of constraints.txt"
+        )
+    return path
 
 
 def _noise(raw, sources, draws, seed) -> np.ndarray:
@@ -359,6 +372,69 @@ def _noise(raw, sources, draws, seed) -> np.ndarray:
     return np.stack(images)
 
 
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph that scikit-image or scikit-learn ships.
+
+    Attributes
+    ----------
+    name : str
+    file : str
+        Its name in the package.
+    label : int or None
+        Number of the ImageNet class (of 1,000) that it shows; None where no class fits.
+    also : tuple of int
+        Other classes that fit as well.
+    source, licence : str
+    """
+
+    name: str
+    file: str
+    label: int | None
+    also: tuple[int, ...]
+    source: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies in the installed package."""
+        return _shipped(self.file)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, RGB."""
+        return read_image(self.path)
+
+
+_PHOTOGRAPHS = (  # name, file, ImageNet class, other classes that fit, source, licence
+    ("astronaut", "astronaut.png", None, (), "NASA", "public domain"),
+    ("brick", "brick.png", None, (), "CC0Textures", "CC0"),
+    ("camera", "camera.png", 872, (), "Lav Varshney", "CC0"),  # tripod
+    ("chelsea", "chelsea.png", 282, (281,), "Stefan van der Walt", "CC0"),  # tiger cat: "striped coat"; tabby
+    ("clock", "clock_motion.png", 892, (409,), "Stefan van der Walt", "public domain"),  # wall clock; analog clock
+    ("coffee", "coffee.png", 967, (968,), "Rachel Michetti", "CC0"),  # espresso; cup
+    ("coins", "coins.png", None, (), "Brooklyn Museum", "no known copyright restrictions"),
+    ("grass", "grass.png", None, (), "linolafett, DeviantArt", "CC0"),
+    ("gravel", "gravel.png", None, (), "CC0Textures", "CC0"),
+    ("hubble", "hubble_deep_field.jpg", None, (), "NASA", "public domain"),
+    ("rocket", "rocket.jpg", None, (), "SpaceX", "public domain"),
+    ("china", "china.jpg", None, (), "danielbuechele", "CC BY 2.0"),
+    ("flower", "flower.jpg", None, (), "vultilion", "CC BY 2.0"),
+)
+
+
+def photographs() -> list[Photograph]:
+    """Photographs that lie in the wheels of scikit-image and scikit-learn; nothing is downloaded.
+
+    Four show a class of ImageNet. The classes were given by looking at the pictures and at what their sources say, not
+    at what a network says; for a dahlia, a rocket or a pagoda ImageNet has no class.
+    """
+    return [Photograph(*row) for row in _PHOTOGRAPHS]
+
+
 # --- the user's own images --------------------------------------------------------------------------------------------
 
 
@@ -366,6 +442,74 @@ def preprocess(image: Image.Image) -> torch.Tensor:
     """Prepare a picture as the built-in sets are: RGB, 32×32, ``(x - 0.5) / 0.5``; gives (3, 32, 32), float32."""
     square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return _normalize(np.asarray(square)).contiguous()
+
+
+def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture file, whatever its colours, as 8-bit RGB, the way up that its EXIF entry says.
+
+    Transparent pixels are put on white; 16-bit grey is scaled to 8 bits; of several frames the first is taken.
+
+    Parameters
+    ----------
+    path : path
+        BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; the content counts, not the name.
+    max_pixels : int
+        Refuse larger pictures before they are unpacked.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Of mode ``RGB``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a picture of these formats, is damaged or cut off, has too many pixels, is more than 100 times as
+        long as wide, or holds numbers that are no colours (floating point).
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise FileNotFoundError(f"{path} is {what}: expected a picture file")
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on pixels (counted below) and on odd but readable files
+        Image.init()  # otherwise Pillow knows a few formats only
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path} has too many pixels ({error}): at most {max_pixels:,} are read") from error
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            raise ValueError(
+                f"{path} is not a picture that can be read ({error}): expected one of {', '.join(_FORMATS)}"
+            ) from error
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(f"{path} has {width} x {height} pixels: at most {max_pixels:,} are read; make it smaller")
+        if max(width, height) > _MAX_RATIO * min(width, height):
+            raise ValueError(
+                f"{path} has {width} x {height} pixels: at most {_MAX_RATIO} times as long as wide is read"
+            )
+        try:
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:
+            raise ValueError(f"{path} is damaged, cut off, or no picture in colours or grey: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255 instead of scaling
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"its grey levels are {levels.min()}..{levels.max()}, expected 0..65535")
+        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", count=None, seed: int = 0) -> ImageSet:
@@ -423,11 +567,27 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", cou
 class _Folder(torchvision.datasets.ImageFolder):
     def __init__(self, root, transform, classes):
         self._wanted = classes
-        super().__init__(root, transform=transform)
+        super().__init__(root, transform=transform, loader=read_image)
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
         self.sources = np.arange(len(self))
         self.name, self.split = Path(root).name, "all"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files' names, sizes and labels; hashing the bytes of a large set would take minutes."""
+        sizes = np.asarray([os.stat(path).st_size for path, _ in self.samples])
+        return _sha256(self.ids, sizes, self.labels.numpy())
+
+    def subset(self, indices) -> _Folder:
+        """The pictures at these positions, as a set of their own."""
+        chosen = copy.copy(self)
+        vars(chosen).pop("fingerprint", None)
+        at = np.asarray(indices)
+        chosen.samples = chosen.imgs = [self.samples[i] for i in at]
+        chosen.targets = [self.targets[i] for i in at]
+        chosen.labels, chosen.ids, chosen.sources = self.labels[at], self.ids[at], self.sources[at]
+        return chosen
 
     def find_classes(self, directory):
         names, numbers = super().find_classes(directory)

@@ -11,6 +11,7 @@ order of the published statistics.
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -131,6 +132,7 @@ class Units:
         ValueError
             If the kind is unknown, or the model has no unit of that kind.
         """
+        check_model(model)
         if callable(kind):
             layers, kind = list(kind(model)), "own"
         elif kind in _KINDS:
@@ -146,6 +148,12 @@ class Units:
                     f"parameter {layer.parameter!r} of shape {layer.shape} is not in {type(model).__name__} "
                     f"(there it is {shapes.get(layer.parameter)})"
                 )
+            there = layer.shape[1] * layer.groups if layer.groups > 1 else layer.shape[layer.dim]
+            if layer.offset < 0 or layer.offset + layer.count * layer.rows > there:
+                raise ValueError(
+                    f"{layer.parameter!r} is listed with {layer.count} units of {layer.rows} slices from "
+                    f"{layer.offset} on, but has {there} slices along dimension {layer.dim}"
+                )
         stage = stage_names(model)
         return cls(layers, [stage(layer.parameter) for layer in layers], kind)
 
@@ -157,7 +165,10 @@ class Units:
 
     def locate(self, unit: int) -> tuple[int, int]:
         """Layer number and index within the layer of a unit id."""
-        unit = int(unit)
+        try:
+            unit = operator.index(unit)
+        except TypeError:
+            raise TypeError(f"unit {unit} is a {type(unit).__name__}: expected an int") from None
         if not 0 <= unit < len(self):
             raise IndexError(f"unit {unit} is outside 0..{len(self) - 1}")
         layer = bisect_right(self.starts, unit) - 1
@@ -225,6 +236,12 @@ class Units:
     def reduce(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean over each unit: ``{parameter: (B, *shape)}`` to ``(B, U)``; the caller takes absolute values first."""
         return torch.cat([layer.reduce(gradients[layer.parameter]) for layer in self.layers], dim=1)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
 def _refuse_overlap(layers: Sequence[Layer]) -> None:
@@ -298,15 +315,16 @@ _CONTAINERS = {
 _RESNET = re.compile(r"(?:^|\.)layer(\d+)\.")
 _DENSENET = re.compile(r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)")
 _INCEPTION = re.compile(r"(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits)")
-_TRANSFORMER = re.compile(r"(?:^|\.)(encoder_layer_\d+|blocks\.\d+)\.")
+_TRANSFORMER = re.compile(r"(?:^|\.)(encoder_layer_\d+|_?blocks\.\d+)\.")
 
 
 def stage_names(model: nn.Module) -> Callable[[str], str]:
     """Give the function from a parameter's name to its stage.
 
     ResNets have the papers' names (``conv1``, ``conv2_x`` … ``conv5_x``), from the names of their parameters and never
-    from constants; DenseNet, Inception and transformers their blocks; VGG's convolutions are numbered by the
-    pooling layers before them. Anything else: the first component of the name that is not a mere container.
+    from constants; DenseNet, Inception, transformers and EfficientNet-Lite their blocks; VGG's convolutions are
+    numbered by the pooling layers before them. Anything else: the first component of the name that is not a mere
+    container.
     """
     pools: dict[str, int] = {}
     features = getattr(model, "features", None)

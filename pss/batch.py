@@ -1,15 +1,16 @@
-"""Run notebooks through papermill: the tutorials on the built-in data, or one notebook with parameters of one's own.
+"""Run notebooks through papermill: the tutorials on the built-in data, one notebook with parameters, or a sweep.
 
 ``python -m pss.batch --out runs notebooks`` executes every notebook of a folder and writes the executed copies and
-their figures; ``-p name value`` sets a parameter, read as YAML. Unknown names are an error (papermill only warns).
+their figures; ``-p name value`` sets a parameter, read as YAML (a text stays one where the default is a text).
+``python -m pss.batch sweep.yaml`` runs one notebook over a grid or a table of parameters, resumable: see `pss.sweep`.
+Unknown names and values of another type are errors before anything runs. Relative places in ``-p`` are seen from where
+the command is given, those in a sweep from its file.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import logging
-import os
 import re
 import sys
 import time
@@ -17,117 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-import yaml
 from joblib import Parallel, delayed
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
-from traitlets.config import Config
 
-KERNEL = "python3"
-# Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
-ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
+from pss.execution import check_values, parameters_of, place, read_text, refresh, run_notebook
+from pss.sweep import Sweep, read_sweep, run_sweep
 
-
-def parameters_of(notebook: str | os.PathLike) -> dict[str, Any]:
-    """Names and default values in the cell tagged ``parameters``.
-
-    Raises
-    ------
-    ValueError
-        If there is not exactly one such cell.
-    """
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise ValueError(f"{Path(notebook).name} has {len(tagged)} cells tagged 'parameters': expected one")
-    return {name: spec["default"] for name, spec in papermill.inspect_notebook(str(notebook)).items()}
-
-
-def _refuse_unknown(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    known = parameters_of(notebook)
-    if unknown := sorted(set(parameters) - set(known)):
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
-
-
-def run_notebook(
-    notebook: str | os.PathLike, output: str | os.PathLike, parameters: Mapping[str, Any] | None = None
-) -> list[Path]:
-    """Execute a notebook in its own folder and write the executed copy, with its figures in a folder beside it.
-
-    Parameters
-    ----------
-    notebook, output : path
-    parameters : mapping, optional
-        Values for names in the notebook's parameters cell.
-
-    Returns
-    -------
-    list of Path
-        The figures.
-
-    Raises
-    ------
-    ValueError
-        For a parameter that the notebook lacks.
-    papermill.exceptions.PapermillExecutionError
-        If a cell raises; the copy up to there is kept at ``output``.
-    """
-    notebook, output = Path(notebook).resolve(), Path(output).resolve()
-    _refuse_unknown(notebook, parameters or {})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(notebook),
-        str(output),
-        dict(parameters or {}),
-        kernel_name=KERNEL,
-        cwd=str(notebook.parent),
-        progress_bar=False,
-        config=ENCRYPTED,
-    )
-    return _write_figures(output)
-
-
-def _write_figures(executed: Path) -> list[Path]:
-    """Write every picture among the outputs to ``<stem>/NN.png`` beside the notebook."""
-    folder = executed.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    written = []
-    for cell in nbformat.read(executed, as_version=4).cells:
-        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-            if "image/png" in data:
-                written.append(folder / f"{len(written) + 1:02d}.png")
-                written[-1].write_bytes(base64.b64decode(data["image/png"]))
-    return written
-
-
-def refresh(notebook: str | os.PathLike) -> None:
-    """Execute a notebook in place, ready to commit: with its outputs, without times, progress bars and messages."""
-    path = Path(notebook)
-    beside = path.with_name(f".{path.stem}.running.ipynb")
-    try:
-        papermill.execute_notebook(
-            str(path), str(beside), kernel_name=KERNEL, cwd=str(path.parent), progress_bar=False, config=ENCRYPTED
-        )
-        executed = nbformat.read(beside, as_version=4)
-        original = nbformat.read(path, as_version=4)
-        for cell, source in zip(executed.cells, original.cells, strict=True):
-            cell.metadata = source.metadata
-            if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        executed.metadata = _plain_metadata()
-        nbformat.write(executed, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _plain_metadata() -> nbformat.NotebookNode:
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": KERNEL}
-    return nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+__all__ = ["Sweep", "find_notebooks", "main", "parameters_of", "read_sweep", "refresh", "run_notebook", "run_sweep"]
 
 
 def find_notebooks(paths: Sequence[str]) -> list[Path]:
@@ -145,6 +43,13 @@ def find_notebooks(paths: Sequence[str]) -> list[Path]:
     return found
 
 
+def _given(pairs: Sequence[tuple[str, str]], notebook: Path) -> dict[str, Any]:
+    """Values of the command line for a notebook, checked; relative places seen from the current folder."""
+    defaults = parameters_of(notebook) if pairs else {}
+    values = {name: place(name, read_text(text, defaults.get(name)), Path.cwd()) for name, text in pairs}
+    return check_values(notebook, values)
+
+
 def _task(notebook: Path, out: Path, values: Mapping[str, Any], in_place: bool) -> tuple[Path, int, str]:
     """Run one notebook: its path, how many figures it made, and what went wrong (nothing: an empty text)."""
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -158,24 +63,51 @@ def _task(notebook: Path, out: Path, values: Mapping[str, Any], in_place: bool) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: run the notebooks, say what was made and where; 1 if one failed."""
+    """Command line: run the notebooks or the sweep, say what was made and where; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m pss.batch", description=__doc__.split("\n")[0])
-    parser.add_argument("notebooks", nargs="+", help="notebooks, or folders with NN_*.ipynb")
-    parser.add_argument("--out", default="runs", help="folder for the executed copies and figures (default: runs)")
+    parser.add_argument("notebooks", nargs="+", help="notebooks, folders with NN_*.ipynb, or one sweep: a .yaml file")
+    parser.add_argument("--out", help="folder for the executed copies and figures (default: runs, or the sweep's own)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--jobs", type=int, default=2, help="notebooks at a time, sharing the processors (default: 2)")
     parser.add_argument("--in-place", action="store_true", help="refresh the notebooks themselves, ready to commit")
+    parser.add_argument("--dask", default="", help="sweep: run on this Dask scheduler, or local: on one started here")
+    parser.add_argument("--again", action="store_true", help="sweep: run the finished runs too")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    is_sweep = any(Path(name).suffix in (".yaml", ".yml") for name in options.notebooks)
+    if is_sweep and (len(options.notebooks) > 1 or options.in_place):
+        parser.error("a sweep is run alone, and not in place")
+    if not is_sweep and (options.dask or options.again):
+        parser.error("--dask and --again are for a sweep: a .yaml file")
+    return _sweep(options, parser) if is_sweep else _notebooks(options, parser)
+
+
+def _sweep(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    try:
+        sweep = read_sweep(options.notebooks[0], options.out, dict(options.p), Path.cwd())
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        table = run_sweep(sweep, options.jobs, options.dask, options.again)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from here; so far in {sweep.out / 'index.html'}", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    print(f"{len(table)} runs: {counts}; see {sweep.out / 'index.html'}, summary.csv beside it")
+    return 0 if (table["status"] == "finished").all() else 1
+
+
+def _notebooks(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         notebooks = find_notebooks(options.notebooks)
-        values = {name: yaml.safe_load(value) for name, value in options.p}
-        for notebook in notebooks if values else []:
-            _refuse_unknown(notebook, values)
-    except (ValueError, yaml.YAMLError) as error:
+        values = [_given(options.p, notebook) for notebook in notebooks]
+    except ValueError as error:
         parser.error(str(error))
-    out, failed, started = Path(options.out), 0, time.monotonic()
+    out, failed, started = Path(options.out or "runs"), 0, time.monotonic()
     workers = Parallel(n_jobs=min(options.jobs, len(notebooks)), return_as="generator_unordered")
-    tasks = workers(delayed(_task)(notebook, out, values, options.in_place) for notebook in notebooks)
+    pairs = zip(notebooks, values, strict=True)
+    tasks = workers(delayed(_task)(notebook, out, given, options.in_place) for notebook, given in pairs)
     for notebook, figures, error in tqdm(tasks, total=len(notebooks), desc="notebooks", unit="notebook"):
         failed += bool(error)
         made = (

@@ -2,14 +2,22 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import nbformat
+import pandas as pd
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from pss.batch import find_notebooks, main, parameters_of, refresh, run_notebook
+from pss.batch import find_notebooks, main, parameters_of, read_sweep, refresh, run_notebook, run_sweep
+from pss.execution import check_values, place, read_text, read_yaml
 
 PICTURE = """
 from IPython.display import display
@@ -62,9 +70,9 @@ def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, t
     """A kernel of the same name in the user's folder and on JUPYTER_PATH leads elsewhere: neither is taken."""
     spec = {"argv": ["/bin/false"], "display_name": "other", "language": "python"}
     places = [tmp_path / "home" / ".local" / "share" / "jupyter", tmp_path / "elsewhere"]
-    for place in places:
-        (place / "kernels" / "python3").mkdir(parents=True)
-        (place / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    for folder in places:
+        (folder / "kernels" / "python3").mkdir(parents=True)
+        (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
     environment = os.environ | {"HOME": str(tmp_path / "home"), "JUPYTER_PREFER_ENV_PATH": "1"}
     command = [sys.executable, "-m", "pss.batch", "--out", str(tmp_path / "runs"), str(notebook)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -104,3 +112,259 @@ def test_notebook_without_parameters_cell(tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "01_x.ipynb")
     with pytest.raises(ValueError, match="0 cells tagged 'parameters'"):
         parameters_of(tmp_path / "01_x.ipynb")
+
+
+def test_defaults_are_read_whatever_they_are(tmp_path):
+    source = "a = 1\nb: float = 2.0\nc = -1e-3  # text\nd = [1, 'x']\ne = len('abc')\nf = None\ng: int"
+    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "01_x.ipynb")
+    assert parameters_of(tmp_path / "01_x.ipynb") == {"a": 1, "b": 2.0, "c": -1e-3, "d": [1, "x"], "e": None, "f": None}
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """A notebook with a parameter of every type."""
+    source = "flag = True\ncount = 3\nrate = 0.5\nname = 'a'\nsizes = [1, 2]\nmixed = [1, 'a']\nanything = None"
+    path = tmp_path / "typed.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell(source, metadata={"tags": ["parameters"]})]), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("flag", "false", False),
+        ("count", "12", 12),
+        ("rate", "2", 2.0),
+        ("rate", "1e-3", 1e-3),
+        ("rate", "1.5e3", 1500.0),
+        ("rate", ".inf", float("inf")),
+        ("name", "007", "007"),
+        ("name", "no", "no"),
+        ("name", "'quoted'", "quoted"),
+        ("name", "a: [", "a: ["),
+        ("sizes", "[4, 5]", [4, 5]),
+        ("mixed", "[b, 2.5]", ["b", 2.5]),
+        ("anything", "{a: 1}", {"a": 1}),
+    ],
+)
+def test_texts_are_read_by_the_type_of_the_default(typed, name, text, value):
+    given = check_values(typed, {name: read_text(text, parameters_of(typed)[name])})
+    assert given == {name: value} and type(given[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("flag", "false", "flag = 'false' is a text, but its default True is true or false"),
+        ("flag", 1, "is a whole number, but its default True"),
+        ("count", "abc", "count = 'abc' is a text, but its default 3 is a whole number"),
+        ("count", True, "is true or false"),
+        ("count", 2.5, "is a number"),
+        ("count", None, "is nothing"),
+        ("rate", "1e-3", "is a text"),
+        ("name", 282, "name = 282 is a whole number, but its default 'a' is a text"),
+        ("name", yaml.safe_load("2020-01-01"), "is a date: put it in quotes"),
+        ("sizes", 4, "is a whole number, but its default .1, 2. is a list"),
+        ("sizes", [4, "5"], r"sizes.1. = '5' is a text"),
+        ("anything", {"a": {1, 2}}, "is a set"),
+        ("coutn", 4, "has no parameter coutn: it has flag, count"),
+    ],
+)
+def test_values_of_another_type_are_refused(typed, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        check_values(typed, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("{a: 1, a: 2}", "a is given twice"),
+        ("a: 'x", "while scanning"),
+        ("2020-13-45", "month must be in"),
+    ],
+)
+def test_yaml_that_is_not_plain_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        read_yaml(text)
+
+
+def test_places_are_seen_from_the_base(tmp_path):
+    assert place("image_path", "cat.jpg", tmp_path) == str(tmp_path / "cat.jpg")
+    assert place("model", "./net.yaml", tmp_path / "sub") == str(tmp_path / "sub" / "net.yaml")
+    assert place("files", ["../a", "/b"], tmp_path / "sub") == [str(tmp_path / "a"), "/b"]
+    assert place("root", "~/x", tmp_path) == os.path.expanduser("~/x")
+    for name, value in [("model", "digits"), ("image_path", ""), ("k", 3), ("path", "https://a.b/c")]:
+        assert place(name, value, tmp_path) == value
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+TASK = """
+import json, pathlib
+open(log_file, "a").write(f"{k} {rate} {name}\\n")
+assert rate < 9, f"rate <b>{rate}</b> is too large"
+pathlib.Path(output, "results.json").write_text(json.dumps({"score": k * rate, "k": -k, "list": [1]}))
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    """Writes a sweep over a notebook that logs its runs, and returns the file."""
+    parameters = "k = 1\nrate = 0.5\nname = 'a'\nlog_file = ''\noutput = ''"
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(TASK), new_code_cell(PICTURE)]
+    (tmp_path / "books").mkdir()
+    nbformat.write(new_notebook(cells=cells), tmp_path / "books" / "task.ipynb")
+
+    def write(**entries):
+        asked = {
+            "notebook": "books/task.ipynb",
+            "out": "out",
+            "parameters": {"log_file": str(tmp_path / "log")},
+        } | entries
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(asked))
+        return tmp_path / "sweep.yaml"
+
+    return write
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links = set(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+
+
+def test_a_grid_of_runs_is_summed_up_goes_on_past_failures_and_runs_again_what_failed(sweep_file, tmp_path):
+    evil = "<script>x</script> & '\" a,b"
+    path = sweep_file(grid={"k": [1, 2], "rate": [3, 10]}, table=[{"name": evil}])
+    sweep = read_sweep(path)
+    assert sweep.out == tmp_path / "out" and [run.parameters["rate"] for run in sweep.runs] == [3, 10] * 2
+    table = run_sweep(sweep, progress=False)
+    assert table["status"].tolist() == ["finished", "failed"] * 2
+    assert table["score"].tolist()[::2] == [3, 6] and table["results.k"].tolist()[::2] == [-1, -2]
+    assert table["error"][1] == "AssertionError: rate <b>10.0</b> is too large (cell 3)"
+    pd.testing.assert_frame_equal(
+        pd.read_csv(sweep.out / "summary.csv", keep_default_na=False)[["k", "name"]], table[["k", "name"]]
+    )
+    for run in sweep.runs:
+        assert "too large" in (run.folder / "task.ipynb").read_text() and run.folder.parent == sweep.out
+        assert not list(run.folder.glob(".*"))
+
+    page = (sweep.out / "index.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert not {"script", "b"} & links.tags and "&lt;script&gt;" in page
+    assert all((sweep.out / unquote(link)).exists() for link in links.links)
+    assert sum("task.ipynb" in unquote(link) for link in links.links) == 4 and "img" in links.tags
+
+    again = run_sweep(read_sweep(path), progress=False)
+    assert again["status"].tolist() == table["status"].tolist() and again["run"].tolist() == table["run"].tolist()
+    ran = (tmp_path / "log").read_text().splitlines()
+    assert sorted(line.split()[1] for line in ran) == ["10.0"] * 4 + ["3.0"] * 2
+
+
+def test_finished_runs_are_known_by_code_parameters_and_version(sweep_file, tmp_path, monkeypatch):
+    keys = lambda path: [run.key for run in read_sweep(path).runs]  # noqa: E731
+    path = sweep_file(grid={"k": [1, 2]})
+    before = keys(path)
+    book = nbformat.read(tmp_path / "books" / "task.ipynb", as_version=4)
+    book.cells[1].outputs = [nbformat.v4.new_output("stream", text="x")]
+    nbformat.write(book, tmp_path / "books" / "task.ipynb")
+    assert keys(path) == before == keys(sweep_file(grid={"k": [1, 2, 3]}))[:2]
+    assert keys(sweep_file(grid={"k": [1, 2], "rate": [0.25]})) != before
+    monkeypatch.setattr("pss.sweep.__version__", "9")
+    assert not set(keys(sweep_file(grid={"k": [1, 2]}))) & set(before)
+    monkeypatch.undo()
+    book.cells[1].source += "\n1"
+    nbformat.write(book, tmp_path / "books" / "task.ipynb")
+    assert not set(keys(path)) & set(before)
+
+
+def test_a_table_from_a_csv_and_values_of_the_command_line(sweep_file, tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text("name,k\n007,3\nno,\n", encoding="utf-8-sig")
+    path = sweep_file(table="rows.csv")
+    monkeypatch.chdir(tmp_path / "books")
+    sweep = read_sweep(path, tmp_path / "elsewhere", {"rate": "2", "log_file": "log.txt"}, tmp_path / "here")
+    assert [run.shown for run in sweep.runs] == [{"name": "007", "k": 3}, {"name": "no"}]
+    fixed = {"rate": 2.0, "log_file": str(tmp_path / "here" / "log.txt")}
+    assert all(fixed.items() <= run.parameters.items() for run in sweep.runs)
+    assert [run.parameters["output"] for run in sweep.runs] == [str(run.folder) for run in sweep.runs]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"grid": {"kk": [1]}}, "has no parameter kk"),
+        ({"grid": {"k": [1, "abc"]}}, "k = 'abc' is a text"),
+        ({"grid": {"k": 3}}, "needs a list of values for k"),
+        ({"grid": {"k": []}}, "needs a list of values for k"),
+        ({"grid": {"k": [1, 1]}}, "runs 1 and 2 have the same parameters"),
+        ({"grid": {"k": [1]}, "table": [{"k": 2}]}, "k is given in grid and table"),
+        ({"grid": {"log_file": ["x"]}}, "log_file is given in parameters and grid"),
+        ({"grid": {"k": list(range(400)), "rate": list(range(400))}}, "160000 runs, more than 100000"),
+        ({"table": [{"k": 1}, 3]}, "must be a list of mappings"),
+        ({"table": [{3: 1}]}, "3 is no name"),
+        ({"table": "missing.csv"}, "cannot be read"),
+        ({"gird": {"k": [1]}}, "has entries gird"),
+        ({"parameters": [1]}, "must be a mapping"),
+        ({"notebook": "books/other.ipynb"}, "there is no notebook"),
+        ({"parameters": {"output": "x"}, "grid": {"k": [1, 2]}}, "several runs would write to output"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(sweep_file, tmp_path, entries, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        read_sweep(sweep_file(**entries))
+    with pytest.raises(SystemExit):
+        main([str(sweep_file(**entries))])
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("k,k\n1,2\n", "each once"), ("k\n1,2\n", "row 2: 2 cells"), ("k\n", "each once")]
+)
+def test_tables_that_cannot_be_read(sweep_file, tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_sweep(sweep_file(table="rows.csv"))
+
+
+def test_twelve_runs_killed_half_way_and_run_again(sweep_file, tmp_path):
+    path = sweep_file(grid={"k": [1, 2, 3, 4], "rate": [1, 2, 3]})
+    command = [sys.executable, "-m", "pss.batch", str(path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    finished = lambda: {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/run.json")}  # noqa: E731
+    deadline = time.monotonic() + 120
+    while len(finished()) < 4 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    kept = finished()
+    assert 4 <= len(kept) < 12
+    assert set(pd.read_csv(tmp_path / "out" / "summary.csv")["status"]) <= {"finished", "not run"}
+    (tmp_path / "log").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} of 12 runs are finished already" in done.stdout and "12 runs: 12 finished" in done.stdout
+    assert len((tmp_path / "log").read_text().splitlines()) == 12 - len(kept)
+    assert kept.items() <= finished().items() and len(finished()) == 12
+    assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [
+        k * r for k in (1, 2, 3, 4) for r in (1, 2, 3)
+    ]
+    assert not list((tmp_path / "out").rglob(".*.json.*")) and not list((tmp_path / "out").rglob(".*.running.ipynb"))
+
+
+def test_the_same_sweep_on_a_local_dask_cluster(sweep_file, tmp_path):
+    pytest.importorskip("distributed")
+    path = sweep_file(grid={"k": [1, 2]})
+    command = [sys.executable, "-m", "pss.batch", "--dask", "local", "--jobs", "2", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "2 runs: 2 finished" in done.stdout, done.stderr
+    assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [0.5, 1.0]

@@ -19,8 +19,9 @@ from traitlets.config import Config
 KERNEL = "python3"
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
-# Texts under these names are places on disk; under other names only those that begin with ./ or ../ or ~/.
+# Texts under these names are places on disk; under others only those that begin or end like one.
 _PLACES = re.compile(r"(^|_)(paths?|folders?|files?|root|checkpoint|output)$")
+_LIKE_PLACES = re.compile(r"^\.\.?(/|$)|^~/|\.(ya?ml|csv|json|npy|npz|pth?|safetensors|png|jpe?g|webp|tiff?|html)$")
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -139,14 +140,14 @@ def _of_type(value: Any, default: Any, what: str) -> Any:
 def place(name: str, value: Any, base: Path) -> Any:
     """The value, absolute if it is a relative place on disk: one seen from ``base``, not from the notebook's folder.
 
-    Places are texts under names that end in path, folder, file, root, checkpoint or output, and those that begin with
-    ``./``, ``../`` or ``~/`` under any name.
+    Places are texts under names that end in path, folder, file, root, checkpoint or output, and under any name those
+    that begin with ``./``, ``../`` or ``~/`` or end as a file does, as ``weights.pth`` or ``model.yaml``.
     """
     if isinstance(value, list):
         return [place(name, member, base) for member in value]
     if not isinstance(value, str) or not value or "://" in value:
         return value
-    if _PLACES.search(name) or value.startswith(("./", "../", "~/")) or value in (".", ".."):
+    if _PLACES.search(name) or _LIKE_PLACES.search(value):
         return os.path.normpath(base.absolute() / Path(value).expanduser())
     return value
 
@@ -249,7 +250,7 @@ def _plain_metadata() -> nbformat.NotebookNode:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all (`pss._files` does too, but loads torch, which every worker would)."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         beside.write_bytes(content if isinstance(content, bytes) else content.encode())

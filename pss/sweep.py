@@ -11,7 +11,7 @@ A sweep is a YAML file::
     table: images.csv                 # and these rows: a list of mappings, or a CSV with names in its first line
 
 With a grid and a table every row meets every combination. A run whose notebook has a parameter ``output`` gets its
-own folder as its value, and what the notebook writes to ``results.json`` there, names and plain values, goes into the
+own folder as its value, and what the notebook writes to ``summary.json`` there, names and plain values, goes into the
 summary. A run is finished once its ``run.json`` says so: whoever runs the sweep may be killed at any moment.
 """
 
@@ -332,10 +332,10 @@ def run_one(notebook: Path, run: Run) -> tuple[str, str]:
     run.folder.mkdir(parents=True, exist_ok=True)
     error, results, started = "", {}, time.time()
     (run.folder / "run.json").unlink(missing_ok=True)
-    (run.folder / "results.json").unlink(missing_ok=True)
+    (run.folder / "summary.json").unlink(missing_ok=True)
     try:
         run_notebook(notebook, run.folder / notebook.name, run.parameters)
-        results = _results(run.folder / "results.json")
+        results = _results(run.folder / "summary.json")
     except PapermillExecutionError as raised:
         error = f"{raised.ename}: {raised.evalue} (cell {raised.exec_count})"
     except Exception as raised:  # whatever it is, it is this run's, and the others go on
@@ -361,5 +361,5 @@ def _results(path: Path) -> dict[str, Any]:
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError("results.json must hold a mapping of names to plain values")
+        raise ValueError("summary.json must hold a mapping of names to plain values")
     return {name: value for name, value in found.items() if not isinstance(value, (list, dict))}

@@ -198,7 +198,15 @@ def test_places_are_seen_from_the_base(tmp_path):
     assert place("model", "./net.yaml", tmp_path / "sub") == str(tmp_path / "sub" / "net.yaml")
     assert place("files", ["../a", "/b"], tmp_path / "sub") == [str(tmp_path / "a"), "/b"]
     assert place("root", "~/x", tmp_path) == os.path.expanduser("~/x")
-    for name, value in [("model", "digits"), ("image_path", ""), ("k", 3), ("path", "https://a.b/c")]:
+    assert place("weights", "net.pth", tmp_path) == str(tmp_path / "net.pth")
+    for name, value in [
+        ("model", "digits"),
+        ("model", "nets.small:build"),
+        ("layer", "layer1.0.conv1"),
+        ("image_path", ""),
+        ("k", 3),
+        ("path", "https://a.b/c"),
+    ]:
         assert place(name, value, tmp_path) == value
 
 
@@ -208,7 +216,7 @@ TASK = """
 import json, pathlib
 open(log_file, "a").write(f"{k} {rate} {name}\\n")
 assert rate < 9, f"rate <b>{rate}</b> is too large"
-pathlib.Path(output, "results.json").write_text(json.dumps({"score": k * rate, "k": -k, "list": [1]}))
+pathlib.Path(output, "summary.json").write_text(json.dumps({"score": k * rate, "k": -k, "list": [1]}))
 """
 
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from pss import _variants
 from pss._lines import GRID, Line, line_of, moved, runs, says, smallest, unit_mask
 from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
-from pss.gradients import Loss, undisturbed
-from pss.repair import Ids, _check_batch, _check_ids, _check_labels, _chunks, _damage
+from pss.gradients import Loss, check_inputs, undisturbed
+from pss.repair import Ids, _check_batch, _check_ids, _check_logits, _chunks, _damage
 from pss.units import Units
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def cost_of_correction(
     if guard is None:
         raise ValueError("no guard images: give guard=(images, labels), on which the damage is measured")
     for ids in rankings.values():
-        _check_batch(images, labels, ids)
+        _check_batch(model, images, labels, units, ids)
     image_ids = list(range(len(images))) if image_ids is None else list(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids)) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
@@ -144,16 +144,17 @@ class Search:
     def __init__(self, model: nn.Module, guard: tuple[Tensor, Tensor], cap: float, tolerance: float):
         self.model, (self.guard, self.guard_labels) = model, guard
         self.cap, self.tolerance, self.trusted = cap, tolerance, False
+        check_inputs(model, *guard, what="guard images")
         with torch.no_grad(), undisturbed(model):
             logits = torch.cat([model(part) for part in self.guard.split(256)])
-        _check_labels(self.guard_labels, logits)
+        _check_logits(self.guard_labels, logits)
         self.before = logits.double().log_softmax(dim=1)
 
     @torch.no_grad()
     def check_wrong(self, images: Tensor, labels: Tensor, image_ids: list) -> None:
         """Refuse images that are no mistakes."""
         logits = torch.cat([self.model(part) for part in images.split(256)])
-        _check_labels(labels, logits)
+        _check_logits(labels, logits)
         right = says(logits, labels).nonzero()[:, 0].tolist()
         if right:
             which = [image_ids[i] for i in right[:5]]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pss.interception import OwnGradients, Sweep, Unknown
-from pss.units import Layer, Units
+from pss.units import Layer, Units, check_model
 
 log = logging.getLogger(__name__)
 GRADIENT_BYTES = 2**28  # what the general path holds of whole gradients at once
@@ -121,7 +121,7 @@ def parameter_saliency(
     Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
     loss, names = get_loss(loss), [name for name, _ in model.named_parameters()]
-    _check_inputs(model, images, labels)
+    check_inputs(model, images, labels)
     with _ready(model, images):
         parts = list(_gradients(model, _laid_out(images), labels, names, loss))
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}  # a copy: abs_ may write into it
@@ -184,8 +184,8 @@ def profile(
     for value, known in ((path, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
         if value not in known:
             raise ValueError(f"unknown option {value!r}: expected one of {known}")
-    loss, units = get_loss(loss), units or Units.of(model)
-    _check_inputs(model, images, labels, units)
+    loss, units = get_loss(loss), Units.of(model) if units is None else units
+    check_inputs(model, images, labels, units)
     size = _images_at_once(images)
     with _ready(model, images):
         labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
@@ -256,7 +256,7 @@ def _row_means(
     try:
         sweep = Sweep(wanted, len(images), signed, fold, bf16)
         outputs = sweep.outputs(model, images)
-        _check_outputs(outputs, labels, loss)
+        _check_outputs(outputs, labels, loss, len(images))
         losses = loss(outputs, labels)
         _check_losses(losses, labels)
         if sweep.unplaced:
@@ -286,7 +286,7 @@ def _gradients(
     parameters = {name: model.get_parameter(name) for name in names}
     numbers = sum(p.numel() for p in parameters.values())
     at_once = max(1, min(len(images), GRADIENT_BYTES // (numbers * images.element_size())))
-    _check_outputs(model(images[:1]), labels, loss)
+    _check_outputs(model(images[:1]), labels, loss, 1)
     for chunk in zip(images.split(at_once), labels.split(at_once), strict=True):
         if vectorized:
             try:
@@ -384,41 +384,61 @@ def _ready(model: nn.Module, images: Tensor) -> Iterator[None]:
         yield
 
 
-def _check_inputs(model: nn.Module, images: Tensor, labels: Tensor, units: Units | None = None) -> None:
-    """Refuse what would fail late, or not at all."""
+def check_inputs(
+    model: nn.Module, images: Tensor, labels: Tensor, units: Units | None = None, what: str = "images"
+) -> None:
+    """Refuse what would fail late, or not at all: for every function that takes a model and a batch.
+
+    Raises
+    ------
+    TypeError
+        If the model is no module, or the units are no `Units`.
+    ValueError
+        If images or labels are no tensors of one length on the model's device and of its type, an image is not finite,
+        or the units are of another model.
+    """
+    check_units(model, units)
     if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)")
+        raise ValueError(f"{what} are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)")
     if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"labels are {shape} for images {tuple(images.shape)}: expected a tensor with one label per image"
+            f"labels are {shape} for {what} {tuple(images.shape)}: expected a tensor with one label per image "
+            "(of one image images[None])"
         )
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"{type(model).__name__} has no parameters")
+    for which, tensor in ((what, images), ("labels", labels)):
+        if tensor.device != parameter.device:
+            raise ValueError(f"{which} are on {tensor.device}, the model on {parameter.device}: move one to the other")
+    if images.is_floating_point() or images.dtype in (torch.uint8, torch.bool):  # other integers may be tokens
+        if images.dtype != parameter.dtype:
+            raise ValueError(f"{what} are {images.dtype}, the model {parameter.dtype}: convert one to the other")
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"{what} {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")
+
+
+def check_units(model: nn.Module, units: Units | None) -> None:
+    """Refuse what is no model, no units, or units of another model."""
+    check_model(model)
+    if units is None:
+        return
+    if not isinstance(units, Units):
+        raise TypeError(f"units are a {type(units).__name__}: expected Units, as Units.of(model) makes them")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    for layer in units.layers if units else ():
+    for layer in units.layers:
         if shapes.get(layer.parameter) != layer.shape:
             raise ValueError(
                 f"the units are not of this model: they have {layer.parameter!r} of shape {layer.shape}, "
                 f"the model has {shapes.get(layer.parameter)}; make them with Units.of(model)"
             )
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise ValueError(f"{type(model).__name__} has no parameters")
-    for what, tensor in (("images", images), ("labels", labels)):
-        if tensor.device != parameter.device:
-            raise ValueError(f"{what} are on {tensor.device}, the model on {parameter.device}: move one to the other")
-    if images.is_floating_point():
-        if images.dtype != parameter.dtype:
-            raise ValueError(f"images are {images.dtype}, the model {parameter.dtype}: convert one to the other")
-        finite = torch.isfinite(images).flatten(1).all(dim=1)
-        if not finite.all():
-            raise ValueError(f"images {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")
 
 
-def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss) -> None:
-    """Whether the losses of this module can take the outputs; own losses take what they like."""
-    if loss not in LOSSES.values():
-        return
+def check_labels(labels: Tensor, outputs: Tensor) -> None:
+    """Refuse outputs that are no logits (B, C), and labels that are no classes of them."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
@@ -432,6 +452,15 @@ def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss) -> None:
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")
+
+
+def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss, rows: int) -> None:
+    """Whether the losses of this module can take the outputs; own losses take what they like."""
+    if loss not in LOSSES.values():
+        return
+    check_labels(labels, outputs)
+    if len(outputs) != rows:
+        raise ValueError(f"outputs are {tuple(outputs.shape)} for {rows} images: expected one row each")
 
 
 def _check_losses(losses: Tensor, labels: Tensor, values: bool = True) -> None:

@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pss.gradients import Loss, get_loss, profile, undisturbed
+from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
 from pss.ranking import rank
 from pss.reference import Reference
 from pss.units import Units
@@ -126,6 +126,9 @@ def input_saliency(
     _check_options(boost, method, reference, ids, random, noise_iters, noise_share, order)
     ids = None if ids is None else _check_ids(ids, len(images), units)
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+    check_inputs(model, images, labels, units)
+    if reference is not None:
+        reference.check_for(model, units, loss, signed)
     loss = get_loss(loss)
 
     def alike(saliency: Tensor, boosted_ids: Tensor) -> Tensor:
@@ -197,6 +200,8 @@ def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8
     """
     if not 0 <= low < high <= 100:
         raise ValueError(f"percentiles {low} and {high}: expected 0 <= low < high <= 100, as 90 and 99")
+    if not raw.isfinite().all():
+        raise ValueError("raw maps hold NaN or infinities: input_saliency makes none, what was done to them since?")
     if raw.dim() not in (2, 3):
         raise ValueError(f"raw maps are {tuple(raw.shape)}: expected (B, H, W) or (H, W), from input_saliency")
     maps = raw.detach().cpu().numpy()
@@ -276,7 +281,7 @@ def _check_options(boost, method, reference, ids, random, noise_iters, noise_sha
     _check_known("order", order, ORDERS)
     if reference is None and method != "raw":
         raise ValueError(f"method {method!r} needs a reference: pss.Reference.fit(profiles of a validation set)")
-    if not boost > 0:
+    if not (np.isfinite(boost) and boost > 0):
         raise ValueError(f"boost = {boost}: expected a positive factor, as 10 or 100")
     if ids is not None and random:
         raise ValueError("ids= and random=True both say which units to boost: give one of them")
@@ -294,4 +299,7 @@ def _check_ids(ids: Tensor, images: int, units: Units) -> Tensor:
         raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: expected ints of shape (k,) or ({images}, k)")
     if not 0 <= int(ids.min()) <= int(ids.max()) < len(units):
         raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}: expected 0..{len(units) - 1}")
+    ordered = ids.sort(dim=1).values
+    if len(twice := ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]):
+        raise ValueError(f"unit {int(twice[0])} is given twice for one image: each is boosted once")
     return ids

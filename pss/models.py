@@ -34,6 +34,7 @@ from tqdm import tqdm
 import pss
 from pss import data
 from pss._vision import torchvision
+from pss.gradients import check_labels, undisturbed
 
 WIDTH = 16
 EPOCHS = 12
@@ -378,18 +379,6 @@ def _hash(state: Mapping[str, torch.Tensor]) -> str:
 # --- what a model says ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode inside, every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256) -> torch.Tensor:
     """Logits of a model in eval mode, without gradients.
 
@@ -418,15 +407,19 @@ def _outputs(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int):
     """Logits, and the labels if a data set was given, from one pass over it."""
     if len(images) == 0:
         raise ValueError("no images to predict: expected at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
     if isinstance(images, torch.Tensor):
         batches = ((batch, None) for batch in images.split(batch_size))
     else:  # with a generator of its own the loader leaves torch's global one alone
         batches = DataLoader(images, batch_size=batch_size, generator=torch.Generator())
     like = next(model.parameters(), torch.empty(0))
     logits, labels = [], []
-    with _evaluating(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         for batch, label in batches:
             logits.append(model(batch.to(like.device, like.dtype)))
+            if not isinstance(logits[-1], torch.Tensor):
+                raise ValueError(f"outputs are {type(logits[-1]).__name__}: expected logits (N, classes)")
             labels.append(label)
     return torch.cat(logits), None if isinstance(images, torch.Tensor) else torch.cat(labels)
 
@@ -451,12 +444,12 @@ def misclassified(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> 
     Raises
     ------
     ValueError
-        If a label is not the number of a class of the model.
+        If a label is not the number of a class of the model, or the model gives something else than logits.
     """
     logits, labels = (tensor.cpu() for tensor in _outputs(model, dataset, batch_size))
-    outside = labels[(labels < 0) | (labels >= logits.shape[1])]
-    if len(outside):
-        raise ValueError(f"label {int(outside[0])} is outside 0..{logits.shape[1] - 1} of this model")
+    check_labels(labels, logits)
+    if (bad := logits.isnan().any(dim=1)).any():
+        raise ValueError(f"the outputs are NaN for images {bad.nonzero()[:10, 0].tolist()}: no class is predicted")
     probabilities = logits.double().softmax(dim=1)
     confidence, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero()[:, 0].numpy()

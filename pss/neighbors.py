@@ -140,15 +140,15 @@ def agreement(
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
-    queries = np.stack([np.asarray(labels), np.asarray(predicted)])  # (2, Q)
+    queries = _classes(labels, predicted)  # (2, Q)
     if (among_labels is None) != (among_predicted is None):
         raise ValueError("give both among_labels and among_predicted, or neither")
     if among_labels is None:
         exclude = np.arange(queries.shape[1]) if exclude is None else exclude
         others = queries
     else:
-        others = np.stack([np.asarray(among_labels), np.asarray(among_predicted)])  # (2, N)
-    neighbors = np.asarray(neighbors)
+        others = _classes(among_labels, among_predicted)  # (2, N)
+    neighbors = _array(neighbors)
     count, total = queries.shape[1], others.shape[1]
     if neighbors.ndim != 2 or len(neighbors) != count or not neighbors.size:
         raise ValueError(f"neighbors of shape {neighbors.shape} do not fit {count} queries: expected (Q, k)")
@@ -165,6 +165,19 @@ def agreement(
         chance = ((everywhere - inside) / (total - inside)).mean()  # the query itself is of its own class
         rows[name] = {"share": each.mean(), "low": low, "high": high, "chance": chance}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _array(values: np.ndarray | Tensor) -> np.ndarray:
+    """On the CPU, wherever a tensor is."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _classes(labels: np.ndarray | Tensor, predicted: np.ndarray | Tensor) -> np.ndarray:
+    """True and predicted classes, (2, N)."""
+    labels, predicted = _array(labels), _array(predicted)
+    if labels.ndim != 1 or labels.shape != predicted.shape:
+        raise ValueError(f"labels of shape {labels.shape} and predicted of shape {predicted.shape}: expected (N,) both")
+    return np.stack([labels, predicted])
 
 
 def _directions(profiles: Tensor, reference: Reference | None, method: str, columns: Tensor | slice) -> Tensor:

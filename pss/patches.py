@@ -25,7 +25,7 @@ from pss._files import pack, unpack, write_whole
 from pss._lines import line_of, moved, says, smallest, unit_mask
 from pss.cost import Search, refuse_overlap
 from pss.fisher import DAMPING, Weights, damped, digest, fisher_scores
-from pss.gradients import Loss, get_loss, profile, undisturbed
+from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
 from pss.models import fingerprint
 from pss.ranking import score
 from pss.reference import Reference
@@ -276,12 +276,16 @@ def fit_patch(
     Raises
     ------
     ValueError
-        If a mistake is none, is among the guard images, or an option is not one of those above.
+        If a mistake is none, is among the guard images, none of these is right, the reference is of another model,
+        units or loss, or an option is not one of those above.
     """
     ks = [k for k in KS if k <= len(units)] if ks is None else ks
     method = method or ("zscore" if fisher is None else "fisher")
     direction = direction or ("gradient" if fisher is None else "fisher")
-    _check_fit(mistakes, guard, units, budget, measure, direction, fisher, held_out, ks)
+    _check_fit(mistakes, guard, units, budget, measure, direction, fisher, held_out, ks, rounds, cap)
+    check_inputs(model, *mistakes, units, "mistakes")
+    if reference is not None:
+        reference.check_for(model, units, loss)
     refuse_overlap(mistakes[0], guard[0])
     rng = np.random.default_rng(seed)
     parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))
@@ -294,6 +298,8 @@ def fit_patch(
         names = [layer.parameter for layer in units.layers]
         curvature = damped(fisher, names, damping) if direction == "fisher" else None
         before = _log_probabilities(model, parts["guard"][0])
+        if not says(before, parts["guard"][1]).any():
+            raise ValueError("none of the guard images is classified correctly: there is nothing to keep, give others")
         for k in tqdm(sorted(set(ks)), unit="k", delay=2, disable=not progress):
             mask = unit_mask(model, units, order[:k])
             delta = _correct(model, images, labels, mask, curvature, loss, rounds, cap)
@@ -463,6 +469,8 @@ def _check_fit(
     fisher: Weights | None,
     held_out: float,
     ks: Sequence[int],
+    rounds: int,
+    cap: float,
 ) -> None:
     for what, (images, labels), least in (("mistakes", mistakes, 1), ("guard images", guard, 2)):
         if len(images) != len(labels) or len(images) < least:
@@ -475,6 +483,10 @@ def _check_fit(
         )
     if not (np.isfinite(budget) and budget >= 0):
         raise ValueError(f"budget must be zero or positive, not {budget}: it is the {measure} allowed on guard images")
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds}: expected at least 1")
+    if not (np.isfinite(cap) and cap > 0):
+        raise ValueError(f"cap must be positive and finite, not {cap}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out = {held_out} is outside [0, 1): it is the share of images only the evidence sees")
     if not ks or not all(1 <= k <= len(units) for k in ks):

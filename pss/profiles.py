@@ -38,7 +38,7 @@ from tqdm import tqdm
 import pss
 from pss import store as folder
 from pss.data import cache_folder
-from pss.gradients import Loss, get_loss, profile, undisturbed
+from pss.gradients import Loss, check_units, get_loss, profile, undisturbed
 from pss.models import fingerprint, thread_count
 from pss.store import ProfileStore, blocks
 from pss.units import Units
@@ -126,8 +126,9 @@ def profile_dataset(
         raise ValueError(f"batch_size {batch_size} must be at least 1, or None for one that fits")
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise ValueError("the data set has no items (or no length): expected a map-style data set of (image, label)")
-    units = units or Units.of(model)
+    units = Units.of(model) if units is None else units
     device = _check_device(model, device)
+    check_units(model, units)
     made_of = {
         "format": folder.FORMAT,
         "pss": pss.__version__,

@@ -6,6 +6,8 @@ All methods rank the same population, every unit of the model, so that their top
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 import torch
@@ -72,10 +74,16 @@ def rank(
     ValueError
         For an unknown method, a k outside 1..U, a missing reference or units, or a profile that is not finite.
     """
+    if not isinstance(profiles, Tensor):
+        raise TypeError(f"profiles are a {type(profiles).__name__}: expected a tensor (B, U), as pss.profile gives it")
     if profiles.ndim != 2:
         raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (B, U); of one image profile[None]")
     count = profiles.shape[1]
+    if reference is not None and len(reference) != count:
+        raise ValueError(f"profiles have {count} units, the reference {len(reference)}: they are of different models")
     k = count if k is None else k
+    if not isinstance(k, Integral):
+        raise TypeError(f"k = {k} is a {type(k).__name__}: expected an int")
     if not 1 <= k <= count:
         raise ValueError(f"k = {k} is outside 1..{count}, the number of units")
     if method in _NEEDS_UNITS and units is None:
@@ -165,6 +173,10 @@ def significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tens
         raise ValueError(f"q = {q} is outside (0, 1): it is the share of false discoveries allowed, as 0.05")
     if log_p.isnan().any():
         raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
+    if (log_p > 0).any():
+        raise ValueError(
+            "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
+        )
     p = log_p.double().exp().clamp(max=1).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)
@@ -183,6 +195,11 @@ def stage_shares(ids: Tensor, units: Units) -> pd.DataFrame:
     DataFrame
         Index stage; ``share`` (mean over images, 0..1), ``error`` (its standard error over images), ``prior``.
     """
+    if ids.ndim != 2:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}: expected (B, k), as pss.rank gives them")
+    outside = ids[(ids < 0) | (ids >= len(units))]
+    if len(outside):
+        raise ValueError(f"unit {int(outside[0])} is outside 0..{len(units) - 1}")
     stages = torch.from_numpy(units.stage_ids)[ids.cpu()]
     each = torch.stack([(stages == i).double().mean(dim=1) for i in range(len(units.stages))], dim=1)  # (B, stages)
     error = each.std(dim=0) / len(each) ** 0.5 if len(each) > 1 else torch.full((each.shape[1],), torch.nan)

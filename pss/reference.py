@@ -22,10 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pss
 from pss import evt
 from pss._files import pack, unpack, write_whole
+from pss.gradients import Loss
+from pss.models import fingerprint
+from pss.profiles import name_of
 from pss.store import blocks
 from pss.units import Units
 
@@ -105,10 +109,16 @@ class Reference:
         Raises
         ------
         ValueError
-            If the level is outside (0, 1), there are fewer than 20 images, or a profile is not finite.
+            If the level is outside (0, 1), there are fewer than 20 images, a profile is not finite, or with
+            ``scale_free`` has a negative mean, as signed ones have.
         """
         if not 0 < level < 1:
             raise ValueError(f"level {level} is outside (0, 1): it is the quantile taken as the threshold, as 0.90")
+        shape = getattr(profiles, "shape", None)
+        if shape is None:
+            raise TypeError(f"profiles are a {type(profiles).__name__}: expected a ProfileStore, an array or a tensor")
+        if len(shape) != 2 or not shape[1]:
+            raise ValueError(f"profiles of shape {tuple(shape)}: expected (N, U), as profile_dataset makes them")
         n = len(profiles)
         if n < MIN_IMAGES:
             raise ValueError(f"a reference needs at least {MIN_IMAGES} images, here are {n}: profile more images")
@@ -232,6 +242,16 @@ class Reference:
             raise ValueError(f"the reference was fitted with something else ({what}): fit one for this use")
         return self
 
+    def check_for(self, model: nn.Module, units: Units, loss: str | Loss, signed: bool = False) -> Reference:
+        """Refuse a model, units, loss, sign or version of pss other than this was fitted with; as `check`."""
+        given = {
+            "model": lambda: fingerprint(model),
+            "loss": lambda: name_of(loss),
+            "signed": lambda: bool(signed),
+            "pss": lambda: pss.__version__,
+        }
+        return self.check(units, **{key: value() for key, value in given.items() if key in self.about})
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
@@ -240,7 +260,7 @@ class Reference:
         write_whole(Path(path), lambda file: file.write(content))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, units: Units | None = None) -> Reference:
+    def load(cls, path: str | os.PathLike, units: Units | None = None, **about: str) -> Reference:
         """Read a reference of ours, or the published ``ImageNet_val_saliency_stat_<model>_filter_wise.pth``.
 
         The published files hold mean and deviation only, from a run over ImageNet's validation set; they may predate a
@@ -251,7 +271,8 @@ class Reference:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is damaged, holds no such statistics, or their number differs from that of ``units``.
+            If the file is damaged, holds no such statistics, or `check` with ``units`` and ``about`` says that they are
+            of something else.
         """
         path = Path(path)
         if not path.is_file():
@@ -264,7 +285,7 @@ class Reference:
         if published:
             tensors = {key: tensor.double() for key, tensor in tensors.items()}
         reference = cls(**tensors, **plain)
-        return reference if units is None else reference.check(units)
+        return reference if units is None else reference.check(units, **about)
 
     def to(self, device: torch.device | str) -> Reference:
         """Copy on another device."""
@@ -372,5 +393,10 @@ def _row_means(profiles: Any, max_bytes: int) -> np.ndarray:
 
 
 def _positive(size: Any) -> Any:
-    """An image whose gradient vanishes altogether keeps its zeros."""
+    """An image whose gradient vanishes altogether keeps its zeros; means of signed gradients are no size."""
+    if (size < 0).any():
+        raise ValueError(
+            "scale_free divides each profile by its mean over units, which is negative for some image: take profiles "
+            "of absolute gradients, signed=False"
+        )
     return size + (size == 0)

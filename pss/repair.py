@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pss import _variants
-from pss.gradients import Loss, get_loss, undisturbed
+from pss.gradients import Loss, check_inputs, check_labels, check_units, get_loss, undisturbed
 from pss.units import Units
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def edited(
     ValueError
         If the edit is unknown, an id is out of range or given twice, or the steps do not fit the ids.
     """
+    check_units(model, units)
     ids = _check_ids(ids, units, dims=1, least=0)
     _check_edit(edit)
     if (steps is None) != (edit == "prune"):
@@ -120,7 +121,7 @@ def unit_steps(
     """
     ids = _check_ids(ids, units, dims=2)
     _check_lengths(lr, norm)
-    _check_batch(images, labels, ids)
+    _check_batch(model, images, labels, units, ids)
     runner, result = _Runner(model, units, loss, path), []
     with _ready(model):
         images, labels = _plain(images), _plain(labels)
@@ -200,7 +201,8 @@ def edit_curves(
     -------
     DataFrame
         B (K + 1) rows: ``image``; ``k`` edits made; ``unit`` edited last (-1 at k = 0); ``label``;
-        ``predicted0``, the class predicted before any edit; ``predicted``; ``confidence_true``;
+        ``predicted0``, the class predicted before any edit; ``predicted`` (-1 where an edit makes an output NaN);
+        ``confidence_true``;
         ``confidence_wrong``, the confidence in ``predicted0``; ``corrected``, whether ``predicted`` is the
         label; ``loss``.
 
@@ -213,7 +215,7 @@ def edit_curves(
     ids = _check_ids(ids, units, dims=2)
     _check_edit(edit)
     _check_lengths(lr, norm)
-    _check_batch(images, labels, ids)
+    _check_batch(model, images, labels, units, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
@@ -227,7 +229,7 @@ def edit_curves(
             else:
                 steps = [[_step(g, lr, norm) for g in gs] for gs in runner.gradients(x, y, own)]
             logits = runner.logits(x, own, steps)
-            _check_labels(y, logits)
+            _check_logits(y, logits[:, 0])
             frames.append(_records(logits, y, own, image_ids[part], runner.loss))
             bar.update(len(x))
     return pd.concat(frames, ignore_index=True)
@@ -344,7 +346,7 @@ class _Runner:
 
     def _differentiate(self, outputs: Tensor, labels: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
         """Gradients of the summed loss: zero for what takes no part in it, all of them if need be."""
-        _check_labels(labels, outputs)
+        check_labels(labels, outputs)
         loss = self.loss(outputs, labels).sum()
         if not loss.requires_grad:
             return [torch.zeros_like(i) for i in inputs]
@@ -425,16 +427,16 @@ def _records(logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndar
     count, variants, _ = logits.shape
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # NumPy has no bfloat16
     probabilities = logits.softmax(dim=2)
-    predicted = logits.argmax(dim=2)
-    label, before = labels[:, None].expand(-1, variants), predicted[:, :1].expand(-1, variants)
+    now = predicted(logits)
+    label, before = labels[:, None].expand(-1, variants), now[:, :1].expand(-1, variants)
     confidence = lambda of: probabilities.gather(2, of[:, :, None])[:, :, 0]  # noqa: E731
     tensors = {
         "label": label,
         "predicted0": before,
-        "predicted": predicted,
+        "predicted": now,
         "confidence_true": confidence(label),
         "confidence_wrong": confidence(before),
-        "corrected": predicted == label,
+        "corrected": now == label,
         "loss": loss(logits.flatten(0, 1), label.flatten()).reshape(count, variants),
     }
     first = {
@@ -640,6 +642,9 @@ def collateral(
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} guard images and {len(labels)} labels: give as many, and at least one")
+    check_inputs(model, images, labels, units, "guard images")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
     image_ids = np.arange(len(ids)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(ids):
         raise ValueError(f"{len(image_ids)} image_ids for {len(ids)} rows of ids")
@@ -650,7 +655,7 @@ def collateral(
 
     with undisturbed(model):
         before = forward()
-        _check_labels(labels, before)
+        _check_logits(labels, before)
         rows = []
         for q, own in enumerate(tqdm(ids[:, :k], unit="image", delay=2, disable=not progress)):
             with edited(model, units, own, edit, None if steps is None else steps[q][:k]):
@@ -661,7 +666,7 @@ def collateral(
 
 def _damage(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
     """The columns of `collateral` from log-probabilities (G, C) of the unedited and the edited model."""
-    was, now = before.argmax(dim=1) == labels, after.argmax(dim=1) == labels
+    was, now = predicted(before) == labels, predicted(after) == labels
     share = lambda hits: float(hits.double().mean()) if len(hits) else float("nan")  # noqa: E731
     kl = (before.exp() * (before - after)).sum(dim=1)[was]
     return {
@@ -714,18 +719,24 @@ def _check_lengths(lr: float, norm: float | None) -> None:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
-def _check_batch(images: Tensor, labels: Tensor, ids: np.ndarray) -> None:
+def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units, ids: np.ndarray) -> None:
     if not len(images) == len(labels) == len(ids) or not len(images):
         raise ValueError(
             f"{len(images)} images, {len(labels)} labels and {len(ids)} rows of ids: give as many, and at least one"
         )
+    check_inputs(model, images, labels, units)
 
 
-def _check_labels(labels: Tensor, outputs: Tensor) -> None:
-    """Refuse labels that are not classes of these outputs."""
-    outside = labels[(labels < 0) | (labels >= outputs.shape[-1])]
-    if len(outside):
-        raise ValueError(f"label {int(outside[0])} is outside 0..{outputs.shape[-1] - 1} of this model")
+def _check_logits(labels: Tensor, outputs: Tensor) -> None:
+    """Refuse labels that are not classes of these outputs of the unedited model, and outputs that are NaN."""
+    check_labels(labels, outputs)
+    if (bad := outputs.isnan().any(dim=1)).any():
+        raise ValueError(f"the outputs of the unedited model are NaN for images {bad.nonzero()[:10, 0].tolist()}")
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """Class of the largest logit over the last dimension; -1, no class, where an edit made a logit NaN."""
+    return logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
 
 
 def _check_level(level: float) -> None:

@@ -339,7 +339,7 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
         if manifest["checksum"] != _manifest_checksum({k: v for k, v in manifest.items() if k != "checksum"}):
             raise ValueError("its checksum does not fit")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} holds no profiles: make them with profile_dataset") from None
     except (ValueError, KeyError, TypeError) as error:
         raise _damage(path / "manifest.json", error) from error

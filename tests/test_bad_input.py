@@ -1,0 +1,472 @@
+"""Bad input: what is called, the error that it must raise, what the error must say, and what it must leave as it was.
+
+Every row names its call, the exact type of the error, and a pattern: what was wrong, what was expected or what to do.
+After each the model is bit-identical with its flags, gradients, modes and hooks, the random generators and threads are
+as before, and no file was made or changed.
+"""
+# ruff: noqa: E501  (a row a line)
+
+import re
+from types import SimpleNamespace
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+from safetensors.torch import save_file
+from state import files_of, state_of, state_of_process, unsettled
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import pss
+from pss import batch, data, evt, input_space, models, neighbors, patches, profiles, repair
+from pss.reference import Reference
+from pss.store import ProfileStore
+from pss.units import Layer, Units
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Small(nn.Module):
+    """Two convolutions and a linear layer: 8 filters, 3 classes, images (3, 8, 8)."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x).tanh()).tanh().mean((2, 3)))
+
+
+class Answers(nn.Module):
+    """A model whose answer is something else than logits."""
+
+    def __init__(self, model, answer):
+        super().__init__()
+        self.model, self.answer = model, answer
+
+    def forward(self, x):
+        return self.answer(self.model(x))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 8, 8), 0
+
+
+class Items(torch.utils.data.Dataset):
+    """A data set of anything."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """What the calls are made of: a model, images, profiles, a reference, files."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    world = SimpleNamespace(tmp=tmp_path_factory.mktemp("world"))
+    world.model, world.other, world.wide = Small().eval(), Small().eval(), Small(6).eval()
+    world.units, world.linear, world.meta = Units.of(world.model), nn.Linear(2, 2), Small().to("meta")
+    world.x = torch.randn(6, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        order = world.model(world.x).argsort(dim=1, descending=True)
+    world.right, world.wrong = order[:, 0], order[:, 1]
+    world.y = world.wrong
+    world.ids = torch.tensor([[0, 5, 3]] * 6)
+    world.s = torch.rand(40, 8, generator=generator) + 0.1
+    world.plain = Reference.fit(world.s)
+    world.set = TensorDataset(
+        torch.randn(24, 3, 8, 8, generator=generator), torch.randint(3, (24,), generator=generator)
+    )
+    world.store = profiles.profile_dataset(world.model, world.set, world.units, world.tmp / "store", progress=False)
+    world.reference = Reference.fit(world.store)
+    guard = torch.randn(12, 3, 8, 8, generator=generator)
+    world.guard = (guard, world.model(guard).argmax(dim=1))
+    world.curves = repair.edit_curves(world.model, world.x, world.y, world.ids, world.units, progress=False)
+    world.reference.save(world.tmp / "reference.safetensors")
+    models.save_weights(world.model, world.tmp / "weights.safetensors")
+    save_file({"one.weight": torch.zeros(1)}, world.tmp / "other.safetensors")
+    torch.save({"state_dict": {"a": 1}}, world.tmp / "numbers.pth")
+    torch.save({"mean": torch.zeros(8)}, world.tmp / "mean.pth")
+    (world.tmp / "text.safetensors").write_text("not a file of tensors")
+    (world.tmp / "text.pth").write_text("not a file of tensors")
+    (world.tmp / "taken").mkdir()
+    (world.tmp / "taken" / "letter.txt").write_text("mine")
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), world.tmp / "01_none.ipynb")
+    tagged, again = (new_code_cell("factor = 2", metadata={"tags": ["parameters"]}) for _ in range(2))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(new_notebook(cells=[tagged], metadata={"kernelspec": kernel}), world.tmp / "02_one.ipynb")
+    nbformat.write(new_notebook(cells=[tagged, again]), world.tmp / "03_two.ipynb")
+    pictures(world.tmp / "pictures")
+    world.model = unsettled(world.model)
+    return world
+
+
+def pictures(folder):
+    (folder / "empty").mkdir(parents=True)
+    (folder / "classes" / "cat").mkdir(parents=True)
+    (folder / "classes" / "cat" / "notes.txt").write_text("no picture")
+
+
+def with_(tensor, at, value):
+    changed = tensor.clone()
+    changed[at] = value
+    return changed
+
+
+def saliency(w, **given):
+    """`pss.profile`, with some arguments bad."""
+    given = {"model": w.model, "images": w.x, "labels": w.y, "units": w.units} | given
+    return pss.profile(**given)
+
+
+def heat(w, **given):
+    given = {"model": w.model, "images": w.x, "labels": w.y, "units": w.units, "reference": w.reference, "k": 3} | given
+    return pss.input_saliency(**given)
+
+
+def curves(w, **given):
+    given = {"model": w.model, "images": w.x, "labels": w.y, "ids": w.ids, "units": w.units, "progress": False} | given
+    return pss.edit_curves(**given)
+
+
+def collateral(w, **given):
+    given = {"model": w.model, "units": w.units, "ids": w.ids, "images": w.x, "labels": w.y, "progress": False} | given
+    return repair.collateral(**given)
+
+
+def cost(w, **given):
+    given = {"model": w.model, "images": w.x, "labels": w.wrong, "units": w.units, "rankings": w.ids, "k": 2} | given
+    return pss.cost_of_correction(**{"guard": w.guard, "progress": False} | given)
+
+
+def patch(w, **given):
+    given = {"model": w.model, "mistakes": (w.x[:1], w.wrong[:1]), "guard": w.guard, "units": w.units} | given
+    return pss.fit_patch(**{"method": "raw", "progress": False} | given)
+
+
+def dataset(w, dataset=None, path="new", **given):
+    given = {"units": w.units, "progress": False} | given
+    model = given.pop("model", w.model)
+    return pss.profile_dataset(model, w.set if dataset is None else dataset, path=w.tmp / path, **given)
+
+
+def edits(w, ids, *args):
+    with pss.edited(w.model, w.units, ids, *args):
+        raise AssertionError("was edited")
+
+
+def command(*arguments):
+    return batch.main(list(map(str, arguments)))
+
+
+# fmt: off
+# name: (call, type of the error, what it says)
+CASES = {
+    # --- units
+    "unknown kind of unit": (lambda w: Units.of(w.model, "filter"), ValueError, r"unknown kind of unit 'filter': expected one of .*filters"),
+    "no filters in the model": (lambda w: Units.of(w.linear), ValueError, r"Linear has no unit of kind 'filters': try another"),
+    "no heads in the model": (lambda w: Units.of(w.model, "heads"), ValueError, r"Small has no unit of kind 'heads': try another"),
+    "units of a name": (lambda w: Units.of("resnet18"), TypeError, r"model is a str: expected a torch.nn.Module"),
+    "no layers": (lambda w: Units([], []), ValueError, r"no units: give at least one layer"),
+    "layers without stages": (lambda w: Units(w.units.layers, ["a"]), ValueError, r"2 layers but 1 stages: give one stage per layer"),
+    "duplicate units": (lambda w: Units(w.units.layers[:1] * 2, "ab"), ValueError, r"units overlap: one.weight is listed twice"),
+    "own units of no parameter": (lambda w: Units.of(w.model, lambda m: [Layer("x", (1, 1), 1)]), ValueError, r"parameter 'x' of shape \(1, 1\) is not in Small"),
+    "own units of another shape": (lambda w: Units.of(w.model, lambda m: [Layer("one.weight", (9, 1), 1)]), ValueError, r"one.weight.*there it is \(4, 3, 3, 3\)"),
+    "own units beyond their parameter": (lambda w: Units.of(w.model, lambda m: [Layer("one.weight", (4, 3, 3, 3), 5)]), ValueError, r"'one.weight' is listed with 5 units of 1 slices from 0 on, but has 4"),
+    "unit beyond the last": (lambda w: w.units.name(8), IndexError, r"unit 8 is outside 0\.\.7"),
+    "negative unit": (lambda w: w.units.view(w.model, -1), IndexError, r"unit -1 is outside 0\.\.7"),
+    "unit of 1.7": (lambda w: w.units.locate(1.7), TypeError, r"unit 1.7 is a float: expected an int"),
+    # --- profiles of a batch: labels
+    "label too large": (lambda w: saliency(w, labels=with_(w.y, 2, 3)), ValueError, r"label 3 is outside 0\.\.2 of this model"),
+    "label negative": (lambda w: saliency(w, labels=with_(w.y, 0, -1)), ValueError, r"label -1 is outside 0\.\.2 of this model"),
+    "label of -100": (lambda w: saliency(w, labels=with_(w.y, 0, -100), path="loop"), ValueError, r"label -100 is outside 0\.\.2"),
+    "labels float": (lambda w: saliency(w, labels=w.y.float()), ValueError, r"labels are torch.float32 .*expected class numbers, int64"),
+    "labels int32": (lambda w: saliency(w, labels=w.y.int()), ValueError, r"labels are torch.int32 .*expected class numbers, int64"),
+    "labels one-hot": (lambda w: saliency(w, labels=torch.eye(3)[w.y].long()), ValueError, r"labels are torch.int64 of shape \(6, 3\): expected class numbers"),
+    "labels too few": (lambda w: saliency(w, labels=w.y[:5]), ValueError, r"labels are \(5,\) for images \(6, 3, 8, 8\): expected .*one label per image"),
+    "labels a list": (lambda w: saliency(w, labels=[0] * 6), ValueError, r"labels are list .*expected a tensor"),
+    "label a number": (lambda w: saliency(w, labels=torch.tensor(1)), ValueError, r"labels are \(\) .*one label per image"),
+    "no labels": (lambda w: saliency(w, labels=None), ValueError, r"labels are NoneType .*expected a tensor"),
+    # --- images
+    "image without a batch": (lambda w: saliency(w, images=w.x[0], labels=w.y[:1]), ValueError, r"labels are \(1,\) for images \(3, 8, 8\): .*of one image images\[None\]"),
+    "images a vector": (lambda w: saliency(w, images=w.x[0, 0, 0], labels=w.y), ValueError, r"images are \(8,\): expected a tensor of shape \(B, \.\.\.\)"),
+    "images of other channels": (lambda w: saliency(w, images=w.x[:, :2]), RuntimeError, r"expected input\[1, 2, 8, 8\] to have 3 channels, but got 2"),
+    "images too small": (lambda w: saliency(w, images=w.x[..., :2, :2]), RuntimeError, r"Kernel size can't be greater than actual input size"),
+    "images NumPy": (lambda w: saliency(w, images=w.x.numpy()), ValueError, r"images are ndarray: expected a tensor"),
+    "images float64": (lambda w: saliency(w, images=w.x.double()), ValueError, r"images are torch.float64, the model torch.float32: convert"),
+    "images uint8": (lambda w: saliency(w, images=w.x.byte()), ValueError, r"images are torch.uint8, the model torch.float32: convert"),
+    "images on another device": (lambda w: saliency(w, images=w.x.to("meta")), ValueError, r"images are on meta, the model on cpu: move"),
+    "labels on another device": (lambda w: saliency(w, labels=w.y.to("meta")), ValueError, r"labels are on meta, the model on cpu: move"),
+    "model on another device": (lambda w: saliency(w, model=w.meta), ValueError, r"images are on cpu, the model on meta: move"),
+    "image with NaN": (lambda w: saliency(w, images=with_(w.x, (2, 0, 0, 0), NAN)), ValueError, r"images \[2\] hold NaN or infinite values"),
+    "image with infinity": (lambda w: saliency(w, images=with_(w.x, (5, 0, 0, 0), -INF)), ValueError, r"images \[5\] hold NaN or infinite values"),
+    "no images": (lambda w: saliency(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"images are \(0, 3, 8, 8\): .*B >= 1"),
+    "images without pixels": (lambda w: saliency(w, images=w.x[:, :, :0]), ValueError, r"images are \(6, 3, 0, 8\): expected"),
+    # --- models, losses, units
+    "model that gives a tuple": (lambda w: saliency(w, model=Answers(w.model, lambda z: (z, z)), units=None), ValueError, r"outputs are tuple: expected logits \(B, C\).*or give a loss"),
+    "model that gives a dictionary": (lambda w: saliency(w, model=Answers(w.model, lambda z: {"logits": z}), units=None), ValueError, r"outputs are dict: expected logits"),
+    "model that gives one number": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, 0]), units=None), ValueError, r"outputs are \(6,\): expected logits \(B, C\) with C >= 2"),
+    "model that gives one class": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, :1]), units=None), ValueError, r"outputs are \(6, 1\): expected logits \(B, C\) with C >= 2"),
+    "model that gives maps": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[..., None]), units=None), ValueError, r"outputs are \(6, 3, 1\): expected logits"),
+    "model that gives other rows": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:4]), units=None), ValueError, r"outputs are \(4, 3\) for 6 images"),
+    "model that gives NaN": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None), ValueError, r"the loss is not finite for samples \[0, 1, 2, 3, 4, 5\]"),
+    "model that gives NaN, loop": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None, path="loop"), ValueError, r"the loss is not finite for samples \[0\]"),
+    "model that is a function": (lambda w: saliency(w, model=torch.sin), TypeError, r"model is a builtin_function_or_method: expected a torch.nn.Module"),
+    "model without parameters": (lambda w: saliency(w, model=nn.ReLU()), ValueError, r"ReLU has no unit of kind|the model has None"),
+    "units of another model": (lambda w: saliency(w, model=w.wide), ValueError, r"the units are not of this model: .*one.weight.*\(6, 3, 3, 3\); make them with Units.of"),
+    "units a name": (lambda w: saliency(w, units="filters"), TypeError, r"units are a str: expected Units, as Units.of\(model\)"),
+    "unknown loss": (lambda w: saliency(w, loss="mse"), ValueError, r"unknown loss 'mse': expected one of .*cross_entropy.* or a callable"),
+    "loss of the batch": (lambda w: saliency(w, loss=lambda z, y: z.mean()), ValueError, r"the loss returned \(\) for 6 samples: expected \(6,\), one value each"),
+    "loss of many numbers": (lambda w: saliency(w, loss=lambda z, y: z), ValueError, r"the loss returned \(6, 3\) for 6 samples: expected \(6,\)"),
+    "loss of NaN": (lambda w: saliency(w, loss=lambda z, y: z[:, 0] * NAN), ValueError, r"the loss is not finite"),
+    "loss of nothing": (lambda w: saliency(w, loss=lambda z, y: None), ValueError, r"the loss returned NoneType for 6 samples"),
+    "unknown path": (lambda w: saliency(w, path="slow"), ValueError, r"unknown option 'slow': expected one of .*'fast'"),
+    "unknown precision": (lambda w: saliency(w, precision="fp16"), ValueError, r"unknown option 'fp16': expected one of .*'bf16'"),
+    "parameter saliency of a wrong label": (lambda w: pss.parameter_saliency(w.model, w.x, w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
+    # --- profiles of a data set
+    "profiles, unknown on_error": (lambda w: dataset(w, on_error="ignore"), ValueError, r"unknown on_error 'ignore': expected 'raise' or 'skip'"),
+    "profiles, batch of 0": (lambda w: dataset(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
+    "profiles of an empty set": (lambda w: dataset(w, Items()), ValueError, r"the data set has no items"),
+    "profiles of an endless set": (lambda w: dataset(w, Endless()), ValueError, r"no length.*expected a map-style data set"),
+    "profiles, model elsewhere": (lambda w: dataset(w, device="cuda"), ValueError, r"the model is on cpu, but device is cuda: move it first"),
+    "profiles, model without parameters": (lambda w: dataset(w, model=nn.ReLU()), ValueError, r"ReLU has no parameters"),
+    "profiles, a lambda as the loss": (lambda w: dataset(w, loss=lambda z, y: z[:, 0]), ValueError, r"a lambda has no name.*write it as a function"),
+    "profiles, units of another model": (lambda w: dataset(w, model=w.wide), ValueError, r"the units are not of this model"),
+    "profiles into a folder in use": (lambda w: dataset(w, path="taken"), FileExistsError, r"taken holds other files \(letter.txt"),
+    "profiles of another model": (lambda w: dataset(w, path="store", model=w.other), ValueError, r"made of something else:\n  model: stored .*\ngive another path, or rebuild"),
+    "profiles of another loss": (lambda w: dataset(w, path="store", loss="logit"), ValueError, r"loss: stored 'cross_entropy', given 'logit'"),
+    "profiles of another set": (lambda w: dataset(w, TensorDataset(w.x, w.y), path="store"), ValueError, r"data: stored .*samples: stored 24, given 6"),
+    "profiles with another sign": (lambda w: dataset(w, path="store", signed=True), ValueError, r"signed: stored False, given True"),
+    "no store": (lambda w: ProfileStore.open(w.tmp / "absent"), FileNotFoundError, r"absent holds no profiles: make them with profile_dataset"),
+    "store that is a file": (lambda w: ProfileStore.open(w.tmp / "text.pth"), FileNotFoundError, r"text.pth holds no profiles"),
+    # --- reference
+    **{
+        f"reference at level {level}": (lambda w, level=level: Reference.fit(w.s, level), ValueError, r"level .* is outside \(0, 1\): .*as 0\.90")
+        for level in (0, 1, -0.1, 1.5, NAN)
+    },
+    "reference of 19 images": (lambda w: Reference.fit(w.s[:19]), ValueError, r"needs at least 20 images, here are 19: profile more"),
+    "reference of no images": (lambda w: Reference.fit(w.s[:0]), ValueError, r"needs at least 20 images, here are 0"),
+    "reference of a vector": (lambda w: Reference.fit(w.s[:, 0]), ValueError, r"profiles of shape \(40,\): expected \(N, U\)"),
+    "reference of no units": (lambda w: Reference.fit(w.s[:, :0]), ValueError, r"profiles of shape \(40, 0\): expected \(N, U\)"),
+    "reference of a list": (lambda w: Reference.fit(w.s.tolist()), TypeError, r"profiles are a list: expected"),
+    "reference of NaN": (lambda w: Reference.fit(with_(w.s, (3, 1), NAN)), ValueError, r"profiles of images \[3\] are not finite: leave them out"),
+    "reference of infinities": (lambda w: Reference.fit(with_(w.s, (7, 1), INF)), ValueError, r"profiles of images \[7\] are not finite"),
+    "reference of signed profiles without scale": (lambda w: Reference.fit(-w.s, scale_free=True), ValueError, r"scale_free .*mean .*negative for some image: .*signed=False"),
+    "reference of one column's memory": (lambda w: Reference.fit(w.s, max_bytes=0), ValueError, r"max_bytes 0 must be positive"),
+    "reference for other units": (lambda w: w.reference.check(Units.of(w.wide)), ValueError, r"the reference has 8 units, the model 12"),
+    "reference for another model": (lambda w: w.reference.check(w.units, model="0" * 8), ValueError, r"fitted with something else \(model: reference \w+, given 00000000\): fit one"),
+    "reference for another data set": (lambda w: w.reference.check(w.units, data="mine"), ValueError, r"\(data: reference .*, given mine\)"),
+    "reference for another loss": (lambda w: w.reference.check(w.units, loss="logit"), ValueError, r"\(loss: reference cross_entropy, given logit\)"),
+    "reference for another version": (lambda w: w.reference.check(w.units, pss="9.9"), ValueError, r"\(pss: reference .*, given 9.9\)"),
+    "reference file of another loss": (lambda w: Reference.load(w.tmp / "reference.safetensors", w.units, loss="logit"), ValueError, r"loss: reference cross_entropy, given logit"),
+    "reference file of another model": (lambda w: Reference.load(w.tmp / "reference.safetensors", w.units, model=models.fingerprint(w.other)), ValueError, r"model: reference"),
+    "reference of nothing": (lambda w: Reference.load(w.tmp / "absent.pth"), FileNotFoundError, r"no reference at .*absent.pth: make one with Reference.fit"),
+    "reference of text": (lambda w: Reference.load(w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
+    "published of text": (lambda w: Reference.load(w.tmp / "text.pth"), ValueError, r"text.pth is damaged, or holds other things than tensors"),
+    "published without deviation": (lambda w: Reference.load(w.tmp / "mean.pth"), ValueError, r"mean.pth holds no published statistics: expected a dict with 'mean' and 'std'"),
+    "reference of weights": (lambda w: Reference.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no reference of pss"),
+    "z-scores of other units": (lambda w: w.reference.zscore(w.s[:, :7]), ValueError, r"\(40, 7\) do not fit this reference of 8 units: .*same units"),
+    "z-scores of integers": (lambda w: w.reference.zscore(w.s.int()), ValueError, r"profiles are torch.int32: expected floating-point"),
+    "unknown tail": (lambda w: w.reference.tail_score(w.s, "normal"), ValueError, r"unknown tail 'normal': expected 'gpd' or 'exponential'"),
+    # --- ranking
+    **{
+        f"rank {k}": (lambda w, k=k: pss.rank(w.s, w.plain, k=k), ValueError, rf"k = {k} is outside 1\.\.8, the number of units")
+        for k in (0, -1, 9)
+    },
+    "rank 2.5": (lambda w: pss.rank(w.s, w.plain, k=2.5), TypeError, r"k = 2\.5 is a float: expected an int"),
+    "rank of one profile": (lambda w: pss.rank(w.s[0], w.plain), ValueError, r"profiles of shape \(8,\): expected \(B, U\); of one image profile\[None\]"),
+    "rank of a list": (lambda w: pss.rank(w.s.tolist(), w.plain), TypeError, r"profiles are a list: expected a tensor"),
+    "rank by an unknown method": (lambda w: pss.rank(w.s, w.plain, "gradient"), ValueError, r"unknown method 'gradient': expected one of zscore"),
+    "rank without a reference": (lambda w: pss.rank(w.s, None, "pot"), ValueError, r"method 'pot' needs a reference: pss.Reference.fit"),
+    "rank with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
+    "rank of raw with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain, "raw"), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
+    "rank without units": (lambda w: pss.rank(w.s, w.plain, "stage"), ValueError, r"method 'stage' needs units=: pass the Units"),
+    "rank with other units": (lambda w: pss.rank(w.s, w.plain, "stage", units=Units.of(w.wide)), ValueError, r"profiles have 8 units, units= has 12: they are of different models"),
+    "rank in an unknown stage": (lambda w: pss.rank(w.s, None, "stage", 1, w.units, stage="conv9"), ValueError, r"unknown stage 'conv9': this model has one, two"),
+    "rank beyond the stage": (lambda w: pss.rank(w.s, None, "stage", 5, w.units), ValueError, r"k = 5 is more than the 4 units of stage two"),
+    "rank of NaN": (lambda w: pss.rank(with_(w.s, (1, 0), NAN), w.plain), ValueError, r"profiles \[1\] are not finite: leave them out"),
+    "rank by an unfitted tail": (lambda w: pss.rank(w.s, Reference(torch.ones(8), torch.ones(8)), "pot"), ValueError, r"this reference has no tail, only mean and deviation: rank by 'zscore'"),
+    "significant at 0": (lambda w: pss.significant(-w.s, 0), ValueError, r"q = 0 is outside \(0, 1\): .*as 0\.05"),
+    "significant of NaN": (lambda w: pss.significant(w.s * NAN), ValueError, r"log_p has NaN entries: leave the images out"),
+    "significant of probabilities": (lambda w: pss.significant(w.s), ValueError, r"log_p has positive entries: expected logarithms"),
+    "shares of unknown units": (lambda w: pss.stage_shares(torch.tensor([[8]]), w.units), ValueError, r"unit 8 is outside 0\.\.7"),
+    "shares of one ranking": (lambda w: pss.stage_shares(torch.tensor([1, 2]), w.units), ValueError, r"ids have shape \(2,\): expected \(B, k\)"),
+    # --- extreme values
+    "fit with two excesses": (lambda w: evt.fit_gpd(w.s, 2), ValueError, r"min_excesses is 2; .*at least 3"),
+    "fit of nothing": (lambda w: evt.fit_gpd(w.s[:0]), ValueError, r"shape \(0, 8\); expected \(rows, excesses\).*not empty"),
+    "fit of a cube": (lambda w: evt.fit_gpd(w.s[None]), ValueError, r"shape \(1, 40, 8\); expected \(rows, excesses\)"),
+    "stability at level 1": (lambda w: evt.threshold_stability(w.s, [0.5, 1]), ValueError, r"level 1 is outside \(0, 1\)"),
+    "hill of too many": (lambda w: evt.hill(w.s, 8), ValueError, r"k is 8; expected 1\.\.7 for 8 values"),
+    "unknown distribution": (lambda w: evt.qq(w.s, "gumbel"), ValueError, r"dist is 'gumbel'; expected 'normal'"),
+    "calibration of nothing": (lambda w: evt.calibration(w.s * NAN), ValueError, r"log_p has no entry that is not NaN; expected"),
+    # --- edits
+    "edit of a unit beyond": (lambda w: edits(w, [8]), ValueError, r"unit 8 is outside 0\.\.7"),
+    "edit of a negative unit": (lambda w: edits(w, [-1]), ValueError, r"unit -1 is outside 0\.\.7"),
+    "edit of a unit twice": (lambda w: edits(w, [1, 2, 1]), ValueError, r"unit 1 is given twice.*edited once"),
+    "edit of half a unit": (lambda w: edits(w, [0.5]), ValueError, r"ids are float64: expected integers"),
+    "edit of a batch": (lambda w: edits(w, [[1]]), ValueError, r"ids have shape \(1, 1\): expected \(K,\)"),
+    "unknown edit": (lambda w: edits(w, [1], "erase"), ValueError, r"unknown edit 'erase': expected 'finetune' or 'prune'"),
+    "fine-tuning without steps": (lambda w: edits(w, [1], "finetune"), ValueError, r"steps go with edit='finetune'"),
+    "pruning with steps": (lambda w: edits(w, [1], "prune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"edit='prune' needs none"),
+    "fewer steps than units": (lambda w: edits(w, [1, 2], "finetune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"1 steps for 2 units: give one step per unit"),
+    "steps of another shape": (lambda w: edits(w, [1, 2], "finetune", [torch.zeros(1, 3, 3, 3), torch.zeros(2)]), ValueError, r"a step of shape \(2,\) for a unit of shape \(1, 3, 3, 3\)"),
+    "edit in another model": (lambda w: [0 for _ in [pss.edited(w.wide, w.units, [1]).__enter__()]], ValueError, r"the units are not of this model"),
+    "curves of no unit": (lambda w: curves(w, ids=w.ids[:, :0]), ValueError, r"no unit to edit: give at least one id"),
+    "curves of fewer ids": (lambda w: curves(w, ids=w.ids[:5]), ValueError, r"6 images, 6 labels and 5 rows of ids: give as many"),
+    "curves of no images": (lambda w: curves(w, images=w.x[:0], labels=w.y[:0], ids=w.ids[:0]), ValueError, r"0 images.*at least one"),
+    "curves of a wrong label": (lambda w: curves(w, labels=with_(w.y, 1, 3)), ValueError, r"label 3 is outside 0\.\.2 of this model"),
+    "curves of a negative label": (lambda w: curves(w, labels=with_(w.y, 1, -1), edit="prune"), ValueError, r"label -1 is outside 0\.\.2 of this model"),
+    "curves of float labels": (lambda w: curves(w, labels=w.y.float()), ValueError, r"labels are torch.float32.*expected class numbers, int64"),
+    "curves of NaN": (lambda w: curves(w, images=with_(w.x, (3, 0, 0, 0), NAN)), ValueError, r"images \[3\] hold NaN or infinite values"),
+    "curves of a NaN model": (lambda w: curves(w, model=Answers(w.model, lambda z: z * NAN), units=Units.of(Answers(w.model, None))), ValueError, r"outputs of the unedited model are NaN for images \[0"),
+    "curves of float64": (lambda w: curves(w, images=w.x.double()), ValueError, r"images are torch.float64, the model torch.float32: convert"),
+    "curves at rate 0": (lambda w: curves(w, lr=0), ValueError, r"lr must be positive and finite, not 0"),
+    "curves at an infinite norm": (lambda w: curves(w, norm=INF), ValueError, r"norm must be positive and finite, not inf"),
+    "curves on an unknown path": (lambda w: curves(w, path="fast"), ValueError, r"unknown path 'fast': expected 'auto', 'variants' or 'in_place'"),
+    "curves with ids twice": (lambda w: curves(w, image_ids=[1] * 6), ValueError, r"image_ids must be 6 different ids"),
+    "curves with other units": (lambda w: curves(w, model=w.wide), ValueError, r"the units are not of this model"),
+    "one curve of two images": (lambda w: pss.edit_curve(w.model, w.x[:2], w.y[:2], [1], w.units), ValueError, r"2 images, 2 labels and 1 rows of ids"),
+    "one curve of a wrong label": (lambda w: pss.edit_curve(w.model, w.x[0], 7, [1], w.units), ValueError, r"label 7 is outside 0\.\.2"),
+    "steps of a negative rate": (lambda w: repair.unit_steps(w.model, w.x, w.y, w.units, w.ids, lr=-1), ValueError, r"lr must be positive and finite, not -1"),
+    "collateral of 0 edits": (lambda w: collateral(w, k=0), ValueError, r"k must be 1\.\.3 \(the ids given\), not 0"),
+    "collateral of no guard": (lambda w: collateral(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"0 guard images and 0 labels: .*at least one"),
+    "collateral of fewer labels": (lambda w: collateral(w, labels=w.y[:2]), ValueError, r"6 guard images and 2 labels"),
+    "collateral of a wrong label": (lambda w: collateral(w, labels=w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
+    "collateral in batches of 0": (lambda w: collateral(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
+    "collateral of a NaN image": (lambda w: collateral(w, images=w.x * NAN), ValueError, r"guard images \[0, 1, .*hold NaN"),
+    "collateral of other steps": (lambda w: collateral(w, edit="finetune", steps=[[]]), ValueError, r"steps of 1 images for ids of 6"),
+    "summary at level 1": (lambda w: repair.summarize(w.curves, level=1), ValueError, r"level must be between 0 and 1, not 1"),
+    "summary of other columns": (lambda w: repair.summarize(w.curves.drop(columns="k")), ValueError, r"the curves have no column 'k': they have"),
+    "summary of doubles": (lambda w: repair.summarize(pd.concat([w.curves] * 2)), ValueError, r"two rows for .*name what tells them apart"),
+    "difference of unknown methods": (lambda w: repair.paired_difference(w.curves.assign(method="a"), "a", "b"), ValueError, r"no rows with method = 'b': there are \['a'\]"),
+    "difference without resamples": (lambda w: repair.paired_difference(w.curves.assign(method="a"), "a", "a", resamples=0), ValueError, r"resamples must be at least 1"),
+    # --- cost, Fisher information, patches
+    "cost of what is right": (lambda w: cost(w, labels=w.right), ValueError, r"are classified correctly: there is nothing to correct"),
+    "cost without a guard": (lambda w: cost(w, guard=None), ValueError, r"no guard images: give guard=\(images, labels\)"),
+    "cost on the mistakes": (lambda w: cost(w, guard=(w.x, w.right)), ValueError, r"6 of the guard images are among the mistakes: .*take them out"),
+    "cost of 0 units": (lambda w: cost(w, k=0), ValueError, r"k = 0 is outside 1\.\.3"),
+    "cost of more units": (lambda w: cost(w, k=4), ValueError, r"k = 4 is outside 1\.\.3, the ids given, and is not 8"),
+    "cost in an unknown direction": (lambda w: cost(w, direction="newton"), ValueError, r"unknown direction 'newton': expected one of gradient, fisher"),
+    "cost without Fisher": (lambda w: cost(w, direction="fisher"), ValueError, r"direction 'fisher' needs fisher=: pss.fisher_diagonal"),
+    "cost at cap 0": (lambda w: cost(w, cap=0), ValueError, r"cap must be positive and finite, not 0"),
+    "cost of a wrong label": (lambda w: cost(w, labels=w.wrong + 3), ValueError, r"label \d is outside 0\.\.2"),
+    "cost of NaN guards": (lambda w: cost(w, guard=(w.guard[0] * NAN, w.guard[1])), ValueError, r"guard images \[0, 1, .*hold NaN"),
+    "cost of NaN": (lambda w: cost(w, images=w.x * NAN), ValueError, r"images \[0, 1, 2, 3, 4, 5\] hold NaN"),
+    "cost with other units": (lambda w: cost(w, model=w.wide, guard=(w.guard[0], w.wide(w.guard[0]).argmax(1))), ValueError, r"the units are not of this model"),
+    "cost of fewer guard labels": (lambda w: cost(w, guard=(w.guard[0], w.guard[1][:3])), ValueError, r"labels are \(3,\) for guard images \(12, 3, 8, 8\)"),
+    "Fisher of no images": (lambda w: pss.fisher_diagonal(w.model, (w.x[:0], w.y[:0])), ValueError, r"no images: .*at least one"),
+    "Fisher of a wrong label": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y + 3), path=w.tmp / "f.safetensors"), ValueError, r"label \d is outside 0\.\.2"),
+    "Fisher of other lengths": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y[:1])), ValueError, r"labels are \(1,\) for images \(6"),
+    "Fisher from another file": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y), path=w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no Fisher information"),
+    "Fisher from text": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y), path=w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or no Fisher information: delete it"),
+    "scores with negative damping": (lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, {}, -1), ValueError, r"damping must be zero or positive, not -1"),
+    "scores without Fisher": (lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, {}), ValueError, r"the Fisher information lacks 'one.weight': make it with fisher_diagonal"),
+    "patch of what is right": (lambda w: patch(w, mistakes=(w.x, w.right)), ValueError, r"are classified correctly: there is nothing to correct"),
+    "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"0 mistakes and 0 labels: .*at least 1"),
+    "patch with one guard": (lambda w: patch(w, guard=(w.guard[0][:1], w.guard[1][:1])), ValueError, r"1 guard images and 1 labels: .*at least 2"),
+    "patch with a negative budget": (lambda w: patch(w, budget=-1), ValueError, r"budget must be zero or positive, not -1"),
+    "patch of 9 units": (lambda w: patch(w, ks=[9]), ValueError, r"ks = \(9,\): expected numbers of units in 1\.\.8"),
+    "patch without rounds": (lambda w: patch(w, rounds=0), ValueError, r"rounds = 0: expected at least 1"),
+    "patch at cap -1": (lambda w: patch(w, cap=-1), ValueError, r"cap must be positive and finite, not -1"),
+    "patch without a reference": (lambda w: patch(w, method="pot"), ValueError, r"method 'pot' needs a reference"),
+    "patch with another's reference": (lambda w: patch(w, method="zscore", model=w.other, mistakes=(w.x[:1], w.other(w.x[:1]).argmin(1)), reference=w.reference), ValueError, r"fitted with something else \(model: reference"),
+    "patch from weights": (lambda w: patches.Patch.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no patch of pss"),
+    "patch from text": (lambda w: patches.Patch.load(w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
+    "patch from nowhere": (lambda w: patches.Patch.load(w.tmp / "absent"), FileNotFoundError, r"no patch at"),
+    "patch of no units": (lambda w: patches.Patch("0", reason="nothing helped").apply(w.model), ValueError, r"this patch holds no units: nothing helped"),
+    # --- input-space saliency
+    **{
+        f"map of {k} units": (lambda w, k=k: heat(w, k=k), ValueError, rf"k = {k} is outside 1\.\.8") for k in (0, -2, 9)
+    },
+    "map by an unknown method": (lambda w: heat(w, method="ratio"), ValueError, r"unknown method 'ratio': expected one of zscore"),
+    "map in an unknown order": (lambda w: heat(w, order="max"), ValueError, r"unknown order 'max': expected one of absolute_first"),
+    "map without a reference": (lambda w: heat(w, reference=None), ValueError, r"method 'zscore' needs a reference"),
+    "map with boost 0": (lambda w: heat(w, boost=0), ValueError, r"boost = 0: expected a positive factor, as 10 or 100"),
+    "map with boost NaN": (lambda w: heat(w, boost=NAN), ValueError, r"boost = nan: expected a positive factor"),
+    "map with boost infinite": (lambda w: heat(w, boost=INF), ValueError, r"boost = inf: expected a positive factor"),
+    "map of unknown ids": (lambda w: heat(w, ids=[8]), ValueError, r"ids reach from 8 to 8: expected 0\.\.7"),
+    "map of float ids": (lambda w: heat(w, ids=[0.5]), ValueError, r"ids are torch.float32 .*expected ints"),
+    "map of ids twice": (lambda w: heat(w, ids=[1, 1]), ValueError, r"unit 1 is given twice"),
+    "map of ids and random": (lambda w: heat(w, ids=[1], random=True), ValueError, r"both say which units to boost: give one"),
+    "map of too much noise": (lambda w: heat(w, noise_share=2), ValueError, r"noise_share = 2: expected at least 1, and a share in 0\.\.1"),
+    "map of no copies": (lambda w: heat(w, noise_iters=0), ValueError, r"noise_iters = 0.*expected at least 1"),
+    "map of a matrix": (lambda w: heat(w, images=w.x[0, 0]), ValueError, r"images are \(8, 8\): expected a tensor \(B, C, H, W\), or one image"),
+    "map of one image with two labels": (lambda w: heat(w, images=w.x[0], labels=[0, 1]), ValueError, r"labels are \(2,\) for one image: expected one label"),
+    "map of fewer labels": (lambda w: heat(w, labels=w.y[:2]), ValueError, r"labels are \(2,\) for images \(6, 3, 8, 8\)"),
+    "map of a wrong label": (lambda w: heat(w, images=w.x[0], labels=9), ValueError, r"label 9 is outside 0\.\.2"),
+    "map of a NaN": (lambda w: heat(w, images=with_(w.x, (0, 0, 0, 0), NAN)), ValueError, r"images \[0\] hold NaN or infinite"),
+    "map with other units": (lambda w: heat(w, model=w.wide), ValueError, r"the units are not of this model"),
+    "map with a reference of another model": (lambda w: heat(w, model=w.other), ValueError, r"fitted with something else \(model: reference \w+, given \w+\): fit one"),
+    "map with a reference of another loss": (lambda w: heat(w, loss="logit"), ValueError, r"\(loss: reference cross_entropy, given logit\)"),
+    "map with a reference of another sign": (lambda w: heat(w, signed=True), ValueError, r"\(signed: reference False, given True\)"),
+    "map with a reference of other units": (lambda w: heat(w, model=w.wide, units=Units.of(w.wide)), ValueError, r"the reference has 8 units, the model 12"),
+    "picture of a vector": (lambda w: input_space.render_map(w.s[0]), ValueError, r"raw maps are \(8,\): expected \(B, H, W\) or \(H, W\)"),
+    "picture between 99 and 90": (lambda w: input_space.render_map(w.s, 99, 90), ValueError, r"percentiles 99 and 90: expected 0 <= low < high <= 100"),
+    "picture of NaN": (lambda w: input_space.render_map(w.s * NAN), ValueError, r"raw maps hold NaN or infinities"),
+    # --- neighbours
+    "no neighbours": (lambda w: pss.nearest(w.s, reference=w.plain, k=0), ValueError, r"k = 0 is outside 1\.\.39"),
+    "neighbours of one": (lambda w: pss.nearest(w.s[0], reference=w.plain), ValueError, r"profiles \(8,\) and among \(8,\) do not fit: expected \(Q, U\)"),
+    "neighbours among other units": (lambda w: pss.nearest(w.s, w.s[:, :5], w.plain), ValueError, r"do not fit: expected \(Q, U\) and \(N, U\)"),
+    "neighbours of NaN": (lambda w: pss.nearest(with_(w.s, (4, 0), NAN), reference=w.plain), ValueError, r"profiles \[4\] are not finite"),
+    "neighbours by an unknown method": (lambda w: pss.nearest(w.s, method="pot"), ValueError, r"unknown method 'pot': expected one of zscore"),
+    "neighbours without a reference": (lambda w: pss.nearest(w.s), ValueError, r"method 'zscore' needs a reference"),
+    "neighbours in an unknown stage": (lambda w: pss.nearest(w.s, reference=w.plain, units=w.units, stage="x"), ValueError, r"unknown stage 'x': this model has one, two"),
+    "neighbours that exclude 40": (lambda w: pss.nearest(w.s, reference=w.plain, exclude=torch.arange(1, 41)), ValueError, r"exclude must hold one id for each of the 40 queries, in 0\.\.39"),
+    "agreement of other lengths": (lambda w: neighbors.agreement(w.y, w.y[:2], [[1]] * 6), ValueError, r"labels of shape \(6,\) and predicted of shape \(2,\)"),
+    "agreement with unknown ids": (lambda w: neighbors.agreement(w.y, w.y, [[6]] * 6), ValueError, r"neighbor ids must be 0\.\.5"),
+    "agreement at level 2": (lambda w: neighbors.agreement(w.y, w.y, [[1]] * 6, level=2), ValueError, r"level must be between 0 and 1, not 2"),
+    # --- models
+    "width 0": (lambda w: models.resnet18(0), ValueError, r"width 0 and classes 10 must be at least 1"),
+    "no checkpoint": (lambda w: models.load_weights(w.model, w.tmp / "absent.pth"), FileNotFoundError, r"no checkpoint at .*absent.pth"),
+    "checkpoint of text": (lambda w: models.load_weights(w.model, w.tmp / "text.pth"), ValueError, r"text.pth is damaged, or holds more than tensors.*state_dict\(\) or a safetensors"),
+    "safetensors of text": (lambda w: models.load_weights(w.model, w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
+    "checkpoint of numbers": (lambda w: models.load_weights(w.model, w.tmp / "numbers.pth"), ValueError, r"numbers.pth holds no state dict: expected names and tensors"),
+    "checkpoint of another model": (lambda w: models.load_weights(w.wide, w.tmp / "weights.safetensors"), ValueError, r"does not fit Small: one.weight is \(4, 3, 3, 3\), in the model \(6, 3, 3, 3\)"),
+    "checkpoint of other names": (lambda w: models.load_weights(w.model, w.tmp / "other.safetensors"), ValueError, r"does not fit Small: one.bias is missing"),
+    "prediction of nothing": (lambda w: models.predict(w.model, w.x[:0]), ValueError, r"no images to predict: expected at least one"),
+    "prediction in batches of 0": (lambda w: models.predict(w.model, w.x, 0), ValueError, r"batch_size 0 must be at least 1"),
+    "mistakes of wrong labels": (lambda w: models.misclassified(w.model, TensorDataset(w.x, w.y + 3)), ValueError, r"label \d is outside 0\.\.2"),
+    "mistakes of a NaN model": (lambda w: models.misclassified(Answers(w.model, lambda z: z * NAN), w.set), ValueError, r"outputs are NaN for images \[0, 1.*no class is predicted"),
+    "mistakes of a model of tuples": (lambda w: models.misclassified(Answers(w.model, lambda z: (z, z)), w.set), ValueError, r"outputs are tuple: expected logits"),
+    "accuracy of nothing": (lambda w: models.accuracy(w.model, TensorDataset(w.x[:0], w.y[:0])), ValueError, r"no images to predict"),
+    # --- data
+    "unknown set": (lambda w: data.load("cifar"), ValueError, r"unknown set 'cifar': expected one of mnist"),
+    "unknown split": (lambda w: data.load("digits", "train"), ValueError, r"digits has no split 'train': expected one of reference"),
+    "set of wrong labels": (lambda w: data.ImageSet(w.x, w.y + 3, name="a", split="b", classes="abc"), ValueError, r"label \d is outside 0\.\.2: give one name in classes per class"),
+    "set of float labels": (lambda w: data.ImageSet(w.x, w.y + 0.5, name="a", split="b", classes="abc"), ValueError, r"labels are torch.float32: expected class numbers, ints"),
+    "set of other lengths": (lambda w: data.ImageSet(w.x, w.y[:2], name="a", split="b", classes="abc"), ValueError, r"expected images \(N, C, H, W\) and N labels, got \(6, 3, 8, 8\) and \(2,\)"),
+    "no folder": (lambda w: data.folder(w.tmp / "absent"), FileNotFoundError, r"absent is not a folder: expected one with a folder of pictures per class"),
+    "folder without classes": (lambda w: data.folder(w.tmp / "pictures" / "empty"), FileNotFoundError, r"empty"),
+    "folder without pictures": (lambda w: data.folder(w.tmp / "pictures" / "classes"), FileNotFoundError, r"cat"),
+    "folder of other classes": (lambda w: data.folder(w.tmp / "pictures" / "classes", classes=["dog"]), ValueError, r"folders that are not in classes: cat"),
+    "folder as a split": (lambda w: data.open_set("x", "half", root=w.tmp), ValueError, r"unknown split 'half': expected one of train"),
+    "MNIST that is not there": (lambda w: data.torchvision_set("MNIST", w.tmp), FileNotFoundError, r"MNIST's test files are not in .*PSS downloads nothing"),
+    # --- notebooks and YAML
+    "notebook without parameters": (lambda w: batch.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
+    "notebook with two parameter cells": (lambda w: batch.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
+    "notebook without this parameter": (lambda w: batch.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out.ipynb", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
+    "no notebooks": (lambda w: batch.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
+    "neither notebook nor folder": (lambda w: batch.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_refused(w, name):
+    call, kind, message = CASES[name]
+    before = state_of(w.model), state_of_process(), files_of(w.tmp)
+    with pytest.raises(kind) as caught:
+        call(w)
+    assert type(caught.value) is kind, caught.value
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+    assert (state_of(w.model), state_of_process(), files_of(w.tmp)) == before

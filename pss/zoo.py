@@ -276,7 +276,7 @@ def _torchvision(name: str, weights: str, seed: int, arguments: dict) -> Network
         models.load_weights(model, _fetched(chosen.url))
         what = chosen.name
     else:
-        what = _fill(model, weights, seed, " or ".join(["published", "random", *offered.__members__]))
+        what = _fill(model, weights, seed, " or ".join(["published", "random", *(w.name for w in offered)]))
     if name == "googlenet" and not arguments.get("aux_logits"):  # its checkpoint has them, its output does not
         model.aux_logits, model.aux1, model.aux2 = False, None, None
     categories = tuple(chosen.meta["categories"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_gradients import assert_close, one_by_one
 from torch import nn
 
 import pss
@@ -17,7 +18,6 @@ from pss import data, models, zoo
 from pss._vision import torchvision
 from pss.reference import Reference
 from pss.units import Units
-from tests.test_gradients import assert_close, one_by_one
 
 RESNET18 = torchvision.models.ResNet18_Weights.DEFAULT
 

@@ -6,6 +6,9 @@ Ranking, editing and plots all go through one registry, which maps
 
 so that what is ranked is what is edited. Ids count up in the order in which the parameters were registered, the
 order of the published statistics.
+
+A unit is made of weights only, as in both papers: biases, and the scales and shifts of normalizations, belong to none.
+A pruned head of values, for one, still adds its bias.
 """
 
 from __future__ import annotations
@@ -270,16 +273,24 @@ def _rows(model: nn.Module) -> Iterable[Layer]:
 
 
 def _heads(model: nn.Module) -> Iterable[Layer]:
+    """Heads of ``nn.MultiheadAttention``, and of any module with ``num_heads`` and one linear layer ``qkv``.
+
+    The latter is as timm and torchvision's Swin have it: all rows of q, then all of k, then all of v, head by head.
+    """
     for name, module in _modules(model, (nn.Module,)):
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            parameter, weight, heads = f"{name}in_proj_weight", module.in_proj_weight, module.num_heads
-        elif isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
-            parameter, weight, heads = f"{name}qkv.weight", module.qkv.weight, module.num_heads
-        else:
-            continue
-        width = weight.shape[0] // 3
-        for part, label in enumerate("qkv"):
-            yield Layer(parameter, tuple(weight.shape), heads, rows=width // heads, offset=part * width, label=label)
+        parts, heads = {}, getattr(module, "num_heads", None)
+        if isinstance(module, nn.MultiheadAttention):
+            if module.in_proj_weight is None:  # keys or values of another width: three weights
+                parts = {f"{name}{label}_proj_weight": label for label in "qkv"}
+            else:
+                parts = {f"{name}in_proj_weight": "qkv"}
+        elif isinstance(getattr(module, "qkv", None), nn.Linear) and heads is not None:
+            parts = {f"{name}qkv.weight": "qkv"}
+        for parameter, labels in parts.items():
+            shape = tuple(model.get_parameter(parameter).shape)
+            width = shape[0] // len(labels)
+            for part, label in enumerate(labels):
+                yield Layer(parameter, shape, heads, rows=width // heads, offset=part * width, label=label)
 
 
 def _all(model: nn.Module) -> Iterable[Layer]:

@@ -1,11 +1,16 @@
 """Units: counts, order, stages and slices against the facts of DESIGN.md and against the parameters themselves."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import pss
 from pss._vision import torchvision
+from pss.repair import edited, unit_steps
 from pss.units import Layer, Units
 
 FACTS = {  # filters, first id of each stage
@@ -52,6 +57,140 @@ def test_heads_of_vit():
     assert set(units.sizes) == {64 * 768}
     assert units.name(12) == "encoder.layers.encoder_layer_0.self_attention.k[0]"
     assert units.layers[1].index(0) == (slice(768, 832), slice(None))
+
+
+class Fused(nn.Module):
+    """Self-attention with one linear layer for q, k and v, in timm's layout, and torch's fused kernel."""
+
+    def __init__(self, width=12, heads=3):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, width))
+
+
+class Torchs(nn.Module):
+    """The same with torch's module; with ``other`` its keys and values are of another width than its queries."""
+
+    def __init__(self, other=12):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, kdim=other, vdim=other, batch_first=True)
+
+    def forward(self, x):
+        width = self.attention.kdim
+        return self.attention(x, x[..., :width], x[..., :width], need_weights=False)[0]
+
+
+class Attending(nn.Module):
+    """Sees an image as its 16 patches of 2 by 2 pixels."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Conv2d(3, 12, 2, 2), attention, nn.Linear(12, 5)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        return self.head((x + self.attention(x)).mean(1))
+
+
+def timms() -> nn.Module:
+    layers = pytest.importorskip("timm.layers")
+    return Attending(layers.Attention(12, num_heads=3, qkv_bias=True))
+
+
+ATTENTION = {
+    "fused": (lambda: Attending(Fused()), ["attention.qkv.weight"]),
+    "torch": (lambda: Attending(Torchs()), ["attention.attention.in_proj_weight"]),
+    "torch, of two widths": (lambda: Attending(Torchs(8)), [f"attention.attention.{p}_proj_weight" for p in "qkv"]),
+    "timm": (timms, ["attention.qkv.weight"]),
+}
+
+
+def attending(name, generator):
+    """The network, its heads, two images with labels, and which module's output each head is a part of."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ATTENTION[name][0]().eval().double()
+    images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return model, Units.of(model, "heads"), images, torch.tensor([1, 3])
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_are_the_slices_of_q_k_and_v(name, generator):
+    model, units, *_ = attending(name, generator)
+    assert [layer.label for layer in units.layers] == ["q", "k", "v"] and len(units) == 9
+    whole = torch.cat([model.get_parameter(p).flatten() for p in ATTENTION[name][1]])
+    views = torch.cat([units.view(model, unit).flatten() for unit in range(9)])
+    assert torch.equal(views, whole) and units.name(4).endswith(".k[1]")
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_profile_of_heads_equals_autograd(name, generator):
+    model, units, images, labels = attending(name, generator)
+    expected = []
+    for image, label in zip(images, labels, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(image[None]), label[None]).backward()
+        gradients = {p: model.get_parameter(p).grad.abs()[None] for p in ATTENTION[name][1]}
+        expected.append(units.reduce(gradients)[0])
+    torch.testing.assert_close(pss.profile(model, images, labels, units), torch.stack(expected))
+
+
+@pytest.mark.parametrize("edit", ["prune", "finetune"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_editing_heads_changes_their_rows_and_nothing_else(name, edit, generator):
+    model, units, images, labels = attending(name, generator)
+    before, (order,) = copy.deepcopy(model.state_dict()), pss.profile(model, images[:1], labels[:1], units).argsort()
+    top = order.flip(0)[:2]
+    steps = None if edit == "prune" else unit_steps(model, images[:1], labels[:1], units, top[None], lr=2.0)[0]
+    expected, by_hand = copy.deepcopy(model), copy.deepcopy(before)
+    for k, unit in enumerate(top.tolist()):  # rows by arithmetic of their own: 3 heads of 4 rows, q then k then v
+        part, head = divmod(unit, 3)
+        parameters = ATTENTION[name][1]
+        weight = by_hand[parameters[part] if len(parameters) == 3 else parameters[0]]
+        start = head * 4 + (0 if len(parameters) == 3 else part * 12)
+        weight[start : start + 4] = 0 if edit == "prune" else weight[start : start + 4] + steps[k]
+    expected.load_state_dict(by_hand)
+    with edited(model, units, top, edit, steps):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, by_hand[key]), key
+        inside = model(images)
+    assert torch.equal(inside, expected(images)) and not torch.allclose(inside, model(images))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    curve = pss.edit_curve(model, images[0], labels[0], top, units, edit, lr=2.0)
+    np.testing.assert_allclose(curve["loss"].iloc[-1], F.cross_entropy(inside[:1], labels[:1]).item(), rtol=1e-9)
+
+
+def test_fused_attention_sees_one_head_only_through_its_rows(generator):
+    """Second source for the slices: with the output layer the identity, v of head 1 fills channels 4 to 7 alone."""
+    model, units, *_ = attending("fused", generator)
+    attention = model.attention
+    attention.proj.load_state_dict({"weight": torch.eye(12), "bias": torch.zeros(12)})
+    x = torch.rand(1, 5, 12, generator=generator, dtype=torch.float64)
+    before = attention(x)
+    with edited(model, units, [7]):
+        changed = (attention(x) != before).any(dim=1)[0]
+    assert changed.tolist() == [4 <= channel < 8 for channel in range(12)] and units.name(7) == "attention.qkv.v[1]"
+
+
+def test_heads_of_timms_vision_transformer():
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5, img_size=32).eval().double()
+    units = Units.of(model, "heads")
+    assert len(units) == 2 * 9 and units.stages == ("blocks.0", "blocks.1") and set(units.sizes) == {64 * 192}
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    F.cross_entropy(model(images), torch.tensor([2])).backward()
+    expected = units.reduce(
+        {layer.parameter: model.get_parameter(layer.parameter).grad.abs()[None] for layer in units.layers}
+    )
+    torch.testing.assert_close(pss.profile(model, images, torch.tensor([2]), units), expected)
 
 
 def odd_net() -> nn.Module:

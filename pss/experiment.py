@@ -10,6 +10,7 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 ``images.csv``     one row for every image looked at
 ``ranking.csv``    one row for every misread image, ranking and place in it
 ``results.csv``    one row for every misread image, ranking, edit and number of edited units
+``summary.json``   share corrected by every ranking and edit in the end, for the table of a sweep (`pss.batch`)
 =================  ====================================================================================
 """
 
@@ -48,7 +49,10 @@ from pss.units import Units
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
 OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw", "fisher")
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
-_TABLES = ("images", "ranking", "results")
+_RANKING = ("image", "algo", "k", "unit", "layer", "stage")
+_RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
+_RESULTS += ("confidence_wrong", "corrected", "loss")
+_TABLES = {"images": (), "ranking": _RANKING, "results": _RESULTS}  # and the columns that they have also without rows
 _RANDOM = ("random", "stage", "layer_matched_random")
 
 
@@ -179,6 +183,23 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
     return digits("test") if network.name == "digits" and not str(root) else zoo.reference_set(network, root)
 
 
+def usual_of(
+    network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+) -> Dataset | None:
+    """Give the reference images, see `pss.zoo.reference_set`; None where there are none and none are needed."""
+    try:
+        return zoo.reference_set(network, root, count, seed)
+    except ValueError:
+        if needed or str(root):
+            raise
+        return None
+
+
+def preprocessing_of(network: zoo.Network, dataset: Dataset | None) -> str:
+    """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
+    return "" if dataset is None or hasattr(dataset, "images") else str(name_of(network.preprocess))
+
+
 # --- the experiment ---------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +233,7 @@ class Experiment:
             content = (folder / f"{name}.csv").read_bytes()
             if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
                 raise ValueError(f"{folder / name}.csv is not as it was written: remove the folder and run it again")
-            tables.append(_read_csv(content))
+            tables.append(_read_csv(name, content))
         return cls(folder, about, *tables)
 
 
@@ -338,9 +359,14 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
         raise ValueError(f"the network misreads none of the {looked_at} images: there is nothing to repair")
     hashes = {}
     for name, table in tables.items():
-        content = table.to_csv(index=False).encode() if len(table.columns) else b""
+        content = table.to_csv(index=False).encode() if len(table) else b""
         write_whole(folder / f"{name}.csv", lambda file, content=content: file.write(content))
         hashes[name] = hashlib.sha256(content).hexdigest()
+    last = tables["results"][tables["results"]["k"] == record["filters"]]
+    summary = {"looked_at": looked_at, "edited": edited}
+    for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
+        summary[f"corrected {name} {edit}"] = float(own["corrected"].mean())
+    _write_json(folder / "summary.json", summary)
     _write_about(folder, {**record, "looked_at": looked_at, "edited": edited, "sha256": hashes, "complete": True})
     shutil.rmtree(folder / "parts")
     return Experiment.open(folder)
@@ -498,9 +524,9 @@ def _table_of_images(dataset, positions: np.ndarray, labels: Tensor, logits: Ten
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(content: bytes) -> pd.DataFrame:
+def _read_csv(name: str, content: bytes) -> pd.DataFrame:
     if not content.strip():
-        return pd.DataFrame()
+        return pd.DataFrame(columns=_TABLES[name])
     return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False)
 
 
@@ -508,7 +534,7 @@ def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:
     def write(opened) -> None:
         with zipfile.ZipFile(opened, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, table in part.items():
-                archive.writestr(f"{name}.csv", table.to_csv(index=False) if len(table.columns) else "")
+                archive.writestr(f"{name}.csv", table.to_csv(index=False) if len(table) else "")
 
     write_whole(file, write)
 
@@ -517,7 +543,7 @@ def _read_part(file: Path) -> dict[str, pd.DataFrame] | None:
     """Tables of a finished part; None if it is not there, or not whole (its checksums say)."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return {name: _read_csv(archive.read(f"{name}.csv")) for name in _TABLES}
+            return {name: _read_csv(name, archive.read(f"{name}.csv")) for name in _TABLES}
     except FileNotFoundError:
         return None
     except OSError:
@@ -537,8 +563,12 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    write_whole(folder / "results.json", lambda file: file.write(text.encode()))
+    _write_json(folder / "results.json", about)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
@@ -566,7 +596,7 @@ def bands(
         ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
     """
     by = list(by)
-    tables = []
+    tables = [pd.DataFrame(columns=[*by, "k"])] if results.empty else []
     for names, own in results.groupby(by, sort=False):
         columns: dict[str, Any] = dict(zip(by, names, strict=True))
         frames = dict(zip(("change_wrong", "change_true", "corrected"), published_frames(own), strict=True))
@@ -576,6 +606,25 @@ def bands(
             columns |= {f"{name}_low": low, f"{name}_high": high}
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
+
+
+def differences(
+    results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """A ranking less each other one after all edits, on the same images, with `pss.repair.paired_difference`.
+
+    Returns
+    -------
+    DataFrame
+        One row an edit and other ranking: ``edit``, ``than``, ``n``, ``mean``, ``low``, ``high``.
+    """
+    rows = []
+    for edit, own in results.groupby("edit", sort=False):
+        for other in own["algo"].unique():
+            if other != first:
+                last = repair.paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
+    return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 
 
 def published_frames(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

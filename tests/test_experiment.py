@@ -1,0 +1,341 @@
+"""Whole experiments: statistics kept and refused, resuming, tidy tables, and the second paper's frames and bands."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import pss
+from pss import experiment, zoo
+
+ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
+NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
+
+
+@pytest.fixture(scope="module")
+def network():
+    return zoo.load("digits")
+
+
+@pytest.fixture(scope="module")
+def units(network):
+    return pss.Units.of(network.model)
+
+
+@pytest.fixture(scope="module")
+def digits(network):
+    """Forty misread digits and eight others."""
+    whole = pss.data.digits("test")
+    wrong = pss.models.misclassified(network.model, whole).index.to_numpy()
+    return whole.subset([*wrong[:40], *np.setdiff1d(np.arange(60), wrong)[:8]])
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return pss.data.mnist("validation").subset(range(200))
+
+
+def write_tree(dataset, root):
+    for x, y, name in zip(dataset.images, dataset.labels, dataset.ids, strict=True):
+        file = root / str(int(y)) / f"{name.replace('/', '-')}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dataset.to_image(x)).save(file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trees(digits, usual, tmp_path_factory):
+    root = tmp_path_factory.mktemp("my pictures")
+    return write_tree(digits, root / "test"), write_tree(usual, root / "reference")
+
+
+@pytest.fixture(scope="module")
+def kept(network, units, usual, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    experiment.statistics(network.model, units, folder, usual, algo=ALGO, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(network, units, kept):
+    return experiment.statistics(network.model, units, kept, make=False, algo=ALGO)
+
+
+@pytest.fixture(scope="module")
+def done(network, digits, units, given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done")
+    edits = ("finetune", "prune")
+    return experiment.run(network.model, digits, units, given, folder, ALGO, edits, 3, progress=False)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_made_once(network, units, usual, kept, monkeypatch):
+    before = {file: file.stat().st_mtime_ns for file in kept.rglob("*") if file.is_file()}
+    assert {file.name for file in before} >= {"reference-0.9.safetensors", "profiles.npy"}
+    monkeypatch.setattr(experiment, "profile_dataset", None)
+    again = experiment.statistics(network.model, units, kept, usual, algo=ALGO)
+    assert before == {file: file.stat().st_mtime_ns for file in kept.rglob("*") if file.is_file()}
+    with torch.no_grad():
+        profiles = pss.profile(network.model, usual.images, usual.labels, units).double()
+    torch.testing.assert_close(again.plain.mean, profiles.mean(dim=0), rtol=1e-5, atol=1e-12)
+    assert again.scale_free is None and again.fisher is None
+
+
+def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_path):
+    with pytest.raises(FileNotFoundError, match="do_stats = True"):
+        experiment.statistics(network.model, units, tmp_path, usual, make=False)
+    with pytest.raises(ValueError, match="no reference images"):
+        experiment.statistics(network.model, units, tmp_path)
+    assert not list(tmp_path.iterdir())
+    small = usual.subset(range(24))
+    names = ("baseline", "scale_free_pot", "fisher")
+    found = experiment.statistics(network.model, units, tmp_path, small, algo=names, progress=False)
+    assert found.scale_free.scale_free and not found.plain.scale_free and found.plain.n == 24
+    assert set(found.fisher) == {layer.parameter for layer in units.layers}
+
+
+def test_statistics_of_something_else_are_refused(network, units, usual, kept):
+    other = copy.deepcopy(network.model)
+    with torch.no_grad():
+        other.conv1.weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match=r"something else .*model"):
+        experiment.statistics(other, units, kept, usual)
+    with pytest.raises(ValueError, match=r"something else .*data"):
+        experiment.statistics(network.model, units, kept, usual.subset(range(50)))
+    with pytest.raises(ValueError, match=r"something else .*loss"):
+        experiment.statistics(network.model, units, kept, usual, loss="logit")
+
+
+def test_run_refuses_statistics_of_another_model(network, digits, units, given, tmp_path):
+    other = pss.models.resnet18(seed=5)
+    with pytest.raises(ValueError, match=r"something else .*model"):
+        experiment.run(other, digits, units, given, tmp_path, ("baseline",), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_statistics_have_no_tail(network, digits, units, given, tmp_path):
+    file = tmp_path / "ImageNet_val_saliency_stat_digits_filter_wise.pth"
+    torch.save({"mean": given.plain.mean.float(), "std": given.plain.std}, file)
+    read = experiment.statistics(network.model, units, file, algo=("baseline",))
+    arguments = (network.model, digits, units, read, tmp_path / "run")
+    with pytest.raises(ValueError, match="no tail"):
+        experiment.run(*arguments, ("POT",), filters=2, progress=False)
+    assert not (tmp_path / "run").exists()
+    ranked = experiment.run(*arguments, ("baseline",), (), 2, count=3, progress=False).ranking
+    assert ranked["image"].nunique() == 3 and ranked["k"].max() == 2
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_tidy(done, digits, units, network):
+    wrong = pss.models.misclassified(network.model, digits)
+    assert sorted(done.images["image"]) == sorted(digits.ids)
+    assert set(done.images.loc[done.images["edited"], "image"]) == set(wrong["id"]) == set(done.results["image"])
+    assert not done.results.duplicated(["image", "algo", "edit", "k"]).any()
+    assert len(done.results) == 40 * len(ALGO) * 2 * 4 and set(done.results["k"]) == {0, 1, 2, 3}
+    assert len(done.ranking) == 40 * len(ALGO) * 3 and set(done.ranking["k"]) == {1, 2, 3}
+    assert {"confidence_true", "confidence_wrong", "corrected", "predicted", "loss"} <= set(done.results)
+    both = done.results.merge(done.ranking, on=["image", "algo", "k"], suffixes=("", "_ranked"))
+    assert (both["unit"] == both["unit_ranked"]).all() and len(both) == 2 * len(done.ranking)
+    assert (done.ranking["stage"].map(units.stages.index) == units.stage_ids[done.ranking["unit"]]).all()
+    first = done.results.query("k == 0").merge(wrong, left_on="image", right_on="id")
+    np.testing.assert_allclose(first["confidence_true"], first["label_confidence"], atol=1e-5)
+    assert (first["predicted_x"] == first["predicted_y"]).all()
+
+
+def test_rankings_are_those_of_the_methods(done, digits, units, network, given):
+    profiles = pss.profile(network.model, digits.images, digits.labels, units)
+    at = {name: number for number, name in enumerate(digits.ids)}
+    for algo, method in (("baseline", "zscore"), ("POT", "pot"), ("raw", "raw")):
+        table = done.ranking[done.ranking["algo"] == algo].pivot(index="image", columns="k", values="unit")  # noqa: PD010
+        expected = pss.rank(profiles[[at[name] for name in table.index]], given.plain, method, 3)
+        assert (table.to_numpy() == expected.numpy()).mean() > 0.98  # near ties may swap with the batch
+    conv5 = done.ranking[done.ranking["algo"] == "conv5"]
+    assert set(conv5["stage"]) == {"conv5_x"}
+    start = int(np.flatnonzero(units.stage_ids == units.stages.index("conv5_x"))[0])
+    for name, own in conv5.groupby("image"):
+        values = profiles[at[name], start:]
+        torch.testing.assert_close(values[own["unit"].to_numpy() - start], values.topk(3).values, rtol=1e-4, atol=0)
+    drawn = done.ranking[done.ranking["algo"] == "random"]
+    assert drawn["unit"].nunique() > 80  # each image has its own
+
+
+def test_curves_are_those_of_a_plain_loop(done, digits, network, units):
+    name = done.results["image"].iloc[0]
+    x, y = digits[list(digits.ids).index(name)]
+    for (algo, edit), own in done.results[done.results["image"] == name].groupby(["algo", "edit"]):
+        model = copy.deepcopy(network.model)
+        F.cross_entropy(model(x[None]), y[None]).backward()
+        gradients = {layer.parameter: model.get_parameter(layer.parameter).grad for layer in units.layers}
+        for unit, confidence in zip(own["unit"][1:], own["confidence_true"][1:], strict=True):
+            number, j = units.locate(unit)
+            layer = units.layers[number]
+            with torch.no_grad():
+                weight = model.get_parameter(layer.parameter)[layer.index(j)]
+                weight -= weight.clone() if edit == "prune" else 1e-3 * gradients[layer.parameter][layer.index(j)]
+                assert abs(model(x[None]).softmax(1)[0, y].item() - confidence) < 1e-4, (algo, edit)
+
+
+def test_published_frames(done):
+    own = done.results.query("algo == 'POT' and edit == 'prune'")
+    df_i, df_c, df_f = experiment.published_frames(own)
+    assert df_i.shape == df_c.shape == df_f.shape == (40, 4) and not df_f[0].any()
+    for name, curve in own.groupby("image"):
+        np.testing.assert_allclose(df_c.loc[name], curve["confidence_true"] - curve["confidence_true"].iloc[0])
+        np.testing.assert_allclose(df_i.loc[name], curve["confidence_wrong"] - curve["confidence_wrong"].iloc[0])
+        assert (df_f.loc[name] == (curve["predicted"] == curve["label"]).to_numpy()).all()
+    with pytest.raises(ValueError, match="one algo and one edit"):
+        experiment.published_frames(done.results)
+
+
+def test_bands_resample_as_many_images_as_there_are(done):
+    table = experiment.bands(done.results, resamples=4000)
+    plain = pss.repair.summarize(done.results, ["algo", "edit"])
+    table = table.sort_values(["algo", "edit", "k"], ignore_index=True)
+    plain = plain.sort_values(["algo", "edit", "k"], ignore_index=True)
+    assert (table["n"] == 40).all()
+    for value in ("change_true", "change_wrong", "corrected"):
+        np.testing.assert_allclose(table[value], plain[value], atol=1e-12)
+    width = (table["change_true_high"] - table["change_true_low"]) / 2 / 1.96
+    spread = done.results.merge(done.results.query("k == 0"), on=["image", "algo", "edit"])
+    spread["change"] = spread["confidence_true_x"] - spread["confidence_true_y"]
+    spread = spread.groupby(["algo", "edit", "k_x"])["change"].std(ddof=0).to_numpy()
+    expected = spread / 40**0.5  # of a mean over as many images as there are
+    assert np.abs(np.log(width[expected > 0] / expected[expected > 0])).max() < 0.25
+    assert (width[expected == 0] == 0).all()
+    one = done.results.query("algo == 'raw' and edit == 'finetune'")
+    values, rng = experiment.published_frames(one)[1].to_numpy(), np.random.default_rng(0)
+    means = [values[rng.integers(40, size=40)].mean(axis=0) for _ in range(4000)]
+    mine = table.query("algo == 'raw' and edit == 'finetune'")
+    np.testing.assert_allclose(mine["change_true_low"], np.quantile(means, 0.025, axis=0), atol=1e-9)
+
+
+def test_shares(done, units):
+    table = experiment.shares(done.ranking, units, k=2)
+    assert table.groupby("algo")["share"].sum().round(9).eq(1).all()
+    own = done.ranking.query("algo == 'POT' and k <= 2")["stage"].value_counts(normalize=True)
+    pot = table[table["algo"] == "POT"].set_index("stage")["share"]
+    assert all(abs(pot[stage] - own.get(stage, 0)) < 1e-9 for stage in units.stages)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_run_again_equals_run_whole(done, network, digits, units, given, tmp_path, monkeypatch):
+    arguments = (network.model, digits, units, given, tmp_path, ALGO, ("finetune", "prune"), 3)
+    part, calls = experiment._Job.part, []
+
+    def killed(self, dataset, positions, left):
+        calls.append(positions[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return part(self, dataset, positions, left)
+
+    monkeypatch.setattr(experiment._Job, "part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(*arguments, progress=False)
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["00000.zip"]
+    with pytest.raises(ValueError, match="not finished"):
+        experiment.Experiment.open(tmp_path)
+    again = experiment.run(*arguments, progress=False)
+    assert len(calls) == 3 and calls[1] == calls[2] != calls[0]
+    for name in ("images", "ranking", "results"):
+        assert (tmp_path / f"{name}.csv").read_bytes() == (done.folder / f"{name}.csv").read_bytes()
+    experiment.run(*arguments, progress=False)
+    assert len(calls) == 3 and again.about["complete"] and not (tmp_path / "parts").exists()
+
+
+def test_a_damaged_part_is_made_again(network, digits, units, given, tmp_path, monkeypatch):
+    arguments = (network.model, digits, units, given, tmp_path, ("raw",), ("prune",), 1)
+    finish = experiment._finish
+    monkeypatch.setattr(experiment, "_finish", lambda *_: None)
+    experiment.run(*arguments, progress=False)
+    file = tmp_path / "parts" / "00001.zip"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:], b""):
+        file.write_bytes(damaged)
+        assert experiment._read_part(file) is None
+    monkeypatch.setattr(experiment, "_finish", finish)
+    assert experiment.run(*arguments, progress=False).about["edited"] == 40
+
+
+def test_another_experiment_or_a_changed_table_is_refused(done, network, digits, units, given, tmp_path):
+    arguments = (network.model, digits, units, given)
+    with pytest.raises(ValueError, match=r"another experiment \(filters: there 3, given 2\)"):
+        experiment.run(*arguments, done.folder, ALGO, ("finetune", "prune"), 2, progress=False)
+    mine = experiment.run(*arguments, tmp_path, ("raw",), ("prune",), 1, count=2, progress=False)
+    assert mine.about["pss"] == pss.__version__ and mine.about["model"] == pss.models.fingerprint(network.model)
+    assert mine.about["edited"] == 2 == mine.results["image"].nunique() and mine.about["data"] == digits.fingerprint
+    last = mine.results.query("k == 1")["corrected"].mean()
+    assert json.loads((tmp_path / "summary.json").read_text())["corrected raw prune"] == last
+    table = tmp_path / "results.csv"
+    table.write_text(table.read_text().replace("prune", "prUne", 1))
+    with pytest.raises(ValueError, match="not as it was written"):
+        experiment.Experiment.open(tmp_path)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_names_of_rankings(network, digits, units, given, tmp_path):
+    assert [experiment.method_of(name) for name in ("baseline", "POT", "raw")] == ["zscore", "pot", "raw"]
+    with pytest.raises(ValueError, match="unknown algo 'pot5'"):
+        experiment.method_of("pot5")
+    arguments = (network.model, digits, units, given, tmp_path)
+    with pytest.raises(ValueError, match="same ranking"):
+        experiment.run(*arguments, ("baseline", "zscore"), progress=False)
+    with pytest.raises(ValueError, match="needs scale-free statistics"):
+        experiment.run(*arguments, ("scale_free_pot",), progress=False)
+    right = digits.subset(range(40, 48))
+    with pytest.raises(ValueError, match="misreads none of the 8 images"):
+        experiment.run(network.model, right, units, given, tmp_path, ("raw",), progress=False)
+
+
+def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units, given, tmp_path):
+    tree = experiment.images_of(network, trees[0])
+    mine = experiment.run(network.model, tree, units, given, tmp_path, ("baseline", "raw"), filters=3, progress=False)
+    results = mine.results.assign(image=mine.results["image"].map(lambda name: Path(name).stem.replace("-", "/")))
+    both = results.merge(done.results, on=["image", "algo", "edit", "k"])
+    assert len(both) == len(results) == 40 * 2 * 4
+    assert (both["unit_x"] == both["unit_y"]).mean() > 0.98
+    np.testing.assert_allclose(both["confidence_true_x"], both["confidence_true_y"], atol=1e-3)
+
+
+def test_imagenet_sweep_names_parameters_of_the_notebook():
+    from pss.sweep import read_sweep
+
+    runs = read_sweep(NOTEBOOK.parent / "params" / "imagenet.yaml").runs
+    assert [run.parameters["level"] for run in runs] == [0.85, 0.95]
+    assert all(experiment.method_of(name) for run in runs for name in run.parameters["algo"])
+
+
+def test_notebook_on_a_tree(trees, tmp_path):
+    from pss.batch import run_notebook
+
+    parameters = {
+        "dataset_path": str(trees[0]),
+        "reference_path": str(tmp_path / "statistics"),
+        "reference_images_path": str(trees[1]),
+        "algo": ["baseline", "POT", "random"],
+        "n_images": 12,
+        "filters": 4,
+        "zero_clear": True,
+        "output": str(tmp_path / "output"),
+    }
+    figures = run_notebook(NOTEBOOK, tmp_path / "executed.ipynb", parameters)
+    assert len(figures) >= 3
+    found = experiment.Experiment.open(tmp_path / "output")
+    assert found.about["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}
+    assert found.about["about"]["network"] == "digits"
+    assert json.loads((tmp_path / "output" / "results.json").read_text())["algo"] == parameters["algo"]
+    assert (tmp_path / "statistics" / "reference-0.9.safetensors").is_file()
+    assert pd.read_csv(tmp_path / "output" / "results.csv")["image"].str.endswith(".png").all()

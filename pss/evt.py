@@ -46,7 +46,14 @@ __all__ = [
     "threshold_stability",
 ]
 
-REASONS = ("fitted", "too few excesses", "tied excesses", "no interior maximum", "infinite excesses")
+REASONS = (
+    "fitted",
+    "too few excesses",
+    "tied excesses",
+    "no interior maximum",
+    "infinite excesses",
+    "more than 16 decades",  # between the smallest and the largest excess: the search ends before
+)
 
 _BEYOND = 1e30  # where the scores of values beyond the support begin; float32 can hold them too
 
@@ -174,7 +181,8 @@ def fit_gpd(excesses, min_excesses: int = 10) -> GPDFit:
     Notes
     -----
     Maximizes :math:`-n\log\beta-(1+1/\xi)\sum_i\log(1+\xi x_i/\beta)` over its interior, :math:`\xi>-1` (below, it is
-    unbounded); `pss._gpd` says how. A maximum within 0.01 of -1 can be missed, and is then reported as none.
+    unbounded); `pss._gpd` says how. A maximum within 0.01 of -1 can be missed, and is then reported as none. Rows whose
+    excesses lie more than 16 decades apart may have one that is out of reach, and say so.
 
     References
     ----------
@@ -211,6 +219,9 @@ def _fit_chunk(raw: Tensor, min_excesses: int) -> GPDFit:
         found = torch.where(theta * s > -0.5, found, torch.nan)
         var_xi[rows], var_scale[rows], cov[rows] = covariance(*found, n[rows])
         reason[rows[theta.isnan()]] = 3
+        (none,) = (reason == 3).nonzero(as_tuple=True)
+        smallest = torch.where(x[none] > 0, x[none], torch.inf).amin(1)
+        reason[none[x[none].amax(1) > 1e16 * smallest]] = 5
     return GPDFit(xi, scale, loglik, n.long(), var_xi.sqrt(), var_scale.sqrt() * mean, cov * mean, reason)
 
 

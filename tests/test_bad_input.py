@@ -6,21 +6,28 @@ as before, and no file was made or changed.
 """
 # ruff: noqa: E501  (a row a line)
 
+import os
+import pickle
 import re
+import struct
+import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 from safetensors.torch import save_file
 from state import files_of, state_of, state_of_process, unsettled
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import pss
-from pss import batch, data, evt, input_space, models, neighbors, patches, profiles, repair
+from pss import batch, data, evt, execution, input_space, models, neighbors, patches, profiles, repair, zoo
 from pss.reference import Reference
 from pss.store import ProfileStore
 from pss.units import Layer, Units
@@ -106,15 +113,50 @@ def w(tmp_path_factory):
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(new_notebook(cells=[tagged], metadata={"kernelspec": kernel}), world.tmp / "02_one.ipynb")
     nbformat.write(new_notebook(cells=[tagged, again]), world.tmp / "03_two.ipynb")
+    (world.tmp / "tag.yaml").write_text(f"model: !!python/object/apply:os.system ['touch {world.tmp}/ran']")
+    (world.tmp / "keys.yaml").write_text("model: digits\nweight: published")
+    (world.tmp / "list.yaml").write_text("[1, 2]")
+    world.digits = zoo.load("digits")
     pictures(world.tmp / "pictures")
     world.model = unsettled(world.model)
     return world
 
 
 def pictures(folder):
+    """Files that are no pictures, or not whole, or enormous; folders without pictures."""
     (folder / "empty").mkdir(parents=True)
     (folder / "classes" / "cat").mkdir(parents=True)
     (folder / "classes" / "cat" / "notes.txt").write_text("no picture")
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    for kind in ("png", "jpg", "gif", "tif", "webp", "bmp"):
+        picture.save(folder / f"whole.{kind}")
+        content = (folder / f"whole.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(content[: len(content) * 2 // 3])
+    content = bytearray((folder / "whole.png").read_bytes())
+    content[60] ^= 0xFF
+    (folder / "flipped.png").write_bytes(content)
+    (folder / "text.png").write_text("not a picture")
+    (folder / "nothing.png").write_bytes(b"")
+    (folder / "vector.png").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    (folder / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    Image.fromarray(np.ones((9, 9), np.float32)).save(folder / "floats.tif")
+    picture.resize((1, 400)).save(folder / "line.png")
+    (folder / "bomb.png").write_bytes(png(60_000, 60_000))
+    (folder / "large.png").write_bytes(png(9_000, 9_000))
+    (folder / "code.png").write_bytes(pickle.dumps({"weights": 1}))
+    (folder / "self").symlink_to(folder / "self")
+
+
+def png(width, height, rows=b""):
+    """A PNG whose header names a size, whatever it holds: 60,000 by 60,000 pixels in 100 bytes."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def look(w, name, **options):
+    return data.read_image(w.tmp / "pictures" / name, **options)
 
 
 def with_(tensor, at, value):
@@ -163,10 +205,6 @@ def dataset(w, dataset=None, path="new", **given):
 def edits(w, ids, *args):
     with pss.edited(w.model, w.units, ids, *args):
         raise AssertionError("was edited")
-
-
-def command(*arguments):
-    return batch.main(list(map(str, arguments)))
 
 
 # fmt: off
@@ -451,10 +489,46 @@ CASES = {
     "folder of other classes": (lambda w: data.folder(w.tmp / "pictures" / "classes", classes=["dog"]), ValueError, r"folders that are not in classes: cat"),
     "folder as a split": (lambda w: data.open_set("x", "half", root=w.tmp), ValueError, r"unknown split 'half': expected one of train"),
     "MNIST that is not there": (lambda w: data.torchvision_set("MNIST", w.tmp), FileNotFoundError, r"MNIST's test files are not in .*PSS downloads nothing"),
+    # --- pictures
+    **{
+        f"cut picture, {kind}": (lambda w, kind=kind: look(w, f"cut.{kind}"), ValueError, rf"cut.{kind} is (damaged, cut off|not a picture that can be read)")
+        for kind in ("png", "jpg", "gif", "tif", "webp", "bmp")
+    },
+    "picture with a flipped bit": (lambda w: look(w, "flipped.png"), ValueError, r"flipped.png is damaged, cut off"),
+    "text for a picture": (lambda w: look(w, "text.png"), ValueError, r"text.png is not a picture that can be read .*: expected one of BMP, GIF, JPEG, PNG"),
+    "empty picture": (lambda w: look(w, "nothing.png"), ValueError, r"nothing.png is not a picture that can be read"),
+    "SVG for a picture": (lambda w: look(w, "vector.png"), ValueError, r"vector.png is not a picture that can be read"),
+    "PostScript for a picture": (lambda w: look(w, "program.eps"), ValueError, r"program.eps is not a picture that can be read"),
+    "pickle for a picture": (lambda w: look(w, "code.png"), ValueError, r"code.png is not a picture that can be read"),
+    "picture of floats": (lambda w: look(w, "floats.tif"), ValueError, r"floats.tif .*floating-point numbers: save it with 8 or 16 bits"),
+    "picture of 1 by 400": (lambda w: look(w, "line.png"), ValueError, r"line.png has 1 x 400 pixels: at most 100 times as long as wide"),
+    "decompression bomb": (lambda w: look(w, "bomb.png"), ValueError, r"bomb.png has too many pixels .*at most 67,108,864 are read"),
+    "too large a picture": (lambda w: look(w, "large.png"), ValueError, r"large.png has 9000 x 9000 pixels: at most 67,108,864 are read; make it smaller"),
+    "picture over its own cap": (lambda w: look(w, "whole.png", max_pixels=1000), ValueError, r"whole.png has 30 x 40 pixels: at most 1,000 are read"),
+    "no picture": (lambda w: look(w, "absent.png"), FileNotFoundError, r"absent.png is not there: expected a picture file"),
+    "folder for a picture": (lambda w: look(w, "empty"), FileNotFoundError, r"empty is a folder: expected a picture file"),
+    "picture that links to itself": (lambda w: look(w, "self"), FileNotFoundError, r"self is not there: expected a picture file"),
+    # --- networks by name
+    "unknown network": (lambda w: zoo.load("resnet51"), ValueError, r"unknown model 'resnet51'.*resnet50"),
+    "network of no module": (lambda w: zoo.load("no.such.module:thing"), ValueError, r"there is no module 'no': install its package, or put its folder on PYTHONPATH"),
+    "network of no callable": (lambda w: zoo.load("pss.models:resnet19"), ValueError, r"pss.models has no 'resnet19': expected package.module:callable"),
+    "network that is none": (lambda w: zoo.load("builtins:dict"), ValueError, r"builtins:dict gave a dict: expected a callable that gives a torch.nn.Module"),
+    "network without its weights": (lambda w: zoo.load("digits", w.tmp / "absent.pth"), FileNotFoundError, r"absent.pth.*no such file"),
+    "network with other weights": (lambda w: zoo.load("digits", w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors does not fit"),
+    "no description": (lambda w: zoo.load(str(w.tmp / "absent.yaml")), FileNotFoundError, r"no model description at .*absent.yaml"),
+    "description with a tag": (lambda w: zoo.load(str(w.tmp / "tag.yaml")), ValueError, r"tag.yaml cannot be read as YAML: could not determine a constructor for the tag .*python/object/apply"),
+    "description with unknown keys": (lambda w: zoo.load(str(w.tmp / "keys.yaml")), ValueError, r"keys.yaml has unknown keys weight: expected some of model"),
+    "description of a list": (lambda w: zoo.load(str(w.tmp / "list.yaml")), ValueError, r"list.yaml is \[1, 2\]: expected keys and values"),
+    "label of no class": (lambda w: w.digits.label("eleven"), ValueError, r"eleven"),
+    "label beyond the classes": (lambda w: w.digits.label(10), ValueError, r"10.*0\.\.9"),
+    "reference images of no folder": (lambda w: zoo.reference_set(w.digits, w.tmp / "absent"), FileNotFoundError, r"absent is not a folder"),
+    "more reference images than there are": (lambda w: zoo.reference_set(w.digits, count=10_000), ValueError, r"count 10000: there are only 1000 images"),
+    "reference images of other classes": (lambda w: zoo.reference_set(w.digits, w.tmp / "pictures" / "classes"), ValueError, r"Expected folders named by classes of digits"),
+    "reference of another network": (lambda w: zoo.reference(w.digits, Units.of(w.digits.model), w.tmp / "reference.safetensors"), ValueError, r"the reference has 8 units, the model 1200"),
     # --- notebooks and YAML
-    "notebook without parameters": (lambda w: batch.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
-    "notebook with two parameter cells": (lambda w: batch.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
-    "notebook without this parameter": (lambda w: batch.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out.ipynb", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
+    "notebook without parameters": (lambda w: execution.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
+    "notebook with two parameter cells": (lambda w: execution.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
+    "notebook without this parameter": (lambda w: execution.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out.ipynb", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
     "no notebooks": (lambda w: batch.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
     "neither notebook nor folder": (lambda w: batch.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
 }
@@ -470,3 +544,219 @@ def test_is_refused(w, name):
     assert type(caught.value) is kind, caught.value
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
     assert (state_of(w.model), state_of_process(), files_of(w.tmp)) == before
+
+
+def test_enough_cases():
+    assert len(CASES) >= 300
+
+
+# --- pictures that are odd, but good: the right pixels, worked out from what was put in ---------------------------------
+
+RNG = np.random.default_rng(3)
+COLOURS = RNG.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 256, (12, 9), dtype=np.uint8)
+ALPHA = RNG.integers(0, 256, (12, 9, 1), dtype=np.uint8)
+DEEP = RNG.integers(0, 65536, (12, 9)).astype(np.uint16)
+INK = RNG.integers(0, 256, (12, 9, 4), dtype=np.uint8)
+PALETTE = RNG.integers(0, 256, (16, 3), dtype=np.uint8)
+INDEX = RNG.integers(0, 16, (12, 9), dtype=np.uint8)
+TURNED = {  # what each orientation asks for, by the EXIF standard: where the first row and column of the file go
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+
+
+def on_white(colours, alpha):
+    share = alpha / 255.0
+    return colours * share + 255 * (1 - share)
+
+
+def three(grey):
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def with_palette(**options):
+    image = Image.fromarray(INDEX).convert("P")
+    image.putdata(INDEX.ravel().tolist())
+    image.putpalette(PALETTE.ravel().tolist())
+    return image, "png", options
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return {"exif": tags}
+
+
+# name: (picture to be saved, format, options), the pixels that it shows
+PICTURES = {
+    "RGB": ((Image.fromarray(COLOURS), "png", {}), COLOURS),
+    "grey": ((Image.fromarray(GREY), "png", {}), three(GREY)),
+    "black and white": ((Image.fromarray(GREY > 99), "png", {}), three(255 * (GREY > 99))),
+    "alpha": ((Image.fromarray(np.dstack([COLOURS, ALPHA])), "png", {}), on_white(COLOURS, ALPHA)),
+    "grey with alpha": ((Image.fromarray(np.dstack([GREY, ALPHA])), "png", {}), on_white(three(GREY), ALPHA)),
+    "palette": (with_palette(), PALETTE[INDEX]),
+    "palette with a transparent colour": (
+        with_palette(transparency=5),
+        np.where((INDEX == 5)[..., None], 255, PALETTE[INDEX]),
+    ),
+    "16 bits": ((Image.fromarray(DEEP), "png", {}), three(DEEP / 257)),
+    "16 bits, TIFF": ((Image.fromarray(DEEP), "tiff", {}), three(DEEP / 257)),
+    "CMYK": (
+        (Image.frombytes("CMYK", (9, 12), INK.tobytes()), "tiff", {}),
+        (255.0 - INK[..., :3]) * (255.0 - INK[..., 3:]) / 255,
+    ),
+    "CMYK JPEG": (
+        (Image.new("CMYK", (16, 16), (10, 200, 90, 30)), "jpeg", {"quality": 100}),
+        np.broadcast_to((255.0 - np.array([10, 200, 90])) * 225 / 255, (16, 16, 3)),
+    ),
+    "one pixel": ((Image.new("RGB", (1, 1), (1, 2, 3)), "png", {}), np.array([[[1, 2, 3]]])),
+    "animation": (
+        (Image.fromarray(GREY), "gif", {"save_all": True, "append_images": [Image.fromarray(255 - GREY)]}),
+        three(GREY),
+    ),
+    **{f"orientation {n}": ((Image.fromarray(COLOURS), "png", exif(n)), turn(COLOURS)) for n, turn in TURNED.items()},
+    "orientation of nonsense": ((Image.fromarray(COLOURS), "png", exif(99)), COLOURS),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_odd_picture_shows_the_right_pixels(tmp_path, name):
+    (image, kind, options), expected = PICTURES[name]
+    path = tmp_path / "picture.jpg"  # the content counts, not the name
+    image.save(path, format=kind, **options)
+    shown = data.read_image(path)
+    assert shown.mode == "RGB"
+    assert np.asarray(shown).shape == expected.shape
+    slack = 2 if name == "CMYK JPEG" else 1 if expected.dtype.kind == "f" else 0  # rounding
+    assert np.abs(np.asarray(shown, float) - expected).max() <= slack
+
+
+NAMES = (
+    "plain.png",
+    "with space.png",
+    "日本語.png",
+    "quo'te\".png",
+    "<img src=x onerror=alert(1)>.png",
+    "é\n.PNG",
+    "-rf.png",
+    "a;b$(c)%20&.png",
+)
+
+
+def test_strange_names_are_read(tmp_path):
+    folder = tmp_path / "クラス 一" / "0 <b>"
+    folder.mkdir(parents=True)
+    for name in NAMES:
+        Image.fromarray(COLOURS).save(folder / name, format="png")
+    (folder / "link.png").symlink_to(folder / "plain.png")
+    (tmp_path / "クラス 一" / "1 linked").symlink_to(folder)
+    tree = data.folder(tmp_path / "クラス 一")
+    assert len(tree) == 2 * (len(NAMES) + 1) and tree.classes == ["0 <b>", "1 linked"]
+    assert {Path(i).name for i in tree.ids} == {*NAMES, "link.png"}
+    first = data.preprocess(Image.fromarray(COLOURS))
+    assert all(torch.equal(image, first) for image, _ in tree)
+
+
+def test_unreadable_picture_is_an_error_or_skipped(w, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for name in ("0.png", "1.png", "2.png"):
+        Image.fromarray(COLOURS).save(tmp_path / "a" / name)
+    locked = tmp_path / "a" / "1.png"
+    locked.chmod(0)
+    if os.access(locked, os.R_OK):  # the superuser reads everything
+        plain = Path.open
+
+        def refuses(self, *args, **kwargs):
+            if self == locked:
+                raise PermissionError(13, "Permission denied", str(self))
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(PermissionError, match=r"1\.png"):
+        data.read_image(locked)
+    tree = data.folder(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"item 1 of the data set could not be read \(PermissionError.*1\.png.*on_error='skip'"
+    ):
+        pss.profile_dataset(w.other, tree, path=tmp_path / "s", progress=False)
+    store = pss.profile_dataset(w.other, tree, path=tmp_path / "t", progress=False, on_error="skip")
+    assert store.finished.tolist() == [True, False, True] and "PermissionError" in store.skipped[1]
+
+
+# --- columns without a tail ----------------------------------------------------------------------------------------------
+
+COLUMNS = {  # a column of 40 reference saliencies, whether it is dead, and whether a tail can be fitted
+    "constant": (np.full(40, 0.3), True, False),
+    "zero": (np.zeros(40), True, False),
+    "one value but for one": (np.r_[np.zeros(39), 1.0], False, False),
+    "tied": (np.repeat([0.1, 0.2, 0.3, 0.4], 10), False, False),
+    "two values": (np.tile([1e-9, 1e-3], 20), False, False),
+    "far apart": (np.r_[np.full(20, 1e-3), 10.0 ** np.linspace(-3, 30, 20)], False, False),
+    "heavy": (-(np.log((np.arange(40) + 0.5) / 40) ** 3), False, True),
+}
+
+
+def test_columns_without_a_tail_are_reported_and_ranked():
+    columns = np.stack([values for values, *_ in COLUMNS.values()], axis=1)
+    kept = columns.copy()
+    reference = Reference.fit(columns, level=0.6)
+    assert np.array_equal(columns, kept)  # never written to
+    assert reference.dead.tolist() == [dead for _, dead, _ in COLUMNS.values()]
+    assert reference.fitted.tolist() == [fitted for _, _, fitted in COLUMNS.values()]
+    new = torch.from_numpy(np.stack([kept.max(axis=0) * 3 + 1e-6, kept.min(axis=0)]))
+    for method in pss.METHODS:
+        if method not in ("stage", "layer_matched_random"):
+            ids = pss.rank(new, reference, method)
+            assert (ids.sort(dim=1).values == torch.arange(len(COLUMNS))).all(), method
+            assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
+    for values in (reference.zscore(new), reference.tail_score(new), reference.ratio(new)):
+        assert values.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (np.full(20, np.nan), "too few excesses"),
+        (np.zeros(20), "too few excesses"),
+        (-np.ones(20), "too few excesses"),
+        (np.r_[np.arange(1.0, 10), np.zeros(11)], "too few excesses"),
+        (np.ones(20), "tied excesses"),
+        (np.r_[np.arange(1.0, 20), np.inf], "infinite excesses"),
+        (10.0 ** np.linspace(-30, 0, 20), "more than 16 decades"),
+        (10.0 ** np.linspace(-200, 100, 500), "more than 16 decades"),
+        (1 - np.linspace(0, 1, 20) ** 9, "no interior maximum"),
+    ],
+)
+def test_rows_that_cannot_be_fitted_say_why(row, why):
+    fit = evt.fit_gpd(row)
+    assert evt.REASONS[fit.reason] == why
+    assert fit.xi.isnan() and fit.scale.isnan() and not fit.fitted
+
+
+def test_an_edit_that_overflows_predicts_no_class(w):
+    """NaN is larger than every number for argmax: the first class would be "predicted"."""
+    logits = torch.tensor([[0.1, 0.2, 0.3], [NAN, NAN, NAN], [0.0, NAN, 1.0]])
+    assert repair.predicted(logits).tolist() == [2, -1, -1]
+    zeros, step = torch.zeros(6, dtype=torch.int64), torch.full((1, 4, 3, 3), NAN)
+    table = repair.collateral(w.other, w.units, [[5]], w.x, zeros, "finetune", [[step]], progress=False)
+    assert table["accuracy_after"].item() == 0
+    curves = pss.edit_curve(w.other, w.x[0], 0, [5], w.units, loss=_steep, lr=1e30)
+    assert curves["predicted"].tolist()[1:] == [-1] and not curves["corrected"].iloc[1]
+
+
+def _steep(outputs, labels):
+    return 1e30 * outputs.sum(dim=1)
+
+
+def test_agreement_takes_tensors_that_require_gradients(w):
+    """As it takes those of another device: through the CPU, detached."""
+    ids = torch.tensor([[1], [0], [1], [0], [1], [0]])
+    table = neighbors.agreement(w.y, w.y, ids)
+    pd.testing.assert_frame_equal(table, neighbors.agreement(w.y.numpy(), w.y.numpy(), ids.numpy()))

@@ -472,7 +472,7 @@ def calibration_ratio(table: pd.DataFrame, floor: float = 0.02, ax: Axes | None 
     for number, (model, (method, marker)) in enumerate(looks.items()):
         part = table[table["model"] == model]
         ratio = part[["mean", "min", "max"]].div(part["rate"], axis=0).clip(lower=floor)
-        bars = [ratio["mean"] - ratio["min"], ratio["max"] - ratio["mean"]]
+        bars = np.array([ratio["mean"] - ratio["min"], ratio["max"] - ratio["mean"]])
         x = part["rate"] * 1.12 ** (number - 1.5)  # side by side
         ax.errorbar(x, ratio["mean"], bars, fmt=f"{marker}-", ms=5, capsize=2, color=METHOD_COLORS[method], label=model)
     ax.axhline(1, color="black", lw=1)

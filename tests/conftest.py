@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: small models and data, one thread."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,16 @@ def peer_data() -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the tests counted: `record_property("count kills", 3)` adds three kills."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    counts = Counter()
+    for report in reports:
+        for name, number in report.user_properties:
+            if name.startswith("count "):
+                counts[name.removeprefix("count ")] += number
+    if counts:
+        found = ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
+        terminalreporter.write_line(f"counted: {len(reports):,} tests, {found}")

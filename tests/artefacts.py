@@ -1,0 +1,195 @@
+"""Every kind of file that PSS writes, made small: what the tests of faults and of provenance go through.
+
+Each kind writes one of two versions into a folder, reads it back, and knows its files. Reading gives plain values,
+which `same` compares to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from test_profiles import make_data, make_model
+
+from pss import data, models
+from pss.fisher import fisher_diagonal
+from pss.patches import Patch
+from pss.profiles import ProfileStore, profile_dataset
+from pss.reference import Reference
+from pss.units import Units
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of artefact. ``write(folder, version)`` and ``read(folder)``; whether damage is refused or made anew."""
+
+    name: str
+    files: tuple[str, ...]
+    write: Callable[[Path, int], object]
+    read: Callable[[Path], dict]
+    rebuilt: bool = False
+    replaces: bool = True  # whether writing puts a new version in the place of an old one at once
+
+    def digest(self, folder: Path) -> str:
+        """What reading gives, to the bit."""
+        total = hashlib.sha256()
+        for name, value in sorted(self.read(folder).items()):
+            total.update(name.encode())
+            if isinstance(value, torch.Tensor | np.ndarray):
+                value = np.asarray(value)
+                total.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+            else:
+                total.update(json.dumps(value, sort_keys=True).encode())
+        return total.hexdigest()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- the kinds --------------------------------------------------------------------------------------------------------
+
+
+def _write_store(folder: Path, version: int) -> None:
+    again = (folder / "store" / "manifest.json").exists()  # a cut-off pass goes on, another version replaces it
+    options = {"batch_size": 9, "progress": False, "data_name": f"data {version}"}
+    arguments = (make_model(), make_data(seed=version), None, folder / "store")
+    try:
+        profile_dataset(*arguments, **options)
+    except ValueError:
+        if not again:
+            raise
+        profile_dataset(*arguments, rebuild=True, **options)
+
+
+def _read_store(folder: Path) -> dict:
+    store = ProfileStore.open(folder / "store")
+    values = {name: getattr(store, name) for name in ("labels", "predictions", "losses", "confidences", "finished")}
+    return values | {"profiles": store.profiles, **store.manifest}
+
+
+def saliencies(version: int) -> np.ndarray:
+    """(200, 40), heavy tails."""
+    return np.random.default_rng(version).lognormal(sigma=2.0, size=(200, 40)).astype(np.float32)
+
+
+def _write_reference(folder: Path, version: int) -> None:
+    Reference.fit(saliencies(version), about={"model": f"model {version}"}).save(folder / "reference.safetensors")
+
+
+def _read_reference(folder: Path) -> dict:
+    reference = Reference.load(folder / "reference.safetensors")
+    return {f.name: getattr(reference, f.name) for f in fields(reference)}
+
+
+def _write_weights(folder: Path, version: int) -> None:
+    models.save_weights(models.resnet18(4, seed=version), folder / "weights.safetensors", {"seed": str(version)})
+
+
+def _read_weights(folder: Path) -> dict:
+    path = folder / "weights.safetensors"
+    model = models.load_weights(models.resnet18(4, seed=9), path)
+    return model.state_dict() | {"record": models.read_record(path)}
+
+
+def _fisher(folder: Path, version: int) -> dict:
+    images, labels = make_data(seed=version).tensors
+    return fisher_diagonal(make_model(), (images, labels), path=folder / "fisher.safetensors", progress=False)
+
+
+def _write_fisher(folder: Path, version: int) -> None:
+    try:
+        _fisher(folder, version)
+    except ValueError:  # made with other images: as its message says
+        (folder / "fisher.safetensors").unlink()
+        _fisher(folder, version)
+
+
+def _read_fisher(folder: Path) -> dict:
+    for version in (0, 1):
+        if not (folder / "fisher.safetensors").exists():
+            raise FileNotFoundError("no Fisher information")
+        try:
+            return _fisher(folder, version)
+        except ValueError as error:
+            if "another images" not in str(error) or version == 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def patch(version: int) -> Patch:
+    """A patch of one filter."""
+    model = make_model()
+    place = ("0.weight", ((1, 2), (None, None), (None, None), (None, None)))
+    view = Units.of(model).view(model, 1).detach().clone()
+    about = {"pss": "x", "guard": str(version)}
+    return Patch(
+        models.fingerprint(model), (1,), ("0[1]",), (place,), (view,), (view * version + 1,), True, about=about
+    )
+
+
+def _write_patch(folder: Path, version: int) -> None:
+    patch(version).save(folder / "patch.safetensors")
+
+
+def _read_patch(folder: Path) -> dict:
+    found = Patch.load(folder / "patch.safetensors")
+    plain = {n: getattr(found, n) for n in ("model", "units", "names", "places", "corrected", "reason", "about")}
+    return plain | {"original": found.original[0], "difference": found.difference[0]}
+
+
+def _arrays(version: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(version)
+    return {"images": rng.integers(0, 255, (50, 28, 28), np.uint8), "labels": rng.integers(0, 9, 50)}
+
+
+def _write_cache(folder: Path, version: int) -> None:
+    data._write(folder / "digits.npz", _arrays(version))
+
+
+def _read_cache(folder: Path) -> dict:
+    with mock.patch.dict(os.environ, PSS_CACHE=str(folder)):
+        return data._cached("digits", lambda: _arrays(0))
+
+
+def _write_model(folder: Path, version: int) -> None:
+    models.save_weights(models.resnet18(4, seed=version), folder / "model.safetensors")
+
+
+def _read_model(folder: Path) -> dict:
+    model = models._cached_model(folder / "model.safetensors", 4)
+    return (models.resnet18(4, seed=0) if model is None else model).state_dict()  # as `digits` trains it again
+
+
+KINDS = [
+    Kind(
+        "profiles",
+        ("store/profiles.npy", "store/samples.npy", "store/manifest.json"),
+        _write_store,
+        _read_store,
+        replaces=False,
+    ),
+    Kind("reference", ("reference.safetensors",), _write_reference, _read_reference),
+    Kind("weights", ("weights.safetensors",), _write_weights, _read_weights),
+    Kind("fisher", ("fisher.safetensors",), _write_fisher, _read_fisher, replaces=False),
+    Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),
+    Kind("cached data", ("digits.npz",), _write_cache, _read_cache, rebuilt=True),
+    Kind("cached model", ("model.safetensors",), _write_model, _read_model, rebuilt=True),
+]
+BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+def read_quietly(kind: Kind, folder: Path) -> tuple[str, list[str]]:
+    """Digest of what is read, and the warnings that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return kind.digest(folder), [str(warning.message) for warning in caught]

@@ -1,0 +1,521 @@
+"""Nothing is lost: processes killed at random moments, full and read-only disks, damaged files.
+
+`make test-faults` runs these and prints how many kills, faults and files there were. What is on disk is always whole
+or absent; what is damaged is refused by name or made anew, never used; and what is done again has the same bytes.
+"""
+
+import ctypes
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from artefacts import BY_NAME, KINDS, Kind, contents, read_quietly
+from test_profiles import ARGUMENTS, Faulty, make_model
+from tqdm import tqdm
+
+from pss import _files
+from pss.profiles import ProfileStore, main, profile_dataset
+
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+KILLS, FLIPS, CUTS, FULL = 10, 120, 24, 7  # for each kind of artefact
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def count(record_property):
+    """Count kills, faults and files for the summary that is printed at the end."""
+    counts = Counter()
+    yield counts
+    for what, number in counts.items():
+        record_property(f"count {what}", number)
+
+
+def forked(work) -> int:
+    """Process id of a copy of this process that does the work and ends: 0 if nothing was raised."""
+    sys.stdout.flush(), sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        tqdm.set_lock(threading.RLock())  # its own is shared with the copies: one that is killed would keep it
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int) -> int:
+    """Exit code of a process, -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def whole(kind: Kind, folder: Path) -> dict[int, tuple[dict[str, bytes], str]]:
+    """Files of each version as an undisturbed process writes them, and what is read from them."""
+    found = {}
+    for version in (0, 1):
+        (folder / str(version)).mkdir(parents=True)
+        kind.write(folder / str(version), version)
+        found[version] = contents(folder / str(version)), kind.digest(folder / str(version))
+    return found
+
+
+def is_partial(name: str) -> bool:
+    return name.endswith(".partial")
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def check_after_kill(kind: Kind, folder: Path, expected: dict) -> bool:
+    """Nothing half-written is read; written again, the bytes are those of an undisturbed run. Whether it was cut."""
+    files = contents(folder)
+    if kind.name == "profiles":  # many files that become one store: complete, or refused
+        try:
+            assert kind.digest(folder) in [digest for _, digest in expected.values()]
+        except (ValueError, FileNotFoundError) as error:
+            assert any(says in str(error) for says in ("not finished", "holds no profiles", "is damaged")), error
+        cut = not any(files.items() >= content.items() for content, _ in expected.values())
+    else:
+        for name in kind.files:
+            assert name not in files or files[name] in [content[name] for content, _ in expected.values()], name
+        cut = any(map(is_partial, files))
+    kind.write(folder, 0)
+    again = {name: content for name, content in contents(folder).items() if not is_partial(name)}
+    assert again == expected[0][0]
+    return cut
+
+
+@every_kind
+def test_killed_at_random_moments(kind, tmp_path, count):
+    """A process that writes one version after the other is killed in the middle."""
+    expected, rng, folder = whole(kind, tmp_path / "whole"), random.Random(7), tmp_path / "killed"
+    started = time.monotonic()
+    kind.write(tmp_path / "whole" / "0", 1)
+    one_write = time.monotonic() - started
+
+    def work():
+        for version in range(10**6):
+            kind.write(folder, version % 2)
+
+    folder.mkdir()
+    for _ in range(KILLS):
+        child = forked(work)
+        time.sleep(rng.uniform(0.2, 2.2) * max(one_write, 0.005))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL  # it would never have ended: every kill came before
+        count["kills"] += 1
+        count["cut off while writing"] += check_after_kill(kind, folder, expected)
+    count["files"] += len(kind.files) * KILLS
+
+
+def die_before(number: int, work) -> None:
+    """Do the work, but die by SIGKILL before file operation ``number``: opening to write, syncing, moving, removing."""
+    left = number
+    changes = ("os.rename", "os.remove", "os.mkdir", "os.truncate")
+
+    def step(event, arguments):
+        nonlocal left
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in changes or event == "fsync":
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sync = os.fsync
+
+    def fsync(file):
+        step("fsync", ())
+        sync(file)
+
+    os.fsync = fsync  # in this process alone, which is a copy
+    sys.addaudithook(step)
+    work()
+
+
+@every_kind
+def test_killed_before_each_file_operation(kind, tmp_path, count):
+    """Not by chance: before the first, the second, … change on disk, until none is left."""
+    expected = whole(kind, tmp_path / "whole")
+    cut = 0
+    for before in (None, 1):  # the place is empty, or holds another version
+        for number in range(200):
+            folder = tmp_path / f"{before}-{number}"
+            folder.mkdir()
+            if before is not None:
+                kind.write(folder, before)
+            status = ended(forked(lambda n=number, f=folder: die_before(n, lambda: kind.write(f, 0))))
+            if status == 0:
+                assert number >= 3, "hardly anything was seen to be written"
+                assert contents(folder) == expected[0][0]
+                break
+            assert status == -signal.SIGKILL
+            count["kills"] += 1
+            cut += check_after_kill(kind, folder, expected)
+        else:
+            pytest.fail("never finished")
+    count["cut off while writing"] += cut
+    assert cut >= 2
+
+
+def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
+    """Killed again and again, each time a little later, the pass ends with the bytes of an undisturbed one."""
+    options = {"batch_size": 2, "progress": False, "data_name": "x"}
+    profile_dataset(make_model(), Faulty(), None, tmp_path / "whole", **options)
+    rng, path, kills, rows = random.Random(1), tmp_path / "part", 0, []
+    while True:
+        child = forked(lambda: profile_dataset(make_model(), Faulty(delay=0.01), None, path, **options))
+        time.sleep(rng.uniform(0.01, 0.25))
+        os.kill(child, signal.SIGKILL)
+        if ended(child) == 0:
+            break
+        kills += 1
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"
+        ) as refused:
+            ProfileStore.open(path)
+        rows.append(str(refused.value))
+        assert kills < 100
+    count["kills"] += kills
+    assert kills >= 3 and len(set(rows)) >= 3  # it went on from where it was
+    assert contents(path) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_command_line(tmp_path, count, ranks):
+    """`python -m pss.profiles` and two ranks of it, killed as a whole process group, then run to the end."""
+    arguments = [*ARGUMENTS, "--batch-size", "1"]
+    main([*arguments, "--out", str(tmp_path / "whole")])
+    launch = [sys.executable, "-m", "pss.profiles"]
+    if ranks == 2:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launch = [*torchrun, "-m", "pss.profiles"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command, path = [*launch, *arguments, "--out", str(tmp_path / "part")], tmp_path / "part"
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for rows in (1, 9):  # killed once so many rows are there
+        process = subprocess.Popen(command, start_new_session=True, **quiet)
+        while process.poll() is None and rows_done(path) < rows:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        count["kills"] += 1
+        with pytest.raises((ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"):
+            ProfileStore.open(path)
+    time.sleep(0.2)  # ranks that outlived their launcher by a moment
+    assert subprocess.run(command, timeout=300, **quiet).returncode == 0
+    assert contents(path) == contents(tmp_path / "whole")
+
+
+def rows_done(path: Path) -> int:
+    """Rows of an unfinished store."""
+    try:
+        ProfileStore.open(path)
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        return int(text.split("(")[1].split()[0]) if "is not finished" in text else 0
+    return 10**6
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path, count):
+    """The unfinished file stays for an hour (it may be that of a process at work), then the next writer removes it."""
+    kind = BY_NAME["reference"]
+    assert ended(forked(lambda: die_before(2, lambda: kind.write(tmp_path, 0)))) == -signal.SIGKILL
+    count["kills"] += 1
+    (left,) = tmp_path.iterdir()
+    assert is_partial(left.name)
+    kind.write(tmp_path, 0)
+    assert left.exists()
+    os.utime(left, (time.time() - 2 * _files._ABANDONED,) * 2)
+    other = left.with_name(f".other.{'0' * 32}.partial")
+    other.touch()
+    os.utime(other, (0, 0))
+    kind.write(tmp_path, 0)
+    assert not left.exists() and other.exists()
+
+
+# --- disks that are full, or may not be written -----------------------------------------------------------------------
+
+
+class Libc:
+    """The two calls that Python lacks: a mount table of one's own, and a mount in it. For forked processes only."""
+
+    NEW_MOUNTS, NEW_USER, PRIVATE, READ_ONLY, REMOUNT = 0x20000, 0x10000000, 0x44000, 1, 32
+
+    def __init__(self):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def _call(self, name, *arguments):
+        if getattr(self.libc, name)(*arguments):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def unshare(self):
+        """From now on mounts are seen by this process alone, and go with it."""
+        root = os.geteuid() == 0
+        self._call("unshare", self.NEW_MOUNTS | (0 if root else self.NEW_USER))
+        self._call("mount", b"none", b"/", None, self.PRIVATE, None)
+
+    def tmpfs(self, folder: Path, size: int, read_only: bool = False):
+        """A file system in memory of that size; again with read_only to have it read-only."""
+        flags = self.READ_ONLY | self.REMOUNT if read_only else 0
+        self._call("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode())
+
+
+def can_mount() -> bool:
+    """Whether this process, root or not, may mount a tmpfs in a mount table of its own."""
+
+    def attempt():
+        libc = Libc()
+        libc.unshare()
+        libc.tmpfs(Path("/tmp"), 1 << 16)
+
+    if not sys.platform.startswith("linux"):
+        return False
+    child = os.fork()
+    if not child:
+        try:
+            attempt()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return ended(child) == 0
+
+
+@pytest.fixture(scope="module")
+def mounts():
+    if not can_mount():
+        pytest.skip("needs the right to mount a file system (root, or user namespaces)")
+
+
+def fails_for_want_of_room(kind: Kind, folder: Path, before: dict[str, bytes]) -> None:
+    """Writing version 0 raises OSError, leaves what was there, and nothing beside it."""
+    try:
+        kind.write(folder, 0)
+    except OSError as error:
+        assert error.errno in (errno.ENOSPC, errno.EFBIG, errno.EROFS), error
+    else:
+        raise AssertionError("it was written all the same")
+    left = contents(folder)
+    assert not [name for name in left if is_partial(name)], left.keys()
+    if kind.replaces:  # profiles keep their finished rows
+        assert left == before
+
+
+@every_kind
+def test_full_disk(kind, tmp_path, count, mounts):
+    """A small file system, filled up to a few pages: an error, the old version whole, nothing left behind."""
+    expected, disk = whole(kind, tmp_path / "whole"), tmp_path / "disk"
+    page = 4096
+    needed = sum(len(content) for content in expected[0][0].values()) // page
+    disk.mkdir()
+
+    def work(free: int, version: int | None):
+        libc = Libc()
+        libc.unshare()
+        libc.tmpfs(disk, (2 * needed + 40) * page)
+        folder = disk / "folder"
+        folder.mkdir()
+        if version is not None:
+            kind.write(folder, version)
+        room = os.statvfs(disk).f_bavail * page
+        (disk / "filler").write_bytes(bytes(max(0, room - free * page)))
+        if kind.name == "profiles":
+            fails_in_the_middle(kind, folder)
+        else:
+            fails_for_want_of_room(kind, folder, contents(folder))
+        if version is not None and kind.replaces:
+            assert kind.digest(folder) == expected[version][1]
+        (disk / "filler").unlink()
+        kind.write(folder, 0)
+        assert contents(folder) == expected[0][0]
+
+    for version in (None, 1):
+        for free in sorted({0, *(needed * i // FULL for i in range(FULL))}):
+            status = ended(forked(lambda f=free, v=version: work(f, v)))
+            assert status == 0, (version, free)
+            count["faults"] += 1
+            count["files"] += len(kind.files)
+
+
+def fails_in_the_middle(kind: Kind, folder: Path) -> None:
+    """A store asks for room before it begins; here the room goes afterwards."""
+    import shutil
+    from unittest import mock
+
+    plenty = shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+    with mock.patch("shutil.disk_usage", lambda path: plenty):
+        fails_for_want_of_room(kind, folder, {})
+
+
+@every_kind
+def test_files_may_not_grow(kind, tmp_path, count):
+    """The same by a limit on the size of files, which needs no rights: works on every machine."""
+    expected = whole(kind, tmp_path / "whole")
+    largest = max(len(content) for content in expected[0][0].values())
+
+    def work(limit: int, folder: Path):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        fails_for_want_of_room(kind, folder, contents(folder))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        kind.write(folder, 0)
+        assert contents(folder) == expected[0][0]
+
+    for number in range(FULL):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert ended(forked(lambda n=number, f=folder: work(largest * n // FULL, f))) == 0, number
+        count["faults"] += 1
+        count["files"] += len(kind.files)
+
+
+@every_kind
+def test_read_only_folder(kind, tmp_path, count, mounts):
+    """What is there can be read; nothing can be written, and the error says so."""
+    expected, disk = whole(kind, tmp_path / "whole"), tmp_path / "disk"
+    disk.mkdir()
+
+    def work(version: int | None):
+        libc = Libc()
+        libc.unshare()
+        libc.tmpfs(disk, 1 << 22)
+        if version is not None:
+            kind.write(disk, version)
+        before = contents(disk)
+        libc.tmpfs(disk, 1 << 22, read_only=True)
+        if version is not None:
+            assert kind.digest(disk) == expected[version][1]
+        if version != 0 or kind.replaces:  # the others see that there is nothing to do
+            fails_for_want_of_room(kind, disk, before)
+        assert contents(disk) == before
+
+    for version in (None, 0, 1):
+        assert ended(forked(lambda v=version: work(v))) == 0
+        count["faults"] += 1
+        count["files"] += len(kind.files)
+
+
+def test_cache_that_cannot_be_written_is_done_without(tmp_path, count, mounts):
+    """A cache is a convenience: a full or read-only one is said so, and the data are there all the same."""
+    kind, disk = BY_NAME["cached data"], tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "whole").mkdir()
+    kind.write(tmp_path / "whole", 0)
+    expected = kind.digest(tmp_path / "whole")
+
+    def work(read_only: bool):
+        libc = Libc()
+        libc.unshare()
+        libc.tmpfs(disk, 8192)
+        if read_only:
+            libc.tmpfs(disk, 8192, read_only=True)
+        digest, warned = read_quietly(kind, disk)
+        assert digest == expected and contents(disk) == {}
+        assert len(warned) == 1 and f"could not write {disk / 'digits.npz'}" in warned[0], warned
+
+    for read_only in (False, True):
+        assert ended(forked(lambda r=read_only: work(r))) == 0
+        count["faults"] += 1
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+
+def check_damaged(kind: Kind, folder: Path, name: str, damaged: bytes, expected: str, what: str) -> bool:
+    """A damaged file is refused by name, or made anew with a warning, or it made no difference. Whether detected."""
+    (folder / name).write_bytes(damaged)
+    file = Path(name).name
+    try:
+        digest, warned = read_quietly(kind, folder)
+    except (ValueError, FileNotFoundError) as error:
+        assert not kind.rebuilt, f"{what}: {error!r}"
+        named = file in str(error) or kind.name == "profiles"
+        assert named, f"{what}: the error does not name {file}: {error}"
+        return True
+    assert digest == expected, f"{what}: other values were read without a word"
+    assert not warned or (kind.rebuilt and len(warned) == 1 and file in warned[0] and "damaged" in warned[0]), warned
+    return bool(warned)
+
+
+@every_kind
+def test_flipped_bits(kind, tmp_path, count):
+    """One bit of one file, anywhere: never other values than were written."""
+    kind.write(tmp_path, 0)
+    expected, rng = kind.digest(tmp_path), random.Random(3)
+    for name in kind.files:
+        original, detected = (tmp_path / name).read_bytes(), 0
+        near = min(len(original), 2048)  # headers are where a flip does most
+        flips = [rng.randrange(8 * near) for _ in range(FLIPS // 2)]
+        flips += [rng.randrange(8 * len(original)) for _ in range(FLIPS // 2)]
+        for bit in flips:
+            damaged = bytearray(original)
+            damaged[bit // 8] ^= 1 << bit % 8
+            detected += check_damaged(kind, tmp_path, name, bytes(damaged), expected, f"{name}, bit {bit}")
+        (tmp_path / name).write_bytes(original)
+        assert detected >= 0.7 * FLIPS, f"{detected} of {FLIPS}"  # the rest is white space, dates and the like
+        count["faults"] += FLIPS
+        count["files"] += FLIPS
+    assert kind.digest(tmp_path) == expected
+
+
+@every_kind
+def test_cut_and_torn_files(kind, tmp_path, count):
+    """Cut short, grown, a page of zeros in it, of another kind, or gone."""
+    kind.write(tmp_path, 0)
+    expected, rng = kind.digest(tmp_path), random.Random(4)
+    for name in kind.files:
+        original = (tmp_path / name).read_bytes()
+        size = len(original)
+        cuts = [0, 1, 7, 8, 9, size - 1, *(rng.randrange(size) for _ in range(CUTS))]
+        faults = {f"cut to {length}": original[:length] for length in cuts}
+        for start in (0, size // 2, max(0, size - 600)):
+            zeros = bytes(len(original[start : start + 512]))
+            faults[f"zeros at {start}"] = original[:start] + zeros + original[start + 512 :]
+        faults |= {"text": b"not a file of ours\n", "zeros": bytes(size), "twice": original * 2}
+        for what, damaged in faults.items():
+            detected = check_damaged(kind, tmp_path, name, damaged, expected, f"{name}, {what}")
+            lost_nothing = damaged.strip() == original.strip() or (what == "twice" and name.endswith(".npz"))
+            assert detected or lost_nothing, f"{name}, {what}: it was not noticed"
+        (tmp_path / name).write_bytes(original)
+        count["faults"] += len(faults)
+        count["files"] += len(faults)
+    assert kind.digest(tmp_path) == expected
+
+
+def test_files_of_another_kind(tmp_path, count):
+    """Safetensors of one kind in the place of another: each is refused."""
+    kinds = [kind for kind in KINDS if kind.files[0].endswith(".safetensors") and not kind.rebuilt]
+    for kind in kinds:
+        kind.write(tmp_path, 0)
+    held = {kind.name: (tmp_path / kind.files[0]).read_bytes() for kind in kinds}
+    for kind in kinds:
+        for other in kinds:
+            if other is not kind:
+                (tmp_path / kind.files[0]).write_bytes(held[other.name])
+                with pytest.raises(ValueError, match=kind.files[0]):
+                    kind.read(tmp_path)
+                count["faults"] += 1
+        (tmp_path / kind.files[0]).write_bytes(held[kind.name])

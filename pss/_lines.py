@@ -29,7 +29,10 @@ class Line:
 def line_of(
     model: nn.Module, gradients: Weights, b: int, mask: dict[str, Tensor], curvature: Weights | None
 ) -> Line | None:
-    """The line of image b through the masked parameters, None where the gradient is zero."""
+    """The line of image b through the masked parameters, None where the gradient is zero, or whole layers are.
+
+    Its length is that of the weights; where all of these are zero (pruned units), that of as many usual ones.
+    """
     delta, weight, size = {}, 0.0, 0.0
     for name, chosen in mask.items():
         g = gradients[name][b].double()
@@ -37,6 +40,9 @@ def line_of(
         delta[name] = -torch.where(chosen, g, 0)
         weight += float(model.get_parameter(name).detach()[chosen].double().square().sum())
         size += float(delta[name].square().sum())
+    if not weight > 0:
+        whole = {name: model.get_parameter(name).detach().double().square().mean() for name in mask}
+        weight = sum(float(whole[name] * chosen.sum()) for name, chosen in mask.items())
     if not (size > 0 and weight > 0):
         return None
     scale = (weight / size) ** 0.5

@@ -20,6 +20,7 @@ from pss import _variants
 from pss._lines import GRID, Line, line_of, moved, runs, says, smallest, unit_mask
 from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
 from pss.gradients import Loss, check_inputs, undisturbed
+from pss.reference import Reference
 from pss.repair import Ids, _check_batch, _check_ids, _check_logits, _chunks, _damage
 from pss.units import Units
 
@@ -36,7 +37,7 @@ def cost_of_correction(
     k: int | Sequence[int] = 25,
     direction: str | Sequence[str] = "gradient",
     guard: tuple[Tensor, Tensor] | None = None,
-    fisher: Weights | None = None,
+    fisher: Weights | Reference | None = None,
     damping: float = DAMPING,
     parameters: Mapping[str, Sequence[str]] | None = None,
     loss: str | Loss = "cross_entropy",
@@ -63,14 +64,15 @@ def cost_of_correction(
     direction : {"gradient", "fisher"} or a sequence of both
     guard : (images, labels)
         Images on which the damage is measured: none of them may be among the mistakes.
-    fisher : mapping of str to Tensor
-        From `fisher_diagonal`, for direction ``fisher``.
+    fisher : mapping of str to Tensor, or Reference
+        From `fisher_diagonal`, or a reference fitted with it, for direction ``fisher``.
     damping : float
         :math:`\lambda`, as a multiple of the mean of the Fisher information over the units' parameters.
     parameters : mapping of name to parameter names, optional
         To compare with: whole parameters that are moved instead of units, along the gradient alone.
     cap : float
-        Longest step, as a multiple of the norm of the weights that it changes.
+        Longest step, as a multiple of the norm of the weights that it changes; of weights that are all zero, as those
+        of a pruned unit are, that of as many usual weights of their layers.
     image_ids, guard_ids : sequence, optional
         Ids for the column ``image``, and of the guard images to be held against them.
 
@@ -143,7 +145,8 @@ class Search:
 
     def __init__(self, model: nn.Module, guard: tuple[Tensor, Tensor], cap: float, tolerance: float):
         self.model, (self.guard, self.guard_labels) = model, guard
-        self.cap, self.tolerance, self.trusted = cap, tolerance, False
+        self.cap, self.tolerance = cap, tolerance
+        self.trusted: set[str] = set()  # parameters whose edits in one pass were compared with edits in place
         check_inputs(model, *guard, what="guard images")
         with torch.no_grad(), undisturbed(model):
             logits = torch.cat([model(part) for part in self.guard.split(256)])
@@ -202,14 +205,19 @@ class Search:
                     change = _variants.Change(b, 0, start, rows, sizes[b])
                     changes.setdefault(self.model.get_parameter(name), []).append(change)
         logits = _variants.forward(self.model, images, changes, sizes.shape[1])
-        if not self.trusted:  # compare one variant with the model edited in place
-            with moved(self.model, lines[0].delta, float(sizes[0, -1])):
-                expected = self.model(images[:1])[0]
-            slack = 1e3 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
-            if not torch.allclose(logits[0, -1], expected, rtol=0, atol=slack):
-                raise _variants.NotCarried("edited in place the model says something else: its rows interact")
-            self.trusted = True
+        for b, line in enumerate(lines):
+            if not line.delta.keys() <= self.trusted:
+                self._compare(logits[b, -1], images[b], line, float(sizes[b, -1]))
         return logits
+
+    def _compare(self, logits: Tensor, image: Tensor, line: Line, size: float) -> None:
+        """Hold one variant against the model edited in place, once for every parameter that is edited."""
+        with moved(self.model, line.delta, size):
+            expected = self.model(image[None])[0]
+        slack = 1e3 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
+        if not torch.allclose(logits, expected, rtol=0, atol=slack):
+            raise _variants.NotCarried("edited in place the model says something else: its rows interact")
+        self.trusted |= line.delta.keys()
 
     def _measure(self, image: Tensor, label: Tensor, line: Line | None, size: float) -> dict:
         """The step of this size, edited in place, on the image and on the guard images."""
@@ -275,7 +283,7 @@ def _check_options(
     rankings: Mapping[str, np.ndarray],
     ks: list[int],
     directions: list[str],
-    fisher: Weights | None,
+    fisher: Weights | Reference | None,
     cap: float,
     tolerance: float,
 ) -> None:

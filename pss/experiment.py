@@ -47,7 +47,7 @@ from pss.reference import Reference
 from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
-OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw", "fisher")
+OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw")
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")

@@ -16,6 +16,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,11 +25,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss._files import pack, unpack, write_whole
+from pss._files import bytes_of, pack, unpack, write_whole
 from pss.gradients import Loss, parameter_saliency
 from pss.models import fingerprint
 from pss.profiles import name_of
 from pss.units import Units
+
+if TYPE_CHECKING:
+    from pss.reference import Reference
 
 DAMPING = 0.01  # of the Fisher information, as a multiple of its mean
 _GRADIENTS = 2**24  # numbers in the gradients that are held at once
@@ -108,7 +112,7 @@ def fisher_scores(
     images: Tensor,
     labels: Tensor,
     units: Units,
-    fisher: Weights,
+    fisher: Weights | Reference,
     damping: float = DAMPING,
     loss: str | Loss = "cross_entropy",
 ) -> Tensor:
@@ -117,12 +121,17 @@ def fisher_scores(
     .. math:: \sum_{i \in u} \frac{g_i^2}{F_i + \lambda}
 
     With :math:`\lambda` = ``damping`` times the mean of :math:`F` over the parameters of all units. Its square root
-    is comparable with a z-score, and ``fisher_scores(…).argsort(dim=1, descending=True)`` ranks.
+    is comparable with a z-score. ``pss.rank(profiles, reference, "fisher", gains=fisher_scores(…))`` ranks by it.
+
+    Parameters
+    ----------
+    fisher : mapping of str to Tensor, or Reference
+        From `fisher_diagonal`, or a reference fitted with it.
 
     Raises
     ------
     ValueError
-        If the Fisher information lacks a parameter of the units, or ``damping`` is negative.
+        If the Fisher information lacks a parameter of the units, the reference has none, or ``damping`` is negative.
     """
     cost = damped(fisher, [layer.parameter for layer in units.layers], damping)
     sizes = torch.as_tensor(units.sizes, dtype=torch.float64)
@@ -143,8 +152,13 @@ def gradients_of(
         yield part, parameter_saliency(model, images[part], labels[part], loss, signed=True)
 
 
-def damped(fisher: Weights, names: Sequence[str], damping: float) -> dict[str, Tensor]:
-    """Fisher information plus damping, float64."""
+def damped(fisher: Weights | Reference, names: Sequence[str], damping: float) -> dict[str, Tensor]:
+    """Fisher information plus damping, float64; of a reference that which it was fitted with."""
+    fisher = fisher if isinstance(fisher, Mapping) else fisher.fisher
+    if fisher is None:
+        raise ValueError(
+            "this reference has no Fisher information: fit it with fisher=pss.fisher_diagonal(model, images, units)"
+        )
     if not (np.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be zero or positive, not {damping}")
     names = list(dict.fromkeys(names))
@@ -157,4 +171,4 @@ def damped(fisher: Weights, names: Sequence[str], damping: float) -> dict[str, T
 
 def digest(values: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(bytes_of(values)).hexdigest()

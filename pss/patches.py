@@ -255,12 +255,12 @@ def fit_patch(
         ``kl``: :math:`\mathrm{KL}(p_\text{before}\,\|\,p_\text{after})` in nats over those that were right;
         ``accuracy``: share of accuracy lost.
     method : str, optional
-        Ranking of the units, by the mean over the mistakes of `pss.ranking.score`, or ``fisher``. By default what
-        notebook 10 found to cost least: ``fisher`` where ``fisher`` is given, otherwise ``zscore``.
+        Ranking of the units, by the mean over the mistakes of `pss.ranking.score`. By default what notebook 10 found
+        to cost least: ``fisher`` where there is Fisher information, otherwise ``zscore``.
     direction : {"gradient", "fisher"}, optional
-        By default ``fisher`` where ``fisher`` is given.
+        By default ``fisher`` where there is Fisher information.
     fisher, damping
-        As in `pss.cost_of_correction`.
+        As in `pss.cost_of_correction`; by default that of the reference, if it has any.
     ks : sequence of int, optional
         Numbers of units to try: 1, 2, 5, 10, 25, 50 by default.
     held_out : float
@@ -280,6 +280,7 @@ def fit_patch(
         units or loss, or an option is not one of those above.
     """
     ks = [k for k in KS if k <= len(units)] if ks is None else ks
+    fisher = reference.fisher if fisher is None and reference is not None else fisher
     method = method or ("zscore" if fisher is None else "fisher")
     direction = direction or ("gradient" if fisher is None else "fisher")
     _check_fit(mistakes, guard, units, budget, measure, direction, fisher, held_out, ks, rounds, cap)

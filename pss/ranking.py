@@ -24,6 +24,7 @@ METHODS = (
     "exponential",
     "ratio",
     "raw",
+    "fisher",
     "stage",
     "random",
     "layer_matched_random",
@@ -41,6 +42,7 @@ def rank(
     generator: torch.Generator | int = 0,
     match: str = "pot",
     stage: str | None = None,
+    gains: Tensor | None = None,
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
@@ -48,12 +50,13 @@ def rank(
     ----------
     profiles : Tensor, shape (B, U)
     reference : Reference, optional
-        Needed by every method but ``raw``, ``random`` and ``stage``; where given, dead units come last.
+        Needed by every method but ``raw``, ``fisher``, ``random`` and ``stage``; where given, dead units come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
-        (POT with the shape held at zero), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``stage`` (the
-        papers' conv5 heuristic: random units of the last stage), ``random``, ``layer_matched_random`` (random units
-        with as many in each layer as the top k by ``match``), ``least`` (the lowest z-scores first).
+        (POT with the shape held at zero), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
+        (gain over cost: ``gains``), ``stage`` (the papers' conv5 heuristic: random units of the last stage),
+        ``random``, ``layer_matched_random`` (random units with as many in each layer as the top k by ``match``),
+        ``least`` (the lowest z-scores first).
     k : int, optional
         How many; all units by default.
     units : Units, optional
@@ -64,6 +67,8 @@ def rank(
         Method whose layers ``layer_matched_random`` copies.
     stage : str, optional
         Stage that ``stage`` draws from; the last by default.
+    gains : Tensor, shape (B, U), optional
+        Needed by ``fisher``: `pss.fisher_scores` of the same images. They are of gradients, and no profile has them.
 
     Returns
     -------
@@ -72,7 +77,7 @@ def rank(
     Raises
     ------
     ValueError
-        For an unknown method, a k outside 1..U, a missing reference or units, or a profile that is not finite.
+        For an unknown method, a k outside 1..U, a missing reference, units or gains, or a profile that is not finite.
     """
     if not isinstance(profiles, Tensor):
         raise TypeError(f"profiles are a {type(profiles).__name__}: expected a tensor (B, U), as pss.profile gives it")
@@ -93,15 +98,21 @@ def rank(
     if method == "stage":
         return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator), reference)
     if method == "layer_matched_random":
-        base = rank(profiles, reference, match, k, units)
+        base = rank(profiles, reference, match, k, units, gains=gains)
         return _layer_matched(base, units, _generator(generator), reference)
-    scores = score(profiles, reference, method, generator)
+    scores = score(profiles, reference, method, generator, gains)
     if reference is not None:
         scores = scores.masked_fill(reference.dead.to(scores.device), -torch.inf)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
-def score(profiles: Tensor, reference: Reference | None, method: str, generator: torch.Generator | int = 0) -> Tensor:
+def score(
+    profiles: Tensor,
+    reference: Reference | None,
+    method: str,
+    generator: torch.Generator | int = 0,
+    gains: Tensor | None = None,
+) -> Tensor:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.
 
     For ``pot`` and ``exponential`` the negative log tail probability, and beyond the end of a bounded tail, where the
@@ -112,6 +123,8 @@ def score(profiles: Tensor, reference: Reference | None, method: str, generator:
         raise ValueError(f"profiles {bad} are not finite: leave them out or mend them")
     if method == "raw":
         return profiles.double()
+    if method == "fisher":
+        return _gains(profiles, gains)
     if method == "random":
         draws = torch.rand(profiles.shape, generator=_generator(generator), dtype=torch.float64)
         return draws.to(profiles.device)
@@ -126,6 +139,17 @@ def score(profiles: Tensor, reference: Reference | None, method: str, generator:
     if method == "least":
         return -reference.zscore(profiles)
     return getattr(reference, method)(profiles)
+
+
+def _gains(profiles: Tensor, gains: Tensor | None) -> Tensor:
+    if gains is None:
+        raise ValueError(
+            "method 'fisher' needs gains=: pss.fisher_scores(model, images, labels, units, reference), of a reference "
+            "with fisher=pss.fisher_diagonal(…), or of that diagonal"
+        )
+    if gains.shape != profiles.shape or not gains.isfinite().all():
+        raise ValueError(f"gains of shape {tuple(gains.shape)}: expected {tuple(profiles.shape)}, as profiles, finite")
+    return gains.double()
 
 
 def _generator(source: torch.Generator | int) -> torch.Generator:

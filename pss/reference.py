@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from pss.units import Units
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%
 MIN_IMAGES = 20
 _TAIL = ("threshold", "xi", "scale", "fitted", "n_excess", "mean_excess", "quantiles")  # all of them, or none
+_FISHER = "fisher."  # before a parameter's name, in a file
 _PLAIN = ("n", "level", "scale_free", "about")  # of a file, beside its tensors
 
 
@@ -65,6 +66,8 @@ class Reference:
         Whether every profile was first divided by its own mean over units.
     about : dict of str to str
         What the reference was made of: fingerprints of model, units and data, loss, version.
+    fisher : dict of str to Tensor, or None
+        Diagonal Fisher information of the same images by parameter name, for the ranking and direction ``fisher``.
     """
 
     mean: Tensor
@@ -82,6 +85,7 @@ class Reference:
     quantiles: Tensor | None = None
     scale_free: bool = False
     about: dict[str, str] = field(default_factory=dict)
+    fisher: dict[str, Tensor] | None = None
 
     @classmethod
     def fit(
@@ -91,6 +95,7 @@ class Reference:
         scale_free: bool = False,
         max_bytes: int = 1 << 27,
         about: dict[str, str] | None = None,
+        fisher: Mapping[str, Tensor] | None = None,
     ) -> Reference:
         """Fit the statistics of every unit, a block of units at a time.
 
@@ -105,6 +110,8 @@ class Reference:
             its overall gradient size; this takes it out.
         max_bytes : int
             Size of a block; memory in use stays within a few times this.
+        fisher : mapping of str to Tensor, optional
+            `pss.fisher_diagonal` of the same images, to be kept and saved with the rest.
 
         Raises
         ------
@@ -126,7 +133,7 @@ class Reference:
         parts = _map_blocks(profiles, max_bytes, level, sizes)
         whole = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
         about = {**getattr(profiles, "about", {}), **(about or {})}
-        return cls(n=n, level=float(level), scale_free=scale_free, about=about, **whole)
+        return cls(n=n, level=float(level), scale_free=scale_free, about=about, fisher=_whole(fisher), **whole)
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -235,6 +242,8 @@ class Reference:
         """
         if len(units) != len(self):
             raise ValueError(f"the reference has {len(self)} units, the model {len(units)}: fit one for this model")
+        if self.fisher is not None and (lacks := {layer.parameter for layer in units.layers} - set(self.fisher)):
+            raise ValueError(f"the reference's Fisher information lacks {sorted(lacks)[0]!r}: fit one for these units")
         given = {"units": units.fingerprint, **about}
         other = {k: (self.about[k], v) for k, v in given.items() if k in self.about and str(self.about[k]) != str(v)}
         if other:
@@ -255,6 +264,7 @@ class Reference:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        tensors |= {f"{_FISHER}{name}": tensor for name, tensor in (self.fisher or {}).items()}
         plain = {"n": self.n, "level": self.level, "scale_free": self.scale_free, "about": self.about}
         content = pack(tensors, "pss", plain)
         write_whole(Path(path), lambda file: file.write(content))
@@ -279,18 +289,28 @@ class Reference:
             raise FileNotFoundError(f"no reference at {path}: make one with Reference.fit and save it there")
         published = path.suffix in (".pth", ".pt")
         tensors, plain = _read_published(path) if published else _read_own(path)
+        held = {key.removeprefix(_FISHER): tensors.pop(key) for key in list(tensors) if key.startswith(_FISHER)}
         wrong = _what_is_wrong(tensors, plain)
         if wrong:
             raise ValueError(f"{path.name} holds no reference that can be used: {wrong}")
         if published:
             tensors = {key: tensor.double() for key, tensor in tensors.items()}
-        reference = cls(**tensors, **plain)
+        reference = cls(**tensors, **plain, fisher=_whole(held or None))
         return reference if units is None else reference.check(units, **about)
 
     def to(self, device: torch.device | str) -> Reference:
         """Copy on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{key: tensor.to(device) for key, tensor in moved.items()})
+        held = self.fisher and {name: tensor.to(device) for name, tensor in self.fisher.items()}
+        return replace(self, fisher=held, **{key: tensor.to(device) for key, tensor in moved.items()})
+
+
+def _whole(fisher: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Fisher information that is one: mean squares, finite."""
+    for name, tensor in (fisher or {}).items():
+        if not (tensor.isfinite() & (tensor >= 0)).all():
+            raise ValueError(f"the Fisher information of {name!r} is negative or not finite: it is a mean of squares")
+    return None if fisher is None else dict(fisher)
 
 
 def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -319,7 +339,7 @@ def _read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _what_is_wrong(tensors: dict[str, Any], plain: dict[str, Any]) -> str:
     """Say what keeps these from being a reference; empty where nothing does."""
-    known = {f.name for f in fields(Reference)} - set(_PLAIN)
+    known = {f.name for f in fields(Reference)} - {*_PLAIN, "fisher"}
     needed = {"mean", "std", *_TAIL} if len(tensors) > 2 else {"mean", "std"}
     if not needed <= set(tensors) <= known:
         return f"it lacks {sorted(needed - set(tensors))} and has {sorted(set(tensors) - known)} too much"

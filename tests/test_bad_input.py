@@ -713,7 +713,7 @@ def test_columns_without_a_tail_are_reported_and_ranked():
     new = torch.from_numpy(np.stack([kept.max(axis=0) * 3 + 1e-6, kept.min(axis=0)]))
     for method in pss.METHODS:
         if method not in ("stage", "layer_matched_random"):
-            ids = pss.rank(new, reference, method)
+            ids = pss.rank(new, reference, method, gains=new)
             assert (ids.sort(dim=1).values == torch.arange(len(COLUMNS))).all(), method
             assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
     for values in (reference.zscore(new), reference.tail_score(new), reference.ratio(new)):

@@ -1,5 +1,7 @@
 """Cost of a correction: closed forms on linear models, the boundary from both sides, and no trace."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ import pss
 from pss import _variants
 from pss._lines import moved, smallest
 from pss.cost import cost_of_correction
-from pss.fisher import fisher_diagonal, fisher_scores
+from pss.fisher import digest, fisher_diagonal, fisher_scores
 from pss.units import Units
 
 
@@ -211,6 +213,53 @@ def test_in_place_and_in_one_pass_agree(net):
     np.testing.assert_allclose(again["step"], plain["step"], rtol=0.05)
 
 
+class Late(Net):
+    """Looks at the mean of the batch, but only between its layers: edits of its head are carried, others not."""
+
+    def forward(self, x):
+        x = self.one(x).tanh()
+        x = x - x.mean(dim=0, keepdim=True) * (len(x) > 1)
+        return self.head((x + self.norm(self.two(x)).relu()).mean((2, 3)))
+
+
+def test_every_edited_parameter_is_compared_with_an_edit_in_place(net, monkeypatch):
+    _, images, _, _ = net
+    torch.manual_seed(0)
+    model = Late().double().eval()
+    guard = (images[1:], torch.arange(5) % 3)
+    with torch.no_grad():
+        y = model(images[:1]).topk(2).indices[:, 1]
+    rows = Units.of(model, "rows")
+    how = {"k": 1, "guard": guard, "parameters": {"one": ["one.weight"]}, "progress": False}
+    found = cost_of_correction(model, images[:1], y, rows, y[:, None], **how)
+
+    def refuse(*_):
+        raise _variants.NotCarried("in place, then")
+
+    monkeypatch.setattr(_variants, "forward", refuse)
+    in_place = cost_of_correction(model, images[:1], y, rows, y[:, None], **how)
+    assert in_place["corrected"].all()
+    pd.testing.assert_frame_equal(found, in_place, rtol=1e-9)
+
+
+def test_pruned_units_can_be_corrected_too():
+    model = nn.Linear(4, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 2, 0, 0]]))
+    x, y = torch.tensor([[3.0, 1, 2, 0]]).double(), torch.tensor([0])
+    units, guard = Units.of(model, "rows"), (-x.repeat(2, 1), torch.tensor([0, 0]))
+    row = cost_of_correction(model, x, y, units, torch.tensor([[0, 1]]), 1, guard=guard, progress=False).iloc[0]
+    needed = 5 / float(x.norm())  # the margin over the length of the image
+    assert row["corrected"] and needed <= row["step"] <= 1.05 * needed
+    assert row["step"] == pytest.approx(row["relative"] * (5 / 2) ** 0.5)  # of a row of usual size
+    with torch.no_grad():
+        model.weight.zero_()
+    y = torch.tensor([1])
+    assert not cost_of_correction(model, x, y, units, torch.tensor([[0, 1]]), 1, guard=guard, progress=False).corrected[
+        0
+    ]
+
+
 def test_not_corrected_counts_as_infinite(linear):
     model, x, y, guard = linear
     units = Units.of(model, kind="rows")
@@ -369,6 +418,29 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
             expected = (gradients[name][index] ** 2 / (fisher[name][index].double() + 0.2 * together.mean())).sum()
             torch.testing.assert_close(scores[b, unit], expected, rtol=1e-6, atol=0)
     assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
+
+
+def test_a_reference_holds_the_fisher_information(net):
+    model, x, y, guard = net
+    units = Units.of(model)
+    fisher, profiles = fisher_diagonal(model, guard, units), pss.profile(model, *guard)
+    reference = pss.Reference.fit(profiles, fisher=fisher)
+    gains = fisher_scores(model, x, y, units, reference)
+    assert torch.equal(gains, fisher_scores(model, x, y, units, fisher))
+    ids = pss.rank(pss.profile(model, x, y), reference, "fisher", 3, gains=gains)
+    assert torch.equal(ids, gains.argsort(dim=1, descending=True)[:, :3])
+    how = {"k": 3, "direction": "fisher", "guard": guard, "progress": False}
+    one, other = (cost_of_correction(model, x, y, units, ids, fisher=f, **how) for f in (fisher, reference))
+    pd.testing.assert_frame_equal(one, other)
+    with pytest.raises(ValueError, match="this reference has no Fisher information: fit it with"):
+        fisher_scores(model, x, y, units, pss.Reference.fit(profiles))
+
+
+def test_digest_is_of_the_bytes_whatever_their_type():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert digest(x) == hashlib.sha256(x.numpy().tobytes()).hexdigest() == digest(x.T.contiguous().T)
+    assert digest(x.bfloat16()) == digest(x.bfloat16().clone()) != digest((x + 1).bfloat16())
+    assert digest(x[0, 0].bfloat16()) == digest(torch.zeros((), dtype=torch.bfloat16))
 
 
 def test_fisher_file_is_read_again_and_only_for_the_same_thing(net, tmp_path):

@@ -35,7 +35,7 @@ def reference(profiles) -> Reference:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ranks_every_unit_once(method, profiles, reference, units):
     k = 30 if method == "stage" else 60
-    ids = rank(profiles[:8], reference, method, k, units)
+    ids = rank(profiles[:8], reference, method, k, units, gains=profiles[8:16])
     assert ids.shape == (8, k) and ids.dtype == torch.int64
     if method == "stage":
         assert all(len(set(row.tolist())) == 30 and row.min() >= 30 for row in ids)
@@ -43,11 +43,11 @@ def test_every_method_ranks_every_unit_once(method, profiles, reference, units):
         assert torch.equal(ids.sort(dim=1).values, torch.arange(60).expand(8, 60))
 
 
-@pytest.mark.parametrize("method", ["zscore", "abs_zscore", "pot", "exponential", "ratio", "raw", "least", "random"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ranking._NEEDS_UNITS])
 def test_dead_units_come_last(method, profiles, reference):
     new = profiles[:5].clone()
     new[:, 17] = 1e6
-    assert (rank(new, reference, method)[:, -1] == 17).all()
+    assert (rank(new, reference, method, gains=new)[:, -1] == 17).all()
 
 
 @pytest.mark.parametrize("method", ["stage", "layer_matched_random"])
@@ -70,7 +70,20 @@ def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, refere
         assert rank(new, reference, method, 5, units).shape == (3, 5)
         return
     with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
-        rank(new, reference, method, 5, units)
+        rank(new, reference, method, 5, units, gains=profiles[:3])
+
+
+def test_fisher_ranks_by_the_gains(profiles, reference, units):
+    gains = profiles[8:16]
+    expected = gains.masked_fill(reference.dead, -torch.inf).argsort(dim=1, descending=True)[:, :5]
+    assert torch.equal(rank(profiles[:8], reference, "fisher", 5, gains=gains), expected)
+    matched = rank(profiles[:8], reference, "layer_matched_random", 5, units, match="fisher", gains=gains)
+    assert (units.layer_ids[matched] == units.layer_ids[expected]).all()
+    with pytest.raises(ValueError, match=r"needs gains=: pss.fisher_scores"):
+        rank(profiles[:8], reference, "fisher")
+    for wrong in (gains[:7], gains[:, :59], gains / 0):
+        with pytest.raises(ValueError, match=r"gains of shape .* expected \(8, 60\)"):
+            rank(profiles[:8], reference, "fisher", gains=wrong)
 
 
 def test_significant_takes_a_probability_of_zero_and_refuses_nan():

@@ -151,6 +151,22 @@ def test_save_and_load(tmp_path, profiles, reference):
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["ref.safetensors"]
 
 
+def test_fisher_information_is_kept_with_the_rest(tmp_path, profiles):
+    units = Units.of(nn.Conv2d(1, 7, 3))
+    fisher = {"weight": torch.rand(7, 1, 3, 3), "bias": torch.rand(7)}
+    reference = Reference.fit(profiles, fisher=fisher)
+    reference.save(tmp_path / "ref.safetensors")
+    loaded = Reference.load(tmp_path / "ref.safetensors", units)
+    assert loaded.fisher.keys() == fisher.keys() and all(torch.equal(loaded.fisher[n], fisher[n]) for n in fisher)
+    assert torch.equal(loaded.tail_score(profiles), Reference.fit(profiles).tail_score(profiles))
+    assert loaded.to("cpu").fisher.keys() == fisher.keys() and Reference.fit(profiles).fisher is None
+    with pytest.raises(ValueError, match="lacks 'weight'"):
+        Reference.fit(profiles, fisher={"bias": fisher["bias"]}).check(units)
+    for wrong in (-1.0, torch.nan):
+        with pytest.raises(ValueError, match="'weight' is negative or not finite"):
+            Reference.fit(profiles, fisher={"weight": torch.tensor([wrong])})
+
+
 def test_published_statistics(peer_data):
     counts = {"resnet50": (26560, 280), "vgg19": (5504, 0), "densenet121": (10240, 5), "inception_v3": (18112, 903)}
     for name, (units, dead) in counts.items():

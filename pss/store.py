@@ -307,8 +307,11 @@ def lay_out(path: Path, manifest: dict) -> None:
     for name, dtype, shape in _arrays(manifest):
         if not (path / name).exists():
             beside = path / f"{name}.partial"
-            np.lib.format.open_memmap(beside, "w+", dtype, shape).flush()
-            os.replace(beside, path / name)
+            try:
+                np.lib.format.open_memmap(beside, "w+", dtype, shape).flush()
+                os.replace(beside, path / name)
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 def _arrays(manifest: dict) -> list[tuple[str, np.dtype, tuple[int, ...]]]:

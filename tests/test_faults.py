@@ -29,6 +29,7 @@ from pss.profiles import ProfileStore, main, profile_dataset
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 KILLS, FLIPS, CUTS, FULL = 10, 120, 24, 7  # for each kind of artefact
+UNFINISHED = r"not finished|no profiles|npy is damaged"
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 
 
@@ -222,7 +223,7 @@ def test_killed_command_line(tmp_path, count, ranks):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         count["kills"] += 1
-        with pytest.raises((ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"):
+        with pytest.raises((ValueError, FileNotFoundError), match=UNFINISHED):
             ProfileStore.open(path)
     time.sleep(0.2)  # ranks that outlived their launcher by a moment
     assert subprocess.run(command, timeout=300, **quiet).returncode == 0
@@ -379,8 +380,10 @@ def test_files_may_not_grow(kind, tmp_path, count):
     def work(limit: int, folder: Path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        fails_for_want_of_room(kind, folder, contents(folder))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        try:
+            fails_for_want_of_room(kind, folder, contents(folder))
+        finally:  # else the message of a failure would be cut off too
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         kind.write(folder, 0)
         assert contents(folder) == expected[0][0]
 

@@ -292,10 +292,22 @@ def run(
         If the folder holds another experiment (saying what differs), the statistics are of another model, two names
         are the same ranking, or the network misreads no image.
     """
+    if not len(dataset) or not algo or not (count is None or count >= 1):
+        raise ValueError(
+            f"{len(dataset)} images, count {count}, algo {list(algo)}: expected images, a count of at "
+            "least 1, or None for all, and at least one ranking"
+        )
+    if not 1 <= filters <= len(units):
+        raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
+    for edit in edits:
+        repair.check_edit(edit)
+    repair.check_lengths(lr, norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
     _check_statistics(given, methods, model, units)
+    if "last_stage_raw" in methods.values():
+        _members(units, filters)
     settings = {
         "pss": pss.__version__,
         "model": fingerprint(model),
@@ -323,6 +335,7 @@ def run(
 
 
 def _check_statistics(given: Statistics, methods: dict[str, str], model: nn.Module, units: Units) -> None:
+    """Refuse statistics of something else, and rankings that they do not suffice for."""
     for reference in (given.plain, given.scale_free):
         if reference is not None:
             reference.check(units, model=fingerprint(model))
@@ -480,11 +493,16 @@ class _Job:
 
 def _last_stage(s: Tensor, units: Units, k: int) -> Tensor:
     """The units of the last stage with the largest saliency: the program's ``conv5``, with the stage that it names."""
+    members = torch.from_numpy(_members(units, k)).to(s.device)
+    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
+
+
+def _members(units: Units, k: int) -> np.ndarray:
+    """Units of the last stage; refused if they are fewer than k."""
     members = np.flatnonzero(units.stage_ids == len(units.stages) - 1)
     if k > len(members):
         raise ValueError(f"the last stage, {units.stages[-1]}, has {len(members)} units: give filters of at most that")
-    members = torch.from_numpy(members).to(s.device)
-    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
+    return members
 
 
 def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -268,7 +268,7 @@ def profile_by_layer(
             values[units.span(layer)] = np.sort(values[units.span(layer)])[::-1]
     for number, (stage, color) in enumerate(stage_colors(units.stages).items()):
         at = np.flatnonzero(units.stage_ids == number)
-        ax.plot(at, values[at], ".", ms=2.5, color=color, label=stage)
+        ax.plot(at, values[at], ".", ms=2.5, color=color, label=stage.lstrip("_"))  # "_blocks" would be left out
     if len(top) and not sort:
         ids = np.asarray(top)
         ax.plot(ids, values[ids], "o", ms=6, mfc="none", mec="#D55E00", mew=1.3, label=label or f"top {len(ids)}")
@@ -295,7 +295,7 @@ def stage_bars(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.bar(x, part["share"], width * 0.92, yerr=part.get("error"), color=color, label=label, error_kw={"lw": 0.8})
     prior = shares.drop_duplicates("stage").set_index("stage").loc[stages, "prior"]
     ax.hlines(prior, np.arange(len(stages)) - 0.45, np.arange(len(stages)) + 0.45, color="black", lw=1.2, label="prior")
-    ax.set_xticks(range(len(stages)), stages)
+    ax.set_xticks(range(len(stages)), stages, rotation=90 if sum(map(len, stages)) > 60 else 0)
     ax.set(xlabel="stage", ylabel="share of the top units")
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return ax
@@ -637,8 +637,10 @@ def edit_lines(curves: pd.DataFrame) -> Figure:
             ax.plot(own["k"], own["confidence_wrong"], color="#D55E00", label="class predicted at first")
         ax.plot(own["k"], own["confidence_true"], color="#00795A", label="true class")
         right = own[own["corrected"]]
-        ax.plot(right["k"], right["confidence_true"], "o", ms=5, color="#00795A", label="predicted: the true class")
+        if len(right):
+            ax.plot(right["k"], right["confidence_true"], "o", ms=5, color="#00795A", label="predicted: the true class")
         ax.set(title=edit, xlabel="number of edited units k", ylim=(-0.03, 1.03))
     axes[0, 0].set_ylabel("confidence")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    shown = {line.get_label(): line for ax in axes[0] for line in ax.lines}
+    figure.legend(shown.values(), shown.keys(), ncols=3, loc="outside upper center")
     return figure

@@ -72,7 +72,7 @@ def edited(
     """
     check_units(model, units)
     ids = _check_ids(ids, units, dims=1, least=0)
-    _check_edit(edit)
+    check_edit(edit)
     if (steps is None) != (edit == "prune"):
         raise ValueError("steps go with edit='finetune', which adds them to the units; edit='prune' needs none")
     if steps is not None and len(steps) != len(ids):
@@ -120,7 +120,7 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``norm`` is not positive.
     """
     ids = _check_ids(ids, units, dims=2)
-    _check_lengths(lr, norm)
+    check_lengths(lr, norm)
     _check_batch(model, images, labels, units, ids)
     runner, result = _Runner(model, units, loss, path), []
     with _ready(model):
@@ -213,8 +213,8 @@ def edit_curves(
         is unknown, or ``lr`` or ``norm`` is not positive and finite.
     """
     ids = _check_ids(ids, units, dims=2)
-    _check_edit(edit)
-    _check_lengths(lr, norm)
+    check_edit(edit)
+    check_lengths(lr, norm)
     _check_batch(model, images, labels, units, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
@@ -708,12 +708,14 @@ def _check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
     return ids
 
 
-def _check_edit(edit: str) -> None:
+def check_edit(edit: str) -> None:
+    """Refuse an edit that is none."""
     if edit not in ("finetune", "prune"):
         raise ValueError(f"unknown edit {edit!r}: expected 'finetune' or 'prune'")
 
 
-def _check_lengths(lr: float, norm: float | None) -> None:
+def check_lengths(lr: float, norm: float | None) -> None:
+    """Refuse a rate or length that is not positive and finite."""
     for name, value in (("lr", lr), ("norm", norm)):
         if value is not None and not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, not {value}")

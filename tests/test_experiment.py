@@ -300,6 +300,23 @@ def test_names_of_rankings(network, digits, units, given, tmp_path):
         experiment.run(network.model, right, units, given, tmp_path, ("raw",), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"count": 0}, "count 0"),
+        ({"algo": ()}, "at least one ranking"),
+        ({"filters": 0}, r"filters = 0 is outside 1..1200"),
+        ({"edits": ("finetuning",)}, "unknown edit 'finetuning'"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"algo": ("conv5",), "filters": 641}, "conv5_x, has 640 units"),
+    ],
+)
+def test_wrong_requests_leave_nothing(network, digits, units, given, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.run(network.model, digits, units, given, tmp_path, **{"algo": ("raw",), **wrong}, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units, given, tmp_path):
     tree = experiment.images_of(network, trees[0])
     mine = experiment.run(network.model, tree, units, given, tmp_path, ("baseline", "raw"), filters=3, progress=False)

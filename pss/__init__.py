@@ -32,7 +32,9 @@ _MODULES = (
     "cost",
     "data",
     "evt",
+    "explain",
     "experiment",
+    "explorer",
     "fisher",
     "gradients",
     "input_space",
@@ -44,6 +46,7 @@ _MODULES = (
     "ranking",
     "reference",
     "repair",
+    "report",
     "units",
     "zoo",
 )

@@ -1,0 +1,260 @@
+"""Statistics that hold: properties of the tail fits over generated samples, and calibration by simulation.
+
+`test_evt.py` compares with SciPy, brute force and hand-made cases; here are the properties that every sample must have.
+A test by simulation states its rate of false alarms, and its seed is fixed, so it passes or fails for good.
+"""
+
+import math
+from itertools import pairwise
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evt import sample, uniformity
+
+from pss import evt
+from pss.ranking import significant
+from pss.reference import Reference
+from pss.store import blocks
+
+settings.register_profile("pss", derandomize=True, deadline=None, database=None, max_examples=60)
+steady = settings.get_profile("pss")
+
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.one_of(st.floats(-0.45, 2.0), st.floats(-1e-6, 1e-6), st.just(0.0))
+exponents = st.floats(-9, 9)
+FIELDS = ("mean", "std", "threshold", "quantiles", "mean_excess", "scale", "se_scale")  # with the unit of the data
+PLAIN = ("xi", "se_xi", "fitted", "n_excess")  # without
+
+
+# --- equivariance -----------------------------------------------------------------------------------------------------
+
+
+@steady
+@given(seed=seeds, xi=shapes, n=st.integers(15, 400), exponent=exponents)
+def test_fit_is_equivariant_in_scale_order_and_padding(seed, xi, n, exponent):
+    """Times c: scale and its error times c, shape and its error as they are; order and padding are nothing to it."""
+    rng, c = np.random.default_rng(seed), 10.0**exponent
+    x = sample(xi, n, seed)
+    padded = rng.permutation(np.concatenate([c * x, rng.choice([np.nan, 0.0, -1.0], rng.integers(0, n))]))
+    plain, other = evt.fit_gpd(x), evt.fit_gpd(padded)
+    assert plain.reason == other.reason and plain.n == other.n == n
+    if plain.fitted:
+        wide = 1e-6 * (1 + abs(float(plain.xi)))  # where the likelihood is flat the maximum is known less well
+        assert abs(other.xi - plain.xi) < wide
+        assert abs(other.scale / c / plain.scale - 1) < wide
+        if plain.se_xi.isfinite() and plain.xi > -0.49:
+            assert abs(other.se_xi / plain.se_xi - 1) < 1e-3 and abs(other.se_scale / c / plain.se_scale - 1) < 1e-3
+
+
+@steady
+@given(seed=seeds, xi=shapes, exponent=exponents)
+def test_distribution_is_equivariant_in_scale(seed, xi, exponent):
+    """Excess and scale times c: the same probability, a density over c, a quantile times c."""
+    x, c = torch.from_numpy(sample(0.5, 50, seed)), 10.0**exponent
+    same = {"rtol": 1e-12, "atol": 1e-12}
+    # near a bounded end a rounding of x decides, so stay a little away from it
+    x = x.clamp(max=0.999 / -xi) if xi < -1e-3 else x
+    log_s = evt.gpd_log_survival(x, xi, 1.0)
+    torch.testing.assert_close(evt.gpd_log_survival(c * x, xi, c), log_s, rtol=1e-9, atol=1e-12)
+    density, scaled = evt.gpd_logpdf(x, xi, 1.0), evt.gpd_logpdf(c * x, xi, c) + math.log(c)
+    torch.testing.assert_close(scaled, density, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(evt.gpd_quantile(log_s, xi, c) / c, evt.gpd_quantile(log_s, xi, 1.0), **same)
+
+
+@steady
+@given(seed=seeds, exponent=exponents, level=st.floats(0.5, 0.95))
+def test_reference_is_equivariant_in_scale_images_and_units(seed, exponent, level):
+    """Units in another order, images in another order, another unit of measurement: the same reference."""
+    rng, c = np.random.default_rng(seed), 10.0**exponent
+    values = rng.lognormal(sigma=1.5, size=(120, 6))
+    units, images = rng.permutation(6), rng.permutation(120)
+    plain, other = Reference.fit(values, level), Reference.fit(c * values[images][:, units], level)
+    for name in FIELDS + PLAIN:
+        unit = c if name in FIELDS else 1.0
+        expected = getattr(plain, name)[units] * unit
+        loose = (
+            {"rtol": 1e-5, "atol": 1e-6 * unit} if name in ("xi", "se_xi", "se_scale") else {"rtol": 1e-6, "atol": 0}
+        )
+        torch.testing.assert_close(getattr(other, name), expected, equal_nan=True, check_dtype=False, **loose)
+    seen = torch.from_numpy(values[:5])
+    p, q = plain.log_tail_probability(seen)[:, units], other.log_tail_probability(c * seen[:, units])
+    torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
+
+
+# --- monotone, continuous, limits -------------------------------------------------------------------------------------
+
+
+@steady
+@given(seed=seeds, exponent=exponents, level=st.floats(0.5, 0.95), scale_free=st.booleans())
+def test_probability_never_rises_with_saliency(seed, exponent, level, scale_free):
+    """Through zero, the quantiles, the threshold, the tail and beyond its end; the score always goes on."""
+    rng = np.random.default_rng(seed)
+    shapes = np.array([-0.4, -0.05, 0.0, 0.3, 1.2])
+    values = np.stack([sample(xi, 150, rng.integers(2**31)) for xi in shapes], axis=1) * 10.0**exponent
+    values[rng.random(values.shape) < 0.1] = 0  # ties at zero, as sparse units have them
+    reference = Reference.fit(values, level)
+    top = np.geomspace(1e-6, 1e6, 400)[:, None] * reference.threshold.numpy()
+    grid = torch.from_numpy(np.concatenate([np.zeros((1, 5)), top]))
+    for tail in ("gpd", "exponential"):
+        log_p, score = reference.log_tail_probability(grid, tail), reference.tail_score(grid, tail)
+        assert (log_p <= 0).all() and (log_p[0] == 0).all()
+        assert (log_p[1:] <= log_p[:-1] + 1e-12).all()
+        assert score.isfinite().all() and (score.diff(dim=0) >= -1e-12).all()
+
+
+@steady
+@given(z=st.floats(1e-6, 60), side=st.sampled_from([-1.0, 1.0]), decade=st.floats(-300, -6), scale=exponents)
+def test_continuous_through_a_shape_of_zero(z, side, decade, scale):
+    """|f(ξ) − f(0)| ≤ ξ z² for log probability, log density and quantile: no jump, no series that breaks off."""
+    xi, scale = side * 10.0**decade, 10.0**scale
+    x, bound = z * scale, 10.0**decade * (z + z**2) + 1e-13 * (1 + z)
+    assert abs(evt.gpd_log_survival(x, xi, scale) + x / scale) <= bound
+    assert abs(evt.gpd_logpdf(x, xi, scale) - evt.gpd_logpdf(x, 0.0, scale)) <= bound + 1e-13 * abs(math.log(scale))
+    assert abs(evt.gpd_quantile(-z, xi, scale) / scale - z) <= bound
+
+
+@steady
+@given(xi=st.floats(-3, -1e-3), exponent=exponents)
+def test_limits_at_and_beyond_a_bounded_end(xi, exponent):
+    """At and beyond −β/ξ the probability is zero, and what lies further beyond scores higher; before it, positive."""
+    scale = 10.0**exponent
+    end = -scale / xi
+    x = torch.tensor([0.0, 0.5, 1 - 1e-9, 1 + 1e-9, 2, 1e6], dtype=torch.float64) * end
+    log_p, score = evt.log_tail_probability(x, xi, scale, 0.1), evt.tail_score(x, xi, scale, 0.1)
+    assert log_p[:3].isfinite().all() and (log_p[3:] == -math.inf).all()
+    assert log_p[0] == math.log(0.1) and evt.gpd_log_survival(math.inf, xi, scale) == -math.inf
+    assert score.isfinite().all() and (score.diff() > 0).all()
+    assert abs(evt.gpd_quantile(-math.inf, xi, scale) / end - 1) < 1e-12
+
+
+@steady
+@given(xi=shapes.filter(lambda xi: abs(xi) > 1e-12), log_s=st.floats(-30, -1e-6), exponent=exponents)
+def test_quantile_and_probability_undo_each_other(xi, log_s, exponent):
+    """To 1e-8 where the end of a bounded tail is not within rounding of the quantile."""
+    scale = 10.0**exponent
+    room = math.exp(xi * -log_s) if xi < 0 else 1.0  # 1 + ξx/β at the quantile
+    if room > 1e-6:
+        x = evt.gpd_quantile(log_s, xi, scale)
+        assert abs(evt.gpd_log_survival(x, xi, scale) / log_s - 1) < 1e-8 / room
+
+
+# --- a second source --------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_of_a_whole_reference_against_mpmath():
+    """(n_u / n) (1 + ξ (s − u) / β)^(−1/ξ) in 50 digits, on a grid over nine decades: to 1e-10 relative."""
+    values = np.stack([sample(xi, 400, seed=5) for xi in (-0.3, 0.0, 0.2, 0.9)], axis=1) * np.array([1e-9, 1, 1e3, 1e9])
+    reference = Reference.fit(values)
+    worst = 0.0
+    with mpmath.workdps(50):
+        for unit in range(4):
+            u, xi, scale = (mpmath.mpf(getattr(reference, n)[unit].item()) for n in ("threshold", "xi", "scale"))
+            for z in np.geomspace(1e-6, 1e3, 60):
+                s = (u + mpmath.mpf(z) * scale) if xi > 0 else u - scale / xi * (1 - mpmath.exp(-mpmath.mpf(z)))
+                s = float(s)
+                t = 1 + xi * (mpmath.mpf(s) - u) / scale
+                if t < 1e-5:  # there s itself is not known to 1e-10
+                    continue
+                expected = mpmath.log(mpmath.mpf(int(reference.n_excess[unit])) / 400) - mpmath.log(t) / xi
+                row = torch.zeros(1, 4, dtype=torch.float64)
+                row[0, unit] = s
+                got = reference.log_tail_probability(row)[0, unit].item()
+                worst = max(worst, abs(float(got / expected - 1)))
+    assert worst < 1e-10
+
+
+# --- parts equal the whole --------------------------------------------------------------------------------------------
+
+
+@steady
+@given(seed=seeds, max_bytes=st.integers(1, 200_000), scale_free=st.booleans(), wide=st.integers(1, 12))
+def test_any_split_into_blocks_equals_the_whole(seed, max_bytes, scale_free, wide):
+    """Every unit once, in order; the reference does not depend on how many bytes are held at once."""
+    values = np.random.default_rng(seed).lognormal(sigma=2, size=(60, wide)).astype(np.float32)
+    parts = list(blocks(values, max_bytes))
+    np.testing.assert_array_equal(np.concatenate([block for _, block in parts], axis=1), values)
+    whole, split = Reference.fit(values, 0.8, scale_free), Reference.fit(values, 0.8, scale_free, max_bytes=max_bytes)
+    for name in FIELDS + PLAIN:
+        tight = 1e-6 if "se" in name else 1e-9
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=tight, atol=1e-9, equal_nan=True)
+
+
+@steady
+@given(seed=seeds, rows=st.integers(2, 40), cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_any_split_of_rows_equals_the_whole(seed, rows, cuts):
+    """As ranks or blocks share the units: fits of parts, joined, are the fit of all."""
+    x = torch.from_numpy(sample(0.4, (rows, 64), seed))
+    edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
+    whole = evt.fit_gpd(x)
+    joined = evt.GPDFit.cat([evt.fit_gpd(x[a:b]) for a, b in pairwise(edges)])
+    assert torch.equal(joined.reason, whole.reason) and torch.equal(joined.n, whole.n)
+    torch.testing.assert_close(joined.xi, whole.xi, rtol=0, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(joined.scale, whole.scale, rtol=1e-9, atol=0, equal_nan=True)
+
+
+# --- simulation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("xi", [-0.2, 0.0, 0.4, 1.0])
+def test_probabilities_of_the_true_model_are_uniform(xi):
+    """Data that follow the model, and its true parameters: p is uniform. False alarms: 1 in 10,000; seed fixed."""
+    p = evt.gpd_log_survival(sample(xi, 20_000, seed=33, scale=1e-6), xi, 1e-6).exp()
+    assert scipy.stats.kstest(p, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("xi", [0.0, 0.4])
+def test_probabilities_of_a_fitted_reference_are_calibrated(xi):
+    """p of new images under a reference of 4,000: at most the nominal rate and what estimating it adds.
+
+    Over 60 units the mean share of new images with p ≤ α is compared with α. Its standard error comes from the 60
+    units, so it holds what the estimate of each adds. False alarms: 4 standard errors, 1 in 16,000 for each α.
+    """
+    train, new = (sample(xi, (4000, 60), seed=seed, scale=1e-5) for seed in (1, 2))
+    log_p = Reference.fit(train).log_tail_probability(torch.from_numpy(new))
+    for alpha in (0.5, 0.2, 0.05, 0.01):
+        share = (log_p <= math.log(alpha)).double().mean(dim=0)
+        error = float(share.std() / math.sqrt(60))
+        assert abs(float(share.mean()) - alpha) < 4 * error + 0.02 * alpha, alpha  # 2%: the bias of the threshold
+
+
+@pytest.mark.parametrize("tail", ["gpd", "exponential"])
+def test_false_discoveries_are_rare_where_there_is_nothing_to_find(tail):
+    """New images like the reference images: `significant` at 5% finds something in 5% of them, or little more.
+
+    400 images of 50 independent units each: 4 binomial standard errors above 5% is 9.4% (1 in 30,000), and as much
+    again as 5% for what the estimates of 50 tails add.
+    """
+    train, new = (sample(0.0, (5000, 50), seed=seed) for seed in (4, 5))
+    found = significant(Reference.fit(train).log_tail_probability(torch.from_numpy(new[:400]), tail), q=0.05)
+    share = found.any(dim=1).double().mean().item()
+    assert 0.01 < share < 2 * 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("n", [50, 200, 1000])
+@pytest.mark.parametrize("xi", [-0.3, -0.1, 0.0, 0.1, 0.3, 0.6, 1.0, 1.5])
+def test_coverage_of_the_standard_errors(xi, n):
+    """68% and 95% intervals over 6,000 samples: nominal, less what small samples are known to lose (stated in evt)."""
+    fit = evt.fit_gpd(sample(xi, (6000, n), seed=17, scale=2e-4))
+    known = fit.se_xi.isfinite()
+    lost = {50: 0.09, 200: 0.045, 1000: 0.02}[n] * (2.0 if xi <= -0.3 else 1.0)
+    for estimate, error, truth in ((fit.xi, fit.se_xi, xi), (fit.scale, fit.se_scale, 2e-4)):
+        for width, nominal in ((1.0, 0.6827), (1.96, 0.95)):
+            share = ((estimate - truth).abs() < width * error)[known].double().mean().item()
+            noise = 4 * math.sqrt(nominal * (1 - nominal) / int(known.sum()))  # 1 in 16,000
+            assert nominal - lost - noise < share < nominal + 0.01 + noise, (width, share)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("dist, xi", [("normal", 0.0), ("exponential", 0.0), ("gpd", -0.2), ("gpd", 0.3), ("gpd", 1.0)])
+def test_goodness_of_fit_has_its_stated_rate_of_false_alarms(dist, xi):
+    """1,000 samples of the model itself: p is uniform (Kolmogorov-Smirnov, 1 in 1,000, seed fixed)."""
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(1000, 60)) if dist == "normal" else sample(xi, (1000, 60), seed=8)
+    p = evt.anderson_darling(x, dist, simulations=4000, seed=2).p_value
+    assert uniformity(p[p.isfinite()]) > 1e-3

@@ -326,7 +326,7 @@ _CONTAINERS = {
 _RESNET = re.compile(r"(?:^|\.)layer(\d+)\.")
 _DENSENET = re.compile(r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)")
 _INCEPTION = re.compile(r"(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits)")
-_TRANSFORMER = re.compile(r"(?:^|\.)(encoder_layer_\d+|_?blocks\.\d+)\.")
+_TRANSFORMER = re.compile(r"(?:^|[._])(encoder_layer_\d+|blocks\.\d+)\.")
 
 
 def stage_names(model: nn.Module) -> Callable[[str], str]:
@@ -358,7 +358,7 @@ def stage_names(model: nn.Module) -> Callable[[str], str]:
             return f"conv{pools[prefix]}"
         for depth, part in enumerate(parts[:-1]):
             if part not in _CONTAINERS:
-                return ".".join(parts[: depth + 1])
+                return ".".join(parts[: depth + 1]).lstrip("_")  # a plot would leave out what begins with one
         return parts[0]
 
     return stage

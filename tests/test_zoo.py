@@ -375,9 +375,9 @@ def test_efficientnet_lite0_reads_photographs(lite0):
 def test_efficientnet_lite0_profile_equals_autograd(lite0):
     units = Units.of(lite0.model)
     assert len(units) == 21008 and units.stages == (
-        "_conv_stem",
-        *(f"_blocks.{i}" for i in range(16)),
-        "_conv_head",
+        "conv_stem",
+        *(f"blocks.{i}" for i in range(16)),
+        "conv_head",
     )
     images = torch.stack([lite0.read(photo.path) for photo in data.photographs()[2:4]])[..., 60:124, 60:124].double()
     labels = torch.tensor([872, 282])

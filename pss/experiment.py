@@ -131,10 +131,8 @@ def statistics(
     if images is not None:
         made_of |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
-        if "fisher" in methods:
-            raise ValueError(f"algo 'fisher' needs more than {Path(path).name} holds: give a folder, or leave it out")
         reference = Reference.load(path, units).check(units, **made_of)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
     folder = Path(path) if str(path) else _cached("statistics", {**made_of, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
@@ -448,8 +446,8 @@ class _Job:
     def _rank_by(self, method: str, s: Tensor, images: Tensor, labels: Tensor, positions: np.ndarray) -> Tensor:
         plain, k = self.given.plain, self.filters
         if method == "fisher":
-            scores = fisher_scores(self.model, images, labels, self.units, self.given.fisher, loss=self.how["loss"])
-            return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+            gains = fisher_scores(self.model, images, labels, self.units, self.given.fisher, loss=self.how["loss"])
+            return rank(s, plain, method, k, gains=gains)
         if method == "last_stage_raw":
             return _last_stage(s, self.units, k)
         if method.startswith("scale_free_"):

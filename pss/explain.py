@@ -29,6 +29,13 @@ from pss.units import Units
 
 _MAPPED = ("zscore", "abs_zscore", "pot", "exponential", "raw")  # what input-space saliency can differentiate
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
+_COLUMNS = {
+    "accuracy_before": "accuracy before",
+    "accuracy_after": "accuracy after",
+    "still_right": "still right",
+    "kl_mean": "mean KL",
+    "kl_worst": "worst KL",
+}
 _TAILS = {"pot": "gpd", "exponential": "exponential"}
 
 
@@ -264,12 +271,14 @@ def outcome(curves: pd.DataFrame) -> tuple[str, str]:
     names = {"prune": ("Pruning", "枝刈り"), "finetune": ("One-step fine-tuning", "1ステップのファインチューニング")}
     english, japanese = [], []
     for edit, own in curves.groupby("edit", sort=False):
-        right, last = own.loc[own["corrected"], "k"], int(own["k"].max())
-        rise = own["confidence_true"].iloc[-1] - own["confidence_true"].iloc[0]
-        done = f"gives the true class from k = {right.min()}" if len(right) else f"does not correct it up to k = {last}"
-        result = f"k = {right.min()}で正しいクラスになる" if len(right) else f"k = {last}までに訂正されない"
-        english.append(f"{names[edit][0]} {done}; its confidence changes by {rise:+.3f}.")
-        japanese.append(f"{names[edit][1]}では{result}．正しいクラスの確信度の変化は{rise:+.3f}である．")
+        right, last = own.loc[own["corrected"], "k"], own["k"].max()
+        change = f"{own['confidence_true'].iloc[-1] - own['confidence_true'].iloc[0]:+.3f}"
+        told = f"the true class is predicted from k = {right.min()}"
+        told_ja = f"k = {right.min()}で正しいクラスが予測される"
+        if right.empty:
+            told, told_ja = f"not the true class up to k = {last}", f"k = {last}まで正しいクラスは予測されない"
+        english.append(f"{names[edit][0]}: {told}; change of confidence in it {change}.")
+        japanese.append(f"{names[edit][1]}：{told_ja}（その確信度の変化{change}）．")
     return " ".join(english), "".join(japanese)
 
 
@@ -332,9 +341,12 @@ def damage(
         of_edit = steps if edit == "finetune" else None
         found = collateral(network.model, units, ids[None], *guard, edit, of_edit, progress=False)
         rows.append(found.assign(edit=edit))
-    names = {"accuracy_before": "accuracy before", "accuracy_after": "accuracy after", "still_right": "still right"}
-    names |= {"kl_mean": "mean KL", "kl_worst": "worst KL"}
-    return pd.concat(rows).rename(columns=names)[["edit", "k", *names.values()]].reset_index(drop=True)
+    return readable(pd.concat(rows, ignore_index=True)[["edit", "k", *_COLUMNS]])
+
+
+def readable(damages: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `damage`, and of a patch's evidence, in words."""
+    return damages.rename(columns=_COLUMNS)
 
 
 def offer_patch(

@@ -50,6 +50,27 @@ JAPANESE = {
     "part": "画像",
     "n": "枚数",
 }
+# Words in the columns `edit`, `part` and `setting`, which are ours and never a user's.
+_WORDS = {
+    "prune": "枝刈り",
+    "finetune": "ファインチューニング",
+    "mistakes": "誤分類画像",
+    "guard": "ガード画像",
+    "guard held out": "ガード画像（取り分け分）",
+    "model": "モデル",
+    "weights": "重み",
+    "image": "画像",
+    "label": "正しいクラス",
+    "units": "ユニット",
+    "reference": "基準統計量",
+    "method": "順位付け",
+    "loss": "損失",
+    "signed": "符号付き",
+    "boost": "強調の倍率",
+    "noise": "ノイズ",
+    "learning rate": "学習率",
+    "budget of the patch": "パッチの予算",
+}
 _NAMES = {"en": "English", "ja": "日本語"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _Block = Callable[[str], str]  # language -> HTML
@@ -100,7 +121,7 @@ class Report:
         """Put a table on the page, with a caption; returns it, for the notebook to show."""
 
         def block(language: str) -> str:
-            shown = frame.rename(columns=JAPANESE) if language == "ja" else frame
+            shown = _japanese(frame) if language == "ja" else frame
             html = shown.to_html(index=False, escape=True, border=0, na_rep="–", float_format=lambda v: f"{v:.3g}")
             caption = escape(_in(language, text, ja))
             html = html.replace("<thead>", f"<caption>{caption}</caption><thead>", 1).replace(
@@ -124,8 +145,9 @@ class Report:
         self.keep(f"{name}.png", lambda file: file.write(png.getvalue()))
         data = base64.b64encode(png.getvalue()).decode()
         text = lambda language: escape(_in(language, alt, ja))  # noqa: E731
+        source = f"data:image/png;base64,{data}"
         self.blocks.append(
-            lambda language: f'<figure><img src="data:image/png;base64,{data}" alt="{text(language)}"></figure>'
+            lambda language: f'<figure class="wide" tabindex="0"><img src="{source}" alt="{text(language)}"></figure>'
         )
         show(figure, alt, ja=ja)
         plt.close(figure)
@@ -166,3 +188,8 @@ class Report:
 
 def _in(language: str, text: str, ja: str) -> str:
     return ja if language == "ja" else text
+
+
+def _japanese(frame: pd.DataFrame) -> pd.DataFrame:
+    ours = frame.columns.intersection(["edit", "part", "setting"])
+    return frame.assign(**{name: frame[name].replace(_WORDS) for name in ours}).rename(columns=JAPANESE)

@@ -430,10 +430,11 @@ class _Job:
             raise ValueError(f"label {int(outside[0])} is outside 0..{logits.shape[1] - 1} of this model")
         wrong = (logits.argmax(dim=1) != labels).nonzero()[:left, 0]
         table = _table_of_images(dataset, positions, labels, logits, wrong)
-        names = table["image"].to_numpy()[wrong.cpu()]
+        at = wrong.cpu().numpy()  # of one element too, which as a tensor NumPy takes for a plain number
+        names = table["image"].to_numpy()[at]
         if not len(wrong):
             return {"images": table, "ranking": pd.DataFrame(), "results": pd.DataFrame()}
-        ranked = self._rank(images[wrong], labels[wrong], positions[wrong.cpu()])
+        ranked = self._rank(images[wrong], labels[wrong], positions[at])
         results = [self._edit(images[wrong], labels[wrong], names, ranked, edit) for edit in self.edits]
         ranking = self._table_of_ranks(names, ranked)
         return {"images": table, "ranking": ranking, "results": pd.concat(results) if results else pd.DataFrame()}

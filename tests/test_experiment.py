@@ -300,6 +300,15 @@ def test_names_of_rankings(network, digits, units, given, tmp_path):
         experiment.run(network.model, right, units, given, tmp_path, ("raw",), progress=False)
 
 
+def test_one_misread_image_is_as_among_others(done, network, digits, units, given, tmp_path):
+    one = digits.subset([40, 7, 41])
+    mine = experiment.run(network.model, one, units, given, tmp_path, ALGO, ("prune",), 3, progress=False)
+    assert mine.about["edited"] == 1 and len(mine.results) == len(ALGO) * 4
+    drawn = mine.ranking["algo"].isin(["random", "layer_matched_random"])  # of the place in the set
+    both = mine.ranking[~drawn].merge(done.ranking, on=["image", "algo", "k"])
+    assert len(both) == 12 and (both["unit_x"] == both["unit_y"]).all()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -439,13 +439,15 @@ def stage_strip(
     return ax
 
 
-def qq_panel(model: Tensor, observed: Tensor, log: bool = False, ax: Axes | None = None) -> Axes:
+def qq_panel(
+    model: Tensor, observed: Tensor, log: bool = False, ax: Axes | None = None, color: str | tuple = "#0072B2"
+) -> Axes:
     """Observed quantiles against those of a model, as `pss.evt.qq` gives them, with the line where both agree."""
     ax = ax or plt.subplots(figsize=(2.6, 2.6))[1]
     model, observed = np.asarray(model), np.asarray(observed)
     ends = [max(model.min(), observed.min()), min(model.max(), observed.max())]
     ax.plot(ends, ends, color="black", lw=1)
-    ax.plot(model, observed, ".", ms=3, color="#0072B2")
+    ax.plot(model, observed, ".", ms=3, color=color)
     if log:
         ax.set(xscale="log", yscale="log")
     return ax

@@ -10,18 +10,34 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests and notebooks run two at a time: one thread each.
-test: export OMP_NUM_THREADS := 1
+test test-faults test-lowest test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: run test lab notebooks site bench lint clean
+.PHONY: run test test-faults test-lowest test-newest lab notebooks site bench lint clean
 
 run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
 	@$(PY) -m pss.batch --out runs notebooks
 
-test: $(STAMP)  ## lint, unit tests, notebook contract, every notebook executed and compared
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest -n 2 --dist loadscope tests
+test: $(STAMP) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
+	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=80 tests
 	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+
+# Every test of reliability, whether `make test` runs it too or not.
+FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.py statistics.py reproducible.py)
+
+test-faults: $(STAMP)  ## kills, full disks, damaged files, bad input, untrusted files, counted; under 20 minutes
+	@$(PY) -m pytest -n 2 --dist worksteal -m "" $(FAULTS)
+
+# Older builds of torch bring gigabytes where there is no index of CPU builds: these stay as in constraints.txt.
+KEEP ?= torch torchvision
+
+test-lowest test-newest: test-%: $(STAMP)  ## unit tests with the lowest, the newest versions allowed, in .venv-lowest
+	@echo "Installing the $* versions that pyproject.toml allows into .venv-$*"
+	@test -x .venv-$*/bin/python || "$(PYTHON)" -m venv .venv-$*
+	@$(PY) .ci/bounds.py $* $(KEEP) > .venv-$*/constraints.txt
+	@.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	@.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint .venv-$*/constraints.txt --editable ".[test]"
+	@.venv-$*/bin/python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(PY) -m jupyterlab notebooks
@@ -35,11 +51,13 @@ site: $(STAMP)  ## the pages of the notebooks, English and Japanese, into site/
 bench: $(STAMP)  ## measure speed and memory against plain loops, under 15 minutes
 	@$(PY) -m bench
 
-lint: $(STAMP)
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: $(STAMP)  ## style, format, types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 clean:  ## remove what make made
-	rm -rf .venv runs site data/cache
+	rm -rf .venv .venv-lowest .venv-newest runs site data/cache
 
 $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \

@@ -217,7 +217,7 @@ def _fit_chunk(raw: Tensor, min_excesses: int) -> GPDFit:
         xi[rows], scale[rows] = theta * s, s * mean[rows]
         loglik[rows] = -n[rows] * (scale[rows].log() + theta * s + 1)
         found = torch.where(theta * s > -0.5, found, torch.nan)
-        var_xi[rows], var_scale[rows], cov[rows] = covariance(*found, n[rows])
+        var_xi[rows], var_scale[rows], cov[rows] = covariance(found[0], found[1], found[2], found[3], n[rows])
         reason[rows[theta.isnan()]] = 3
         (none,) = (reason == 3).nonzero(as_tuple=True)
         smallest = torch.where(x[none] > 0, x[none], torch.inf).amin(1)

@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -378,12 +379,18 @@ def _cached(collection: Collection, position: int) -> dict[str, Any]:
     return found
 
 
+@cache
+def _code() -> str:
+    """Hash of the package's sources."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
 def _fingerprint(c: Collection, position: int) -> str:
     """Of all that a description depends on."""
     plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     digest = hashlib.sha256(repr(plain).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    digest.update(_code().encode())
     tensors = [c.images[position], c.labels[position], *c.guard]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
     for tensor in tensors:

@@ -6,6 +6,7 @@ which `same` compares to the bit.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -15,15 +16,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import numpy as np
 import torch
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_profiles import make_data, make_model
 
-from pss import data, models
+from pss import data, execution, models
 from pss.fisher import fisher_diagonal
 from pss.patches import Patch
 from pss.profiles import ProfileStore, profile_dataset
 from pss.reference import Reference
+from pss.sweep import Run, Sweep
 from pss.units import Units
 
 
@@ -184,6 +188,39 @@ KINDS = [
     Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),
     Kind("cached data", ("digits.npz",), _write_cache, _read_cache, rebuilt=True),
     Kind("cached model", ("model.safetensors",), _write_model, _read_model, rebuilt=True),
+]
+
+
+# --- what notebooks and sweeps write: nothing reads it back, so damage to it is seen by people only -------------------
+
+
+def _write_sweep(folder: Path, version: int) -> None:
+    runs = [Run({"k": k}, f"{k:012d}", folder / "sweep" / f"k={k}-{k:012d}", {"k": k}) for k in range(3)]
+    for run in runs[: 2 + version]:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        plain = {"key": run.key, "status": "finished", "seconds": 1.5, "error": "", "source": "x", "pss": "x"}
+        record = plain | {"parameters": run.parameters, "results": {"accuracy": run.parameters["k"] + version}}
+        execution.write(run.folder / "run.json", json.dumps(record))
+    Sweep(Path("06_repair.ipynb"), folder / "sweep", tuple(runs[: 2 + version])).write_summary()
+
+
+def _write_figures(folder: Path, version: int) -> None:
+    rng = np.random.default_rng(version)
+    pictures = [base64.b64encode(rng.bytes(40_000)).decode() for _ in range(2)]
+    outputs = [new_output("display_data", {"image/png": picture}) for picture in pictures]
+    book = new_notebook(cells=[new_code_cell("plot()", outputs=outputs, id="plot")])
+    execution.write(folder / "executed.ipynb", nbformat.writes(book))
+    execution._write_figures(folder / "executed.ipynb")
+
+
+def _read_files(folder: Path) -> dict:
+    return {name: content.hex() for name, content in contents(folder).items()}
+
+
+FIGURES = ("executed.ipynb", "executed/01.png", "executed/02.png")
+SHOWN = [
+    Kind("sweep", ("sweep/summary.csv", "sweep/index.html"), _write_sweep, _read_files),
+    Kind("figures", FIGURES, _write_figures, _read_files),
 ]
 BY_NAME = {kind.name: kind for kind in KINDS}
 

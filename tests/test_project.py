@@ -66,3 +66,29 @@ import pss
 assert state() == before, (before, state())
 """
     subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, timeout=120)
+
+
+def test_workflow_runs_targets_of_the_makefile(root):
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    job = workflow["jobs"]["make"]
+    targets = {target.split()[0] for target in job["strategy"]["matrix"]["target"]}
+    assert targets == {"lint", "test", "test-faults", "test-lowest", "test-newest"}
+    rules = re.findall(r"^([a-z][a-z -]*):(?!=)", (root / "Makefile").read_text(), re.MULTILINE)
+    assert targets <= {name for rule in rules for name in rule.split()}
+    python = next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+    assert python == "3.11" and job["steps"][-1]["run"] == "make ${{ matrix.target }}"
+
+
+def test_lowest_versions_are_the_lower_bounds(root):
+    import subprocess
+    import sys
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    bounds = {name.split("[")[0]: bound for name, bound in requirements(everything(project)).items()}
+    command = [sys.executable, root / ".ci" / "bounds.py"]
+    run = lambda *how: subprocess.run([*command, *how], check=True, capture_output=True, text=True).stdout  # noqa: E731
+    lowest = dict(line.lower().split("==") for line in run("lowest", "torch").split())
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().split())
+    assert lowest.pop("torch") == pins["torch"] and run("newest", "torch").split() == [f"torch=={pins['torch']}"]
+    assert all(f">={version}" in bounds[name].split(",") for name, version in lowest.items())
+    assert lowest.keys() == bounds.keys() - {"torch"}

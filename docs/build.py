@@ -22,6 +22,7 @@ def in_one_language(notebook: nbformat.NotebookNode, language: str) -> nbformat.
     """The notebook without the cells of the other languages; pictures described in this one, solutions folded."""
     others = {f"lang-{other}" for other in LANGUAGES if other != language}
     notebook, _ = TagRemovePreprocessor(enabled=True, remove_cell_tags=others).preprocess(notebook, {})
+    notebook.metadata.setdefault("language_info", {"name": "python"})
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -54,9 +55,10 @@ def gather(folder: Path, language: str) -> None:
         nbformat.write(notebook, folder / "notebooks" / path.name)
 
 
-def build(site: Path, work: Path) -> None:
-    """Make ``site``, replaced only when both languages have been built without a warning."""
-    running = {}
+def build(site: Path, work: Path, *explorer: str) -> None:
+    """Make ``site``, replaced only when all of it has been built without a warning; ``explorer`` are its options."""
+    shutil.rmtree(work / "explorer", ignore_errors=True)
+    running = {"explorer": subprocess.Popen([sys.executable, "-m", "pss.explorer", work / "explorer", *explorer])}
     for language in LANGUAGES:
         sources, html = work / language / "sources", work / language / "html"
         shutil.rmtree(html, ignore_errors=True)
@@ -64,17 +66,20 @@ def build(site: Path, work: Path) -> None:
         options = ["-W", "--keep-going", "--quiet", "-E", "-b", "html", "-t", language, "-c", ROOT / "docs"]
         options += ["-D", f"locale_dirs={sources / 'locale'}", "-d", work / language / "doctrees"]
         running[language] = subprocess.Popen([sys.executable, "-m", "sphinx", *options, sources, html])
-    failed = [language for language, process in running.items() if process.wait()]
+    failed = [part for part, process in running.items() if process.wait()]
     if failed:
-        raise SystemExit(f"no site: Sphinx found faults in the pages of {', '.join(failed)} (above)")
+        raise SystemExit(f"no site: there are faults (above) in {', '.join(failed)}")
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "index.html", site / "index.html")
     for language in LANGUAGES:
         shutil.move(work / language / "html", site / language)
-    shutil.copy(ROOT / "docs" / "index.html", site / "index.html")
+    shutil.move(work / "explorer", site / "explorer")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit("usage: python docs/build.py SITE [WORK], two folders; what SITE holds is replaced")
-    build(Path(sys.argv[1]).resolve(), Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "build" / "site").resolve())
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python docs/build.py SITE [WORK [options of pss.explorer]]; SITE is replaced")
+    site, *others = sys.argv[1:]
+    work, *options = others or [ROOT / "build" / "site"]
+    build(Path(site).resolve(), Path(work).resolve(), *options)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import nbformat
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.search import SearchLanguage
@@ -82,6 +83,17 @@ def contents(app: Sphinx, config: Config) -> None:
     config.myst_substitutions["notebooks"] = "\n".join(entries)
 
 
+def bilingual_table(app: Sphinx, doctree: nodes.document) -> None:
+    """In the table of the glossary: the head in the language of the page, and marks on the words of the other one."""
+    if app.env.docname != "notebooks/glossary":
+        return
+    for row in doctree.findall(nodes.row):
+        row[2 if language == "en" else 1]["classes"].append(say("language-ja", "language-en"))
+        if language == "ja" and isinstance(row.parent, nodes.thead):
+            for entry, name in zip(row, ("記号", "英語", "日本語", "コード"), strict=True):
+                entry.children = [nodes.paragraph("", name)]
+
+
 class SearchJapanese(SearchLanguage):
     """Words are found by any part of a run of kanji, katakana or Latin letters, the same in the index and in the query.
 
@@ -116,3 +128,4 @@ def setup(app: Sphinx) -> None:
     """Tell Sphinx what is ours."""
     app.add_search_language(SearchJapanese)
     app.connect("config-inited", contents)
+    app.connect("doctree-read", bilingual_table)

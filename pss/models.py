@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 import pss
 from pss import data
+from pss._files import bytes_of, load_tensors
 from pss._vision import torchvision
 from pss.gradients import check_labels, undisturbed
 
@@ -324,13 +324,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if expected is not None and expected != _hash(state):
             raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
         return state
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which PSS does not load because it could run code: save "
-            f"the model's state_dict() or a safetensors file instead ({str(error).splitlines()[0]})"
-        ) from error
+    content = load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -373,7 +367,7 @@ def _hash(state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -209,8 +209,15 @@ class Patch:
         return [model.get_parameter(name).data[tuple(slice(*ends) for ends in index)] for name, index in self.places]
 
     def _write(self, model: nn.Module, values: Sequence[Tensor]) -> None:
-        for view, value in zip(self._views(model), values, strict=True):
-            view.copy_(value)
+        views = self._views(model)
+        kept = [view.clone() for view in views]
+        try:
+            for view, value in zip(views, values, strict=True):
+                view.copy_(value)
+        except BaseException:  # all units or none
+            for view, value in zip(views, kept, strict=True):
+                view.copy_(value)
+            raise
 
     def _check_not_empty(self) -> None:
         if not self.units:

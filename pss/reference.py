@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss._files import pack, unpack, write_whole
+from pss._files import load_tensors, pack, unpack, write_whole
 from pss.gradients import Loss
 from pss.models import fingerprint
 from pss.profiles import name_of
@@ -315,12 +314,7 @@ def _whole(fisher: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
 
 def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean and deviation of the first paper's files, and the plain values that they lack."""
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path.name} is damaged, or holds other things than tensors: {error}") from error
+    held = load_tensors(path)
     if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
         raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
     about = {"source": path.name}

@@ -344,7 +344,7 @@ def read_manifest(path: Path) -> dict:
             raise ValueError("its checksum does not fit")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} holds no profiles: make them with profile_dataset") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damage(path / "manifest.json", error) from error
     return manifest
 

@@ -69,7 +69,8 @@ def files_of(folder: Path) -> dict[str, str]:
 def _bytes(tensor: torch.Tensor) -> bytes:
     if tensor.is_meta:
         return str(tensor.shape).encode()
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def unsettled(model: nn.Module) -> nn.Module:

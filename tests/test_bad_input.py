@@ -310,7 +310,7 @@ CASES = {
     "reference file of another model": (lambda w: Reference.load(w.tmp / "reference.safetensors", w.units, model=models.fingerprint(w.other)), ValueError, r"model: reference"),
     "reference of nothing": (lambda w: Reference.load(w.tmp / "absent.pth"), FileNotFoundError, r"no reference at .*absent.pth: make one with Reference.fit"),
     "reference of text": (lambda w: Reference.load(w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
-    "published of text": (lambda w: Reference.load(w.tmp / "text.pth"), ValueError, r"text.pth is damaged, or holds other things than tensors"),
+    "published of text": (lambda w: Reference.load(w.tmp / "text.pth"), ValueError, r"text.pth is damaged, or holds more than tensors"),
     "published without deviation": (lambda w: Reference.load(w.tmp / "mean.pth"), ValueError, r"mean.pth holds no published statistics: expected a dict with 'mean' and 'std'"),
     "reference of weights": (lambda w: Reference.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no reference of pss"),
     "z-scores of other units": (lambda w: w.reference.zscore(w.s[:, :7]), ValueError, r"\(40, 7\) do not fit this reference of 8 units: .*same units"),

@@ -536,7 +536,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_refused(w, name):
+def test_is_refused(w, name, record_property):
     call, kind, message = CASES[name]
     before = state_of(w.model), state_of_process(), files_of(w.tmp)
     with pytest.raises(kind) as caught:
@@ -544,6 +544,7 @@ def test_is_refused(w, name):
     assert type(caught.value) is kind, caught.value
     assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
     assert (state_of(w.model), state_of_process(), files_of(w.tmp)) == before
+    record_property("count bad inputs", 1)
 
 
 def test_enough_cases():
@@ -627,7 +628,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_odd_picture_shows_the_right_pixels(tmp_path, name):
+def test_odd_picture_shows_the_right_pixels(tmp_path, name, record_property):
     (image, kind, options), expected = PICTURES[name]
     path = tmp_path / "picture.jpg"  # the content counts, not the name
     image.save(path, format=kind, **options)
@@ -636,6 +637,7 @@ def test_odd_picture_shows_the_right_pixels(tmp_path, name):
     assert np.asarray(shown).shape == expected.shape
     slack = 2 if name == "CMYK JPEG" else 1 if expected.dtype.kind == "f" else 0  # rounding
     assert np.abs(np.asarray(shown, float) - expected).max() <= slack
+    record_property("count odd pictures", 1)
 
 
 NAMES = (

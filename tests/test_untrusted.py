@@ -222,7 +222,7 @@ def test_the_payloads_are_live(tmp_path):
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_no_code_runs(tmp_path, monkeypatch, model, payload, loader):
+def test_no_code_runs(tmp_path, monkeypatch, model, payload, loader, record_property):
     marker, (name, load) = tmp_path / "ran", LOADERS[loader]
     path = tmp_path / name
     path.write_bytes(PAYLOADS[payload](marker))
@@ -232,6 +232,7 @@ def test_no_code_runs(tmp_path, monkeypatch, model, payload, loader):
         load(path, model, monkeypatch)
     assert not marker.exists() and not (tmp_path / "marker").exists()
     assert models.fingerprint(model) == before
+    record_property("count malicious files", 1)
 
 
 # --- crafted safetensors ----------------------------------------------------------------------------------------------
@@ -285,13 +286,14 @@ READERS = [name for name, (file, _) in LOADERS.items() if file.endswith(".safete
 
 @pytest.mark.parametrize("loader", READERS)
 @pytest.mark.parametrize("name", CRAFTED)
-def test_crafted_headers_are_refused(tmp_path, monkeypatch, model, name, loader):
+def test_crafted_headers_are_refused(tmp_path, monkeypatch, model, name, loader, record_property):
     file, load = LOADERS[loader]
     (tmp_path / file).write_bytes(CRAFTED[name])
     before = models.fingerprint(model)
     with pytest.raises(ValueError, match=re.escape(file)):
         load(tmp_path / file, model, monkeypatch)
     assert models.fingerprint(model) == before and [p.name for p in tmp_path.iterdir()] == [file]
+    record_property("count crafted headers", 1)
 
 
 # --- names that lead elsewhere ----------------------------------------------------------------------------------------

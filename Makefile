@@ -22,7 +22,7 @@ test: $(STAMP) lint  ## lint, unit tests, notebook contract, every notebook exec
 	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Every test of reliability, whether `make test` runs it too or not.
-FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.py statistics.py reproducible.py)
+FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.py guards.py statistics.py reproducible.py)
 
 test-faults: $(STAMP)  ## kills, full disks, damaged files, bad input, untrusted files, counted; under 20 minutes
 	@$(PY) -m pytest -n 2 --dist worksteal -m "" $(FAULTS)

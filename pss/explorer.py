@@ -18,7 +18,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +358,8 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
     """
     folder = Path(folder)
     collections = [digits(), photographs()] if collections is None else list(collections)
-    tasks = [delayed(_cached)(c, i) for c in collections for i in range(len(c.images))]
+    code = _code()
+    tasks = [delayed(_cached)(c, i, code) for c in collections for i in range(len(c.images))]
     with warnings.catch_warnings():  # joblib starts a worker anew when its memory has grown
         warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
         results = iter(Parallel(n_jobs=jobs)(tasks))
@@ -370,8 +370,8 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
     ]
 
 
-def _cached(collection: Collection, position: int) -> dict[str, Any]:
-    path = cache_folder() / "explorer" / f"{_fingerprint(collection, position)}.json"
+def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
+    path = cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
     if path.exists():
         return json.loads(path.read_text())
     found = describe(collection, position)
@@ -379,18 +379,17 @@ def _cached(collection: Collection, position: int) -> dict[str, Any]:
     return found
 
 
-@cache
 def _code() -> str:
     """Hash of the package's sources."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-def _fingerprint(c: Collection, position: int) -> str:
+def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
     plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     digest = hashlib.sha256(repr(plain).encode())
-    digest.update(_code().encode())
+    digest.update(code.encode())
     tensors = [c.images[position], c.labels[position], *c.guard]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
     for tensor in tensors:

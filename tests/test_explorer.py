@@ -2,8 +2,11 @@
 
 import base64
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -113,6 +116,25 @@ def test_a_second_run_reads_the_cache_and_writes_the_same(tmp_path, site, collec
             assert path.read_bytes() == (site / "explorer" / path.relative_to(tmp_path)).read_bytes()
     with pytest.raises(pytest.fail.Exception):
         explorer.write(tmp_path, [replace(collection, learning_rate=0.1)], jobs=1)
+
+
+def test_command_line_writes_with_several_processes(tmp_path):
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "pss.explorer",
+        tmp_path / "out",
+        "--digits",
+        "2",
+        "--photographs",
+        "0",
+    ]
+    cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
+    done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert explorer.read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["guard"] == 200
 
 
 def test_files_are_small_and_complete(site, collection):

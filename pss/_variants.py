@@ -119,6 +119,8 @@ class _Carry(TorchFunctionMode):
             if in_place:
                 self._grow(args[0], rows, func)
             args, kwargs = tree_map_only(Tensor, lambda t: self._follow(t, rows), (args, kwargs))
+        if rows is not None and func in _VIEWS:
+            args = self._resized(args, len(rows))
         result = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(args[0] if in_place else result) if isinstance(t, Tensor)]
         if not outputs:  # a look at a shape, a dtype, …
@@ -129,6 +131,15 @@ class _Carry(TorchFunctionMode):
             for output in outputs:
                 self._mark(output, rows)
         return result
+
+    def _resized(self, args: tuple, count: int) -> tuple:
+        """A view for the rows that there are now, where the model names the size that its batch had at first."""
+        tensor, *shape = args
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = list(shape[0])
+        if count == self.images or not shape or shape[0] != self.images or self.rows_of(tensor) is None:
+            return args
+        return (tensor, (count, *shape[1:]))
 
     def _follow(self, tensor: Tensor, rows: np.ndarray) -> Tensor:
         """Expand an argument unless it is a parameter or constant, or has the rows already."""
@@ -207,6 +218,7 @@ def _linear(input, weight, bias=None):
 
 
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+_VIEWS = {Tensor.view, Tensor.reshape, torch.reshape}
 _LAYERS = {F.conv1d: _convolution, F.conv2d: _convolution, F.conv3d: _convolution, F.linear: _linear}
 
 

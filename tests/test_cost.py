@@ -213,6 +213,35 @@ def test_in_place_and_in_one_pass_agree(net):
     np.testing.assert_allclose(again["step"], plain["step"], rtol=0.05)
 
 
+class Sized(Net):
+    """Reads the size of its batch first, and makes views by it later, as EfficientNets do."""
+
+    def forward(self, x):
+        size = len(x)
+        x = torch.reshape(self.one(x).tanh().reshape(size, 6, -1), (size, 6, 5, 5))
+        x = x + self.norm(self.two(x)).relu()
+        return self.head(x.mean((2, 3)).view(size, -1))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_views_by_the_size_that_the_batch_had_are_carried(net, count):
+    model, x, _, _ = net
+    torch.manual_seed(0)
+    sized = Sized().double().eval()
+    assert torch.equal(sized(x), model(x))
+    steps = [torch.randn(2, 2, 3, 3).double(), torch.randn(1, 6, 3, 3).double()]
+    changes = {sized.one.weight: [_variants.Change(0, 1, 3, steps[0])]}
+    changes[sized.two.weight] = [_variants.Change(count - 1, 2, 5, steps[1])]
+    found = _variants.forward(sized, x[:count], changes, 3)
+    for image in range(count):
+        for k in range(3):
+            delta = {"one.weight": torch.zeros(6, 2, 3, 3).double(), "two.weight": torch.zeros(6, 6, 3, 3).double()}
+            delta["one.weight"][3:5] += steps[0] * (k >= 1 and image == 0)
+            delta["two.weight"][5:] += steps[1] * (k >= 2 and image == count - 1)
+            with moved(sized, delta):
+                torch.testing.assert_close(found[image, k], sized(x[image : image + 1])[0])
+
+
 class Late(Net):
     """Looks at the mean of the batch, but only between its layers: edits of its head are carried, others not."""
 

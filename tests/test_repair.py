@@ -150,7 +150,7 @@ class Stale(nn.Module):
 
     def forward(self, x):
         n = x.shape[0]
-        return self.head(self.conv(x).tanh().reshape(n, 4, -1).mean(2))
+        return self.head(self.conv(x).tanh().flatten().unflatten(0, (n, 4, -1)).mean(2))
 
 
 def resnet():

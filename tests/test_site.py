@@ -126,6 +126,7 @@ def test_links_lead_to_files_and_places_of_the_site(site, read, language, page):
 @each_page
 def test_switch_and_alternates_name_the_same_page(read, language, page):
     up, other = "../" * (1 + page.count("/")), {"en": "ja", "ja": "en"}[language]
+    up = up if "/" in page else f"./{up}"  # as Sphinx writes it
     found = read(f"{language}/{page}.html").elements
     switch = [a["href"] for tag, a, _ in found if tag == "a" and "language-switch" in (a.get("class") or "")]
     assert switch == [f"{up}{other}/{page}.html"]
@@ -149,6 +150,12 @@ def test_landing_page_names_every_notebook_with_a_time(read, language):
     links = [a.get("href") for tag, a, inside in page.elements if inside and tag == "a"]
     assert [link for link in links if "/0" in link or "/1" in link] == [f"notebooks/{n}.html" for n in NOTEBOOKS]
     assert len(re.findall(r"about \d+ minutes|約\d+分", "".join(page.prose))) == len(NOTEBOOKS)
+
+
+def test_japanese_page_of_the_data_holds_the_same_names_files_and_checksums():
+    english, japanese = ((ROOT / "data" / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
+    for pattern in (r"`([^`\n]+)`", r"\b\d[\d,.]*%", r"https?://[^>\s]+"):
+        assert set(re.findall(pattern, english)) == set(re.findall(pattern, japanese, re.ASCII))
 
 
 # The browser

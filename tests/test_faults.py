@@ -192,14 +192,12 @@ def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
     rng, path, kills, rows = random.Random(1), tmp_path / "part", 0, []
     while True:
         child = forked(lambda: profile_dataset(make_model(), Faulty(delay=0.01), None, path, **options))
-        time.sleep(rng.uniform(0.01, 0.25))
+        time.sleep(rng.uniform(0.01, 0.2) * (1 + kills / 5))  # a busy machine gets its time in the end
         os.kill(child, signal.SIGKILL)
         if ended(child) == 0:
             break
         kills += 1
-        with pytest.raises(
-            (ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"
-        ) as refused:
+        with pytest.raises((ValueError, FileNotFoundError), match=UNFINISHED) as refused:
             ProfileStore.open(path)
         rows.append(str(refused.value))
         assert kills < 100

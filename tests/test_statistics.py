@@ -239,15 +239,19 @@ def test_false_discoveries_are_rare_where_there_is_nothing_to_find(tail):
 @pytest.mark.parametrize("n", [50, 200, 1000])
 @pytest.mark.parametrize("xi", [-0.3, -0.1, 0.0, 0.1, 0.3, 0.6, 1.0, 1.5])
 def test_coverage_of_the_standard_errors(xi, n):
-    """68% and 95% intervals over 6,000 samples: nominal, less what small samples are known to lose (stated in evt)."""
+    """68% and 95% intervals over 6,000 samples: nominal, less what small samples lose (measured: 4.7, 2.5 and 0.7%).
+
+    With 50 excesses and a shape of -0.3 a fifth of the estimates lies below -0.5, where there is no standard error:
+    what is left covers more than nominal.
+    """
     fit = evt.fit_gpd(sample(xi, (6000, n), seed=17, scale=2e-4))
     known = fit.se_xi.isfinite()
-    lost = {50: 0.09, 200: 0.045, 1000: 0.02}[n] * (2.0 if xi <= -0.3 else 1.0)
+    lost, more = {50: 0.06, 200: 0.035, 1000: 0.015}[n], 0.01 if known.double().mean() > 0.95 else 0.1
     for estimate, error, truth in ((fit.xi, fit.se_xi, xi), (fit.scale, fit.se_scale, 2e-4)):
         for width, nominal in ((1.0, 0.6827), (1.96, 0.95)):
             share = ((estimate - truth).abs() < width * error)[known].double().mean().item()
             noise = 4 * math.sqrt(nominal * (1 - nominal) / int(known.sum()))  # 1 in 16,000
-            assert nominal - lost - noise < share < nominal + 0.01 + noise, (width, share)
+            assert nominal - lost - noise < share < nominal + more + noise, (width, share)
 
 
 @pytest.mark.faults

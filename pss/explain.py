@@ -253,16 +253,16 @@ def caution(reference: Reference) -> tuple[str, str]:
         return (
             "The reference has means and deviations only: z-scores can be had, tail probabilities and their false "
             "discoveries cannot.",
-            "基準統計量は平均と標準偏差のみである．z得点は求まるが，裾確率と，それによる有意性の判定は得られない．",
+            "基準統計量は平均と標準偏差のみである．z得点は求まるが，裾確率とそれに基づく有意性の判定は得られない．",
         )
     n, over = reference.n, int(reference.n_excess.double().median())
     if n >= ENOUGH:
-        return f"The reference is made of {n:,} images.", f"基準統計量は{n:,}枚の画像による．"
+        return f"The reference is made of {n:,} images.", f"基準統計量は{n:,}枚の画像から求めた．"
     return (
         f"The reference is made of {n} images, of which {over} lie above the threshold of a typical unit: enough to "
         "show how this works, too few to trust. The p-values reach far beyond the images and are not calibrated.",
-        f"基準統計量はわずか{n}枚の画像によるもので，典型的なユニットで閾値を超えるのは{over}枚である．手順を示すには足りるが，"
-        "結論を信頼するには少なすぎる．p値は画像のある範囲から大きく外挿したもので，較正されていない．",
+        f"基準統計量の元になった画像はわずか{n}枚で，典型的なユニットで閾値を超えるのはそのうち{over}枚である．手順を示すには足りるが，"
+        "結論を信頼するには少なすぎる．p値は，画像のある範囲を大きく超えた外挿であり，較正されていない．",
     )
 
 
@@ -274,11 +274,11 @@ def outcome(curves: pd.DataFrame) -> tuple[str, str]:
         right, last = own.loc[own["corrected"], "k"], own["k"].max()
         change = f"{own['confidence_true'].iloc[-1] - own['confidence_true'].iloc[0]:+.3f}"
         told = f"the true class is predicted from k = {right.min()}"
-        told_ja = f"k = {right.min()}で正しいクラスが予測される"
+        told_ja = f"k = {right.min()}から正解クラスが予測される"
         if right.empty:
-            told, told_ja = f"not the true class up to k = {last}", f"k = {last}まで正しいクラスは予測されない"
+            told, told_ja = f"not the true class up to k = {last}", f"k = {last}までに正解クラスは予測されない"
         english.append(f"{names[edit][0]}: {told}; change of confidence in it {change}.")
-        japanese.append(f"{names[edit][1]}：{told_ja}（その確信度の変化{change}）．")
+        japanese.append(f"{names[edit][1]}：{told_ja}（その確信度の変化は{change}）．")
     return " ".join(english), "".join(japanese)
 
 
@@ -292,7 +292,7 @@ def verdict(patch: Patch) -> tuple[str, str]:
     return (
         f"A patch of {len(patch.units)} units ({size}) corrects the image, at a mean KL of {kl} on the guard images "
         f"that chose it and {held} on those held out.",
-        f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で画像は訂正される．KLの平均は，選択に使ったガード画像で{kl}，"
+        f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で予測は正解に転じる．KLの平均は，選択に使ったガード画像で{kl}，"
         f"取り分けておいた画像で{held}である．",
     )
 

@@ -29,7 +29,7 @@ from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
 from pss.models import fingerprint
 from pss.ranking import score
 from pss.reference import Reference
-from pss.repair import _damage
+from pss.repair import _damage, predicted
 from pss.units import Units
 
 Images = tuple[Tensor, Tensor]
@@ -367,7 +367,7 @@ def _correct(
 
 def _mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[str], loss: Loss) -> Weights:
     """Of the images that are wrong now, (1, *shape) by parameter name."""
-    wrong = model(images).argmax(dim=1) != labels
+    wrong = predicted(model(images)) != labels
     with undisturbed(model), torch.enable_grad():
         model.requires_grad_(False)
         parameters = [model.get_parameter(name).requires_grad_() for name in names]

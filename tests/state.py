@@ -77,7 +77,7 @@ def unsettled(model: nn.Module) -> nn.Module:
     """A model in a state that is nobody's default: some modules in training mode, a frozen weight, a .grad, a hook."""
     model.train()
     for number, (module, p) in enumerate(zip(model.children(), model.parameters(), strict=False)):
-        module.train(number % 2 == 0)
+        module.train(number % 2 == 1)  # batch normalization and dropout, where they come second and fourth
         p.requires_grad_(number % 2 == 1)
     first = next(model.parameters())
     first.grad = torch.full_like(first, 0.5)

@@ -144,8 +144,8 @@ def w(tmp_path_factory):
 
 
 def patched(w):
-    with w.patch.applied(w.model):
-        w.model(w.x)
+    with w.patch.applied(w.model):  # in the caller's mode: a forward pass would be the caller's own doing
+        assert w.patch.is_applied(w.model)
 
 
 def pruned(w, edit="prune", steps=None):

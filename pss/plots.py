@@ -515,13 +515,21 @@ def confidence_bars(
 
 
 def story(
-    picture: np.ndarray, unusual: Tensor, units: Units, top: Tensor, before: Tensor, after: Tensor, label: int
+    picture: np.ndarray,
+    unusual: Tensor,
+    units: Units,
+    top: Tensor,
+    before: Tensor,
+    after: Tensor,
+    label: int,
+    heat: Tensor | None = None,
 ) -> Figure:
     """A misclassified image, the units that stand out on it, and the confidences before and after their edit.
 
     Parameters
     ----------
     picture : ndarray, shape (H, W, 3)
+        0..255, or floating point in 0..1.
     unusual : Tensor, shape (U,)
         Z-score of every unit.
     top : Tensor of int, shape (k,)
@@ -530,8 +538,14 @@ def story(
         Confidences.
     label : int
         The true class.
+    heat : Tensor, shape (H, W), optional
+        The pixels behind these units, in 0..1: a panel of its own, as `overlay` draws it.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.3), width_ratios=[1.3, 2.7, 1.45])
+    if heat is None:
+        figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.3), width_ratios=[1.3, 2.7, 1.45])
+    else:  # two rows: side by side the four would be too small to read on a page
+        figure, axes = plt.subplots(2, 2, figsize=(8.2, 5.8), width_ratios=[1.25, 2.2])
+        axes = axes.flat
     axes[0].imshow(picture)
     axes[0].set_axis_off()
     wrong = int(before.argmax())
@@ -540,8 +554,12 @@ def story(
     axes[1].legend(ncols=3, loc="upper left", markerscale=1.5, handletextpad=0.2, columnspacing=1, fontsize=8)
     axes[1].set_ylim(top=float(unusual.max()) * 1.35)
     axes[1].set_title(f"the {len(top)} of {len(units):,} filters that stand out", loc="left")
-    confidence_bars(before, after, label, ax=axes[2])
-    axes[2].set_title(f"now read as {int(after.argmax())}", loc="left")
+    if heat is not None:
+        scale = 255 if np.issubdtype(picture.dtype, np.integer) else 1
+        overlay(torch.from_numpy(picture / scale).permute(2, 0, 1), heat, ax=axes[2])
+        axes[2].set_title("the pixels behind them", loc="center", fontsize=13)
+    confidence_bars(before, after, label, ax=axes[-1])
+    axes[-1].set_title(f"now read as {int(after.argmax())}", loc="left")
     return figure
 
 

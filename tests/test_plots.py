@@ -111,6 +111,17 @@ def test_story_rings_the_edited_units(units):
     assert figure.axes[0].get_title() == "a 1, read as 0" and figure.axes[2].get_title(loc="left") == "now read as 1"
 
 
+@pytest.mark.parametrize("picture", [np.full((4, 4, 3), 51, np.uint8), np.full((4, 4, 3), 0.2)])
+def test_story_draws_the_map_over_the_picture_whatever_its_scale(units, picture):
+    heat, confidences = torch.linspace(0, 1, 16).reshape(4, 4), torch.tensor([0.9, 0.1])
+    figure = pss.plots.story(
+        picture, torch.ones(len(units)), units, torch.tensor([3]), confidences, confidences, 1, heat
+    )
+    grey, drawn = (image.get_array() for image in figure.axes[2].images)
+    np.testing.assert_allclose(grey, 0.6 * 0.2, rtol=1e-5)
+    np.testing.assert_allclose(drawn, heat)
+
+
 def test_neighbor_rows_draws_each_query_before_its_neighbours(generator):
     images = torch.rand(5, 3, 4, 4, generator=generator)
     titles = [["a", "b", "c"], ["d", "e", "f"]]

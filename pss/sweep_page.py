@@ -15,7 +15,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 table { border-collapse: collapse; } th, td { padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: left;
 vertical-align: top; } th { position: sticky; top: 0; background: #fff; } img { max-height: 6rem; max-width: 12rem; }
 .finished { color: #14692f; } .failed { color: #a3160e; } .error { max-width: 24rem; overflow-wrap: anywhere; }
-td ul { margin: 0; padding-left: 1rem; }
+td ul { margin: 0; padding: 0; list-style: none; } th[scope=row] { font-weight: normal; }
 """
 
 
@@ -43,15 +43,16 @@ def _row(row: dict[str, Any], names: list[str], out: Path) -> str:
         status += f'<div class="error">{escape(row["error"])}</div>'
     seconds = "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}"
     picture = _thumbnail(out, figures) if figures else ""
-    name = f'<th scope="row">{escape(row["run"])}</th>'
+    name = f'<th scope="row">{escape(row["run"].rpartition("-")[0])}</th>'
     return f"<tr>{name}{values}<td>{seconds}</td><td>{status}</td><td><ul>{made}</ul></td><td>{picture}</td></tr>"
 
 
 def _made(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files that a run made, and the pictures among those in its folders."""
+    """Files that a run made, pages first, and its pictures."""
     visible = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in visible if p.parent == folder]
-    return files, [p for p in visible if p.suffix.lower() in (".png", ".jpg", ".svg")]
+    pictures = [p for p in visible if p.suffix.lower() in (".png", ".jpg", ".svg")]
+    files = [p for p in visible if p.parent == folder and p not in pictures]
+    return sorted(files, key=lambda p: (p.suffix not in (".html", ".ipynb"), p.suffix, p.name)), pictures
 
 
 def _thumbnail(out: Path, figures: list[Path]) -> str:

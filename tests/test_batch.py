@@ -376,3 +376,10 @@ def test_the_same_sweep_on_a_local_dask_cluster(sweep_file, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "2 runs: 2 finished" in done.stdout, done.stderr
     assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [0.5, 1.0]
+
+
+def test_the_sweeps_of_the_project_can_be_read(root):
+    sweeps = [path for path in (root / "notebooks" / "params").glob("*.yaml") if path.name != "full.yaml"]
+    assert "sweep.yaml" in {path.name for path in sweeps}
+    for path in sweeps:
+        assert len(read_sweep(path).runs) > 1

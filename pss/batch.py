@@ -93,6 +93,8 @@ def _sweep(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: the same command goes on from here; so far in {sweep.out / 'index.html'}", file=sys.stderr)
         return 130
+    except (ValueError, OSError) as error:  # no Dask, no scheduler there, a full disk
+        parser.error(str(error))
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
     print(f"{len(table)} runs: {counts}; see {sweep.out / 'index.html'}, summary.csv beside it")
     return 0 if (table["status"] == "finished").all() else 1

@@ -378,6 +378,13 @@ def test_the_same_sweep_on_a_local_dask_cluster(sweep_file, tmp_path):
     assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [0.5, 1.0]
 
 
+def test_a_scheduler_that_cannot_be_reached_is_said(sweep_file, capsys):
+    pytest.importorskip("distributed")
+    with pytest.raises(SystemExit):
+        main(["--dask", "nonsense://here", str(sweep_file(grid={"k": [1, 2]}))])
+    assert "nonsense" in capsys.readouterr().err
+
+
 def test_the_sweeps_of_the_project_can_be_read(root):
     sweeps = [path for path in (root / "notebooks" / "params").glob("*.yaml") if path.name != "full.yaml"]
     assert "sweep.yaml" in {path.name for path in sweeps}

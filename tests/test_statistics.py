@@ -110,12 +110,13 @@ def test_probability_never_rises_with_saliency(seed, exponent, level, scale_free
 @steady
 @given(z=st.floats(1e-6, 60), side=st.sampled_from([-1.0, 1.0]), decade=st.floats(-300, -6), scale=exponents)
 def test_continuous_through_a_shape_of_zero(z, side, decade, scale):
-    """|f(ξ) − f(0)| ≤ ξ z² for log probability, log density and quantile: no jump, no series that breaks off."""
+    """Expansions to the first order in ξ, to within the second: no jump, no series that breaks off."""
     xi, scale = side * 10.0**decade, 10.0**scale
-    x, bound = z * scale, 10.0**decade * (z + z**2) + 1e-13 * (1 + z)
-    assert abs(evt.gpd_log_survival(x, xi, scale) + x / scale) <= bound
-    assert abs(evt.gpd_logpdf(x, xi, scale) - evt.gpd_logpdf(x, 0.0, scale)) <= bound + 1e-13 * abs(math.log(scale))
-    assert abs(evt.gpd_quantile(-z, xi, scale) / scale - z) <= bound
+    x, bound = z * scale, xi**2 * (z**3 + z**2) + 1e-13 * (1 + z)
+    assert abs(evt.gpd_log_survival(x, xi, scale) + z - xi * z**2 / 2) <= bound
+    assert abs(evt.gpd_quantile(-z, xi, scale) / scale - z - xi * z**2 / 2) <= bound
+    log_density = -z + xi * z**2 / 2 - xi * z - math.log(scale)
+    assert abs(evt.gpd_logpdf(x, xi, scale) - log_density) <= bound + 1e-13 * abs(math.log(scale))
 
 
 @steady

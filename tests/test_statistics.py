@@ -108,7 +108,12 @@ def test_probability_never_rises_with_saliency(seed, exponent, level, scale_free
 
 
 @steady
-@given(z=st.floats(1e-6, 60), side=st.sampled_from([-1.0, 1.0]), decade=st.floats(-300, -6), scale=exponents)
+@given(
+    z=st.floats(1e-6, 60),
+    side=st.sampled_from([-1.0, 1.0]),
+    decade=st.one_of(st.floats(-12, -5), st.floats(-300, -12)),
+    scale=exponents,
+)
 def test_continuous_through_a_shape_of_zero(z, side, decade, scale):
     """Expansions to the first order in ξ, to within the second: no jump, no series that breaks off."""
     xi, scale = side * 10.0**decade, 10.0**scale

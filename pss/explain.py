@@ -205,7 +205,12 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
 
 
 def ranked(saliency: Tensor, reference: Reference | None, method: str, units: Units, seed: int = 0) -> Tensor:
-    """All units, most anomalous first, (U,); as `pss.rank`, but says so at once where a reference lacks its tail."""
+    """All units, most anomalous first, (U,); as `pss.rank`, but says at once what a method would need here."""
+    if method == "fisher":
+        raise ValueError(
+            "method 'fisher' ranks by gradients and Fisher information, which explaining one image does not make: take "
+            "'zscore', which comes close to it, or pss.fisher_scores as notebook 10 does"
+        )
     if method in _TAILS and reference is not None and reference.threshold is None:
         raise ValueError(
             f"method {method!r} needs tail probabilities, and this reference has mean and deviation only: take "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,11 @@ class Report:
         if name not in self.files:
             self.files.append(name)
         return path
+
+    def summary(self, **values: object) -> Path:
+        """Write names and plain values to ``summary.json``: the columns of this run in the summary of a sweep."""
+        text = json.dumps(values, ensure_ascii=False, indent=1)
+        return self.keep("summary.json", lambda file: file.write(text.encode()))
 
     def write(self) -> Path:
         """Write ``report.html``."""

@@ -1,5 +1,6 @@
 """The report and the steps of notebook 11: whose image, which units, what is written, and that names are only text."""
 
+import json
 import re
 import textwrap
 from html.parser import HTMLParser
@@ -137,6 +138,8 @@ def test_table_of_units_and_a_reference_without_tail():
     assert "cannot" in explain.caution(reference)[0]
     with pytest.raises(ValueError, match="'pot' needs tail probabilities"):
         explain.ranked(saliency, reference, "pot", units)
+    with pytest.raises(ValueError, match="'fisher' ranks by gradients"):
+        explain.ranked(saliency, reference, "fisher", units)
 
 
 MODULE = """
@@ -197,6 +200,8 @@ def test_a_network_and_pictures_of_ones_own(workshop, root):
         np.testing.assert_allclose(kept["profile"], expected.numpy(), rtol=1e-4)
         assert kept["order"].tolist() == table["unit"].tolist() and int(kept["label"]) == label
     assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["top_unit"] == table["name"][0] and summary["z"] == pytest.approx(table["z"][0], rel=1e-4)
     written = (out / "mend.safetensors").exists()
     assert written == ("A patch of" in page.text)
     if written:

@@ -9,6 +9,7 @@ Packages named after that stay as constraints.txt has them.
 import re
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ def constraints(which: str, keep: list[str]) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split())
     lines = [f"{name}=={pins[name]}" for name in keep]
-    for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
         name, bound = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?(?:>=([\w.]+))?", requirement).groups()
         if which == "lowest" and bound and name not in keep:
             lines.append(f"{name}=={bound}")

@@ -35,12 +35,13 @@ def generator() -> torch.Generator:
 
 def pytest_terminal_summary(terminalreporter):
     """What the tests counted: `record_property("count kills", 3)` adds three kills."""
-    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    passed = {report.nodeid for report in terminalreporter.stats.get("passed", [])}
     counts = Counter()
-    for report in reports:
-        for name, number in report.user_properties:
-            if name.startswith("count "):
-                counts[name.removeprefix("count ")] += number
+    for report in terminalreporter.stats.get("", []):  # of setup and teardown, the last of which has every property
+        if report.when == "teardown" and report.nodeid in passed:
+            for name, number in report.user_properties:
+                if name.startswith("count "):
+                    counts[name.removeprefix("count ")] += number
     if counts:
         found = ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
-        terminalreporter.write_line(f"counted: {len(reports):,} tests, {found}")
+        terminalreporter.write_line(f"counted: {len(passed):,} tests, {found}")

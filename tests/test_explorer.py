@@ -7,14 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from served import served
 
 import pss
 from pss import explorer
@@ -199,11 +197,8 @@ def browser():
 @pytest.fixture(scope="module")
 def address(site):
     """The folder over http."""
-    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with served(site) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
 	@$(PY) -m pss.batch --out runs notebooks
 
 test: $(STAMP) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
-	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=80 tests
+	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=90 tests
 	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Every test of reliability, whether `make test` runs it too or not.

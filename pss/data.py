@@ -32,8 +32,8 @@ from PIL import Image, ImageChops, ImageOps
 from scipy import ndimage
 from torch.utils.data import TensorDataset
 
-from pss._files import write_whole
 from pss._vision import torchvision
+from pss._whole import write_whole
 
 SIZE = 32
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -6,7 +6,6 @@ import ast
 import base64
 import os
 import re
-import uuid
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import nbformat
 import papermill
 import yaml
 from traitlets.config import Config
+
+from pss._whole import write_whole
 
 KERNEL = "python3"
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
@@ -221,7 +222,7 @@ def _write_figures(executed: Path) -> list[Path]:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "image/png" in data:
                 written.append(folder / f"{len(written) + 1:02d}.png")
-                write(written[-1], base64.b64decode(data["image/png"]))
+                write_whole(written[-1], base64.b64decode(data["image/png"]))
     return written
 
 
@@ -247,13 +248,3 @@ def refresh(notebook: str | os.PathLike) -> None:
 def _plain_metadata() -> nbformat.NotebookNode:
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": KERNEL}
     return nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all (`pss._files` does too, but loads torch, which every worker would)."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import pss
 from pss import repair, zoo
-from pss._files import write_whole
+from pss._whole import write_whole
 from pss.data import cache_folder, digits
 from pss.fisher import fisher_diagonal, fisher_scores
 from pss.gradients import Loss, profile
@@ -371,7 +371,7 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     hashes = {}
     for name, table in tables.items():
         content = table.to_csv(index=False).encode() if len(table) else b""
-        write_whole(folder / f"{name}.csv", lambda file, content=content: file.write(content))
+        write_whole(folder / f"{name}.csv", content)
         hashes[name] = hashlib.sha256(content).hexdigest()
     last = tables["results"][tables["results"]["k"] == record["filters"]]
     summary = {"looked_at": looked_at, "edited": edited}
@@ -585,7 +585,7 @@ def _write_about(folder: Path, about: dict[str, Any]) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, text)
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

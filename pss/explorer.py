@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import pss
 from pss import models, plots, repair, zoo
-from pss.data import cache_folder, write_whole
+from pss._whole import write_whole
+from pss.data import cache_folder
 from pss.input_space import input_saliency, render_map
 from pss.ranking import rank, significant
 from pss.reference import Reference
@@ -375,7 +376,7 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     found = describe(collection, position)
-    write_whole(path, lambda file: file.write(json.dumps(found).encode()))
+    write_whole(path, json.dumps(found))
     return found
 
 
@@ -451,7 +452,7 @@ def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tupl
 
 def _write_script(path: Path, name: str, content: dict[str, Any]) -> Path:
     text = f"pssExplorer({json.dumps(name)}, {json.dumps(content, ensure_ascii=False, separators=(',', ':'))});\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, text)
     return path
 
 

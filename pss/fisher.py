@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss._files import bytes_of, pack, unpack, write_whole
+from pss._files import bytes_of, pack, unpack
+from pss._whole import write_whole
 from pss.gradients import Loss, parameter_saliency
 from pss.models import fingerprint
 from pss.profiles import name_of
@@ -91,7 +92,7 @@ def fisher_diagonal(
     diagonal = {name: (sums / len(images)).float().contiguous() for name, sums in total.items()}
     if path is not None:
         content = pack(diagonal, "fisher", about)
-        write_whole(Path(path), lambda file: file.write(content))
+        write_whole(Path(path), content)
     return diagonal
 
 

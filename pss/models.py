@@ -250,7 +250,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike, record: Mapping[str,
     record["checksum"] = _record_checksum(record)
     # One key only: safetensors writes several in an order that changes from run to run.
     content = safetensors.torch.save(state, {"record": _as_text(record)})
-    data.write_whole(Path(path), lambda file: file.write(content))
+    data.write_whole(Path(path), content)
 
 
 def read_record(path: str | os.PathLike) -> dict[str, str]:

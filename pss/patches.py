@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pss
-from pss._files import pack, unpack, write_whole
+from pss._files import pack, unpack
 from pss._lines import line_of, moved, says, smallest, unit_mask
+from pss._whole import write_whole
 from pss.cost import Search, refuse_overlap
 from pss.fisher import DAMPING, Weights, damped, digest, fisher_scores
 from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
@@ -174,7 +175,7 @@ class Patch:
         """Write one safetensors file, whole or not at all."""
         self._check_not_empty()
         content = self._content()
-        write_whole(Path(path), lambda file: file.write(content))
+        write_whole(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Patch:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss._files import load_tensors, pack, unpack, write_whole
+from pss._files import load_tensors, pack, unpack
+from pss._whole import write_whole
 from pss.gradients import Loss
 from pss.models import fingerprint
 from pss.profiles import name_of
@@ -266,7 +267,7 @@ class Reference:
         tensors |= {f"{_FISHER}{name}": tensor for name, tensor in (self.fisher or {}).items()}
         plain = {"n": self.n, "level": self.level, "scale_free": self.scale_free, "about": self.about}
         content = pack(tensors, "pss", plain)
-        write_whole(Path(path), lambda file: file.write(content))
+        write_whole(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike, units: Units | None = None, **about: str) -> Reference:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -22,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pss
-from pss.data import write_whole
+from pss._whole import write_whole
 from pss.plots import show
 
 LANGUAGES = {"en": ("en",), "ja": ("ja",), "both": ("en", "ja")}
@@ -143,7 +144,7 @@ class Report:
         figure = figure if isinstance(figure, Figure) else figure.figure
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
-        self.keep(f"{name}.png", lambda file: file.write(png.getvalue()))
+        self.keep(f"{name}.png", png.getvalue())
         data = base64.b64encode(png.getvalue()).decode()
         text = lambda language: escape(_in(language, alt, ja))  # noqa: E731
         source = f"data:image/png;base64,{data}"
@@ -153,10 +154,10 @@ class Report:
         show(figure, alt, ja=ja)
         plt.close(figure)
 
-    def keep(self, name: str, write: Callable[[io.BufferedIOBase], object]) -> Path:
+    def keep(self, name: str, content: str | bytes | Callable[[BinaryIO], object]) -> Path:
         """Write a file into the folder, whole or not at all, and list it."""
         path = self.folder / name
-        write_whole(path, write)
+        write_whole(path, content)
         if name not in self.files:
             self.files.append(name)
         return path
@@ -164,7 +165,7 @@ class Report:
     def summary(self, **values: object) -> Path:
         """Write names and plain values to ``summary.json``: the columns of this run in the summary of a sweep."""
         text = json.dumps(values, ensure_ascii=False, indent=1)
-        return self.keep("summary.json", lambda file: file.write(text.encode()))
+        return self.keep("summary.json", text)
 
     def write(self) -> Path:
         """Write ``report.html``."""
@@ -180,7 +181,7 @@ class Report:
             f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n{switch}\n"
             f"<main>\n{articles}\n</main>\n</body>\n</html>\n"
         )
-        return self.keep("report.html", lambda file: file.write(page.encode()))
+        return self.keep("report.html", page)
 
     def _article(self, language: str) -> str:
         parts = "\n".join(block(language) for block in self.blocks)

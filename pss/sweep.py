@@ -38,7 +38,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from pss import __version__
-from pss.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook, write
+from pss._whole import write_whole
+from pss.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook
 from pss.sweep_page import page
 
 _KEYS = ("notebook", "out", "parameters", "grid", "table")
@@ -92,8 +93,8 @@ class Sweep:
         """Write ``summary.csv`` and ``index.html`` to the folder of the runs."""
         table = pd.DataFrame(self._rows(), dtype=object)  # whole numbers stay whole beside empty cells
         plain = table.map(lambda v: json.dumps(v) if isinstance(v, (list, dict)) else v)
-        write(self.out / "summary.csv", plain.to_csv(index=False, lineterminator="\n"))
-        write(self.out / "index.html", page(self.notebook.stem, table, self.out))
+        write_whole(self.out / "summary.csv", plain.to_csv(index=False, lineterminator="\n"))
+        write_whole(self.out / "index.html", page(self.notebook.stem, table, self.out))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def run_one(notebook: Path, run: Run) -> tuple[str, str]:
         "pss": __version__,
         "source": source(),
     }
-    write(run.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+    write_whole(run.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
     return run.folder.name, error
 
 

@@ -23,6 +23,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_profiles import make_data, make_model
 
 from pss import data, execution, models
+from pss._whole import write_whole
 from pss.fisher import fisher_diagonal
 from pss.patches import Patch
 from pss.profiles import ProfileStore, profile_dataset
@@ -200,7 +201,7 @@ def _write_sweep(folder: Path, version: int) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         plain = {"key": run.key, "status": "finished", "seconds": 1.5, "error": "", "source": "x", "pss": "x"}
         record = plain | {"parameters": run.parameters, "results": {"accuracy": run.parameters["k"] + version}}
-        execution.write(run.folder / "run.json", json.dumps(record))
+        write_whole(run.folder / "run.json", json.dumps(record))
     Sweep(Path("06_repair.ipynb"), folder / "sweep", tuple(runs[: 2 + version])).write_summary()
 
 
@@ -209,7 +210,7 @@ def _write_figures(folder: Path, version: int) -> None:
     pictures = [base64.b64encode(rng.bytes(40_000)).decode() for _ in range(2)]
     outputs = [new_output("display_data", {"image/png": picture}) for picture in pictures]
     book = new_notebook(cells=[new_code_cell("plot()", outputs=outputs, id="plot")])
-    execution.write(folder / "executed.ipynb", nbformat.writes(book))
+    write_whole(folder / "executed.ipynb", nbformat.writes(book))
     execution._write_figures(folder / "executed.ipynb")
 
 

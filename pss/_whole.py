@@ -1,0 +1,41 @@
+"""Files that are whole or absent; loads no torch, which the workers of a sweep do without."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_ABANDONED = 3600.0  # seconds after which an unfinished file is that of a process that was killed
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: beside its place first, then moved there.
+
+    The content is text, bytes, or a function that gets the open file. A process that is killed leaves
+    ``.<name>.<random>.partial``, which nobody reads and which a later call for the same file takes away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{_literal(path.name)}.*.partial"):
+        if time.time() - old.stat().st_mtime > _ABANDONED:
+            old.unlink(missing_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with beside.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or else a power failure may leave an empty file of the right name
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _literal(name: str) -> str:
+    """A name for glob, in which ``[``, ``*`` and ``?`` mean themselves."""
+    return "".join(f"[{c}]" if c in "[*?" else c for c in name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import chromium
 
 # The kernel of this environment, whatever kernels and settings the machine has.
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
@@ -26,6 +27,12 @@ def peer_data() -> Path:
     if not PEER_DATA.is_dir():
         pytest.skip("published statistics are not on this machine")
     return PEER_DATA
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,11 +1,17 @@
-"""A folder over http, for the tests in a browser."""
+"""A browser, and a folder over http, for the tests of pages."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -28,3 +34,15 @@ def served(folder: Path) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def chromium() -> Iterator:
+    """Start Chromium without a window, for as long as it is needed; the test is skipped where there is none."""
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
+        path = next(filter(None, map(shutil.which, BROWSERS)), play.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("no Chromium: install chromium, or run `playwright install chromium`")
+        running = play.chromium.launch(executable_path=path, args=QUIET)
+        yield running
+        running.close()

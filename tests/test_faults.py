@@ -24,7 +24,7 @@ from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
 from test_profiles import ARGUMENTS, Faulty, make_model
 from tqdm import tqdm
 
-from pss import _files
+from pss import _whole
 from pss.profiles import ProfileStore, main, profile_dataset
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -191,7 +191,7 @@ def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
     profile_dataset(make_model(), Faulty(), None, tmp_path / "whole", **options)
     rng, path, kills, rows = random.Random(1), tmp_path / "part", 0, []
     while True:
-        child = forked(lambda: profile_dataset(make_model(), Faulty(delay=0.01), None, path, **options))
+        child = forked(lambda: profile_dataset(make_model(), Faulty(delay=0.03), None, path, **options))
         time.sleep(rng.uniform(0.01, 0.2) * (1 + kills / 5))  # a busy machine gets its time in the end
         os.kill(child, signal.SIGKILL)
         if ended(child) == 0:
@@ -251,7 +251,7 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path, count):
     assert is_partial(left.name)
     kind.write(tmp_path, 0)
     assert left.exists()
-    os.utime(left, (time.time() - 2 * _files._ABANDONED,) * 2)
+    os.utime(left, (time.time() - 2 * _whole._ABANDONED,) * 2)
     other = left.with_name(f".other.{'0' * 32}.partial")
     other.touch()
     os.utime(other, (0, 0))

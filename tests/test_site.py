@@ -2,7 +2,6 @@
 
 import functools
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -19,8 +18,6 @@ JAPANESE = re.compile(r"[ぁ-んァ-ヴ一-龠]")
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 OWN = sorted(str(p.relative_to(ROOT / "docs/en").with_suffix("")) for p in (ROOT / "docs/en").rglob("*.md"))
 PAGES = [*OWN, "data/README", "search", *(f"notebooks/{name}" for name in NOTEBOOKS)]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 each_page = pytest.mark.parametrize("page", PAGES)
 each_language = pytest.mark.parametrize("language", LANGUAGES)
@@ -158,19 +155,6 @@ def test_japanese_page_of_the_data_holds_the_same_names_files_and_checksums():
 
 
 # The browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        path = next(filter(None, map(shutil.which, BROWSERS)), play.chromium.executable_path)
-        if not Path(path).exists():
-            pytest.skip("no Chromium: install chromium, or run `playwright install chromium`")
-        running = play.chromium.launch(executable_path=path, args=QUIET)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ GUARDS = {
         "tests/test_profiles.py::test_damage_names_the_row_and_resuming_mends_it",
     ),
     "files are whole or absent": Guard(
-        "_files",
+        "_whole",
         "        beside.unlink(missing_ok=True)",
         "        pass",
         "tests/test_patches.py::test_file_is_whole_or_not_there",

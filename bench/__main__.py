@@ -20,6 +20,7 @@ import torch
 
 from bench import bench_evt, bench_kernel, bench_profiles, bench_repair
 from pss._vision import torchvision
+from pss.models import keep_freed_memory
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -103,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

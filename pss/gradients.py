@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,38 @@ def profile(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
+    parts = _profiles(model, images, labels, units, loss, signed, path, fold, precision)
+    return torch.cat([rows for rows, *_ in parts])
+
+
+def profile_and_outputs(
+    model: nn.Module, images: Tensor, labels: Tensor, units: Units, loss: str | Loss, **options: Any
+) -> tuple[Tensor, Any, Tensor]:
+    """`profile`, with the model's outputs and the losses ``(B,)``: from the same forward pass where that can be.
+
+    Parameters and errors are those of `profile`. Outputs are what the model returns for the batch, without gradients.
+    """
+    parts = _profiles(model, images, labels, units, loss, **options)
+    rows, outputs, losses = zip(*parts, strict=True)
+    if all(isinstance(part, Tensor) for part in outputs):
+        return torch.cat(rows), torch.cat(outputs), torch.cat(losses)
+    with _ready(model, images), torch.no_grad():
+        whole = model(_laid_out(images))
+        return torch.cat(rows), whole, get_loss(loss)(whole, labels)
+
+
+def _profiles(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    units: Units | None,
+    loss: str | Loss,
+    signed: bool = False,
+    path: str = "auto",
+    fold: bool = True,
+    precision: str = "fp32",
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Profiles, outputs and losses, a part of the batch each: the last two only of the fast path, and if tensors."""
     for value, known in ((path, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
         if value not in known:
             raise ValueError(f"unknown option {value!r}: expected one of {known}")
@@ -190,7 +223,7 @@ def profile(
     with _ready(model, images):
         labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
         chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
-        return torch.cat([_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks])
+        return [_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks]
 
 
 def _profile(
@@ -203,16 +236,17 @@ def _profile(
     path: str,
     fold: bool,
     precision: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Profile of as many images as are taken at once: the fast path, and the general path for what it leaves."""
     names = _canonical_names(model)
     rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
     vectorized = path != "loop"
     means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
+    outputs, losses = None, None
     if path in ("auto", "fast"):
         in_rows = [name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)]
         try:
-            means = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
+            means, outputs, losses = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
             reason = "used in a way that the fast path does not know"
         except RuntimeError as error:  # Unknown, or what an operation says that cannot be intercepted
             if path == "fast" or _is_of_the_machine(error):
@@ -235,7 +269,7 @@ def _profile(
     columns = [
         slow[i] if i in slow else layer.reduce(means[names[layer.parameter]]) for i, layer in enumerate(units.layers)
     ]
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=1), outputs, losses
 
 
 def _row_means(
@@ -247,11 +281,14 @@ def _row_means(
     signed: bool,
     fold: bool,
     bf16: bool,
-) -> dict[str, Tensor]:
-    """Fast path: mean (absolute) gradient of every row of the named parameters, where it knows their use."""
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Fast path: mean (absolute) gradient of every row of the named parameters, where it knows their use.
+
+    With the outputs and losses of its forward pass, if the outputs are a tensor.
+    """
     wanted = {name: model.get_parameter(name) for name in names}
     if not wanted:
-        return {}
+        return {}, None, None
     _require_gradients(model, wanted)
     try:
         sweep = Sweep(wanted, len(images), signed, fold, bf16)
@@ -264,7 +301,8 @@ def _row_means(
             alone.watched = set(sweep.unplaced)
             _refuse_company(outputs, alone.outputs(model, images[-1:]))
             sweep.place(alone)
-        return sweep.row_means(losses)
+        means = sweep.row_means(losses)
+        return means, outputs.detach() if isinstance(outputs, Tensor) else None, losses.detach()
     except Unknown:
         if not fold:
             raise

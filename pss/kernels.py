@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,23 +53,30 @@ class Convolution:
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
         positions = g[0, 0].numel()
-        if self.groups == 1 and 1 < positions <= 4 and not x.is_cuda:
-            return self._sums_of_taps(x, g, signed)
-        if self.groups == 1 and (x.is_cuda or self._patches_pay(positions, x.dtype)):
+        if self.groups == 1 and (x.is_cuda or math.prod(self.shape[2:]) == 1):
             return self._sums_of_patches(x, g, signed)
-        return torch.stack([_sum_rows(self._gradient(*pair), signed) for pair in _one_by_one(x, g)])
+        if self.groups > 1 or positions > 8 * self.shape[0]:
+            return torch.cat([_sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
+        if positions <= 4:
+            return self._sums_of_taps(x, g, signed)
+        if x.dtype in _LOW or self.shape[1] < 32:  # products of a single tap would be small
+            return self._sums_of_patches(x, g, signed)
+        return self._sums_of_shifts(x, g, signed)
 
     def gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Weight gradient of each sample, ``(B, *weight.shape)``."""
-        return torch.stack([self._gradient(*pair) for pair in _one_by_one(x, g)])
+        return torch.cat(list(self._gradients(x, g)))
 
-    def _patches_pay(self, positions: int, dtype: torch.dtype) -> bool:
-        """Whether to copy patches, positions x row, or to convolve sample by sample and copy weights, filters x row."""
-        if math.prod(self.shape[2:]) == 1:
-            return True  # the patches are the input itself
-        if dtype in _LOW:  # single convolutions are slow in these
-            return positions <= 64 * self.shape[0] or math.prod(self.shape[1:]) < 256
-        return positions <= 4 * self.shape[0]
+    def _gradients(self, x: Tensor, g: Tensor) -> Iterator[Tensor]:
+        """Weight gradients, sample by sample, or a few samples at once where each is little work."""
+        if self.groups == 1 or g[0, 0].numel() > 64:
+            yield from (self._gradient(x[b : b + 1], g[b : b + 1])[None] for b in range(len(x)))
+            return
+        step = max(1, 8 * _block(x) // math.prod(self.shape))
+        for xs, gs in zip(x.split(step), g.split(step), strict=True):
+            n = len(xs)  # samples become groups
+            several = replace(self, shape=(n * self.shape[0], *self.shape[1:]), groups=n * self.groups)
+            yield several._gradient(xs.flatten(0, 1)[None], gs.flatten(0, 1)[None]).unflatten(0, (n, -1))
 
     @property
     def _geometry(self) -> tuple:
@@ -104,12 +112,37 @@ class Convolution:
                 sums += sums_of_products(patch, seen, signed)
         return sums
 
+    def _sums_of_shifts(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over filters tap by tap, without copies of patches.
+
+        Input and output gradient are laid on one grid, the first with its padding, the second with zeros at its ends.
+        Counted along the grid, what a tap sees is then the input shifted by a fixed number of places. Of a strided
+        convolution the input is as many grids as there are phases.
+        """
+        reach = [d * (k - 1) // s for d, k, s in zip(self.dilation, self.shape[2:], self.stride, strict=True)]
+        grid = [n + r for n, r in zip(g.shape[2:], reach, strict=True)]
+        sides = zip(grid, self.stride, self.padding, x.shape[2:], strict=True)
+        x = F.pad(x.movedim(1, -1), _pads((p, m * s - p - n) for m, s, p, n in sides))
+        for axis, (m, s) in enumerate(zip(grid, self.stride, strict=True)):
+            x = x.unflatten(1 + 2 * axis, (m, s)).movedim(2 + 2 * axis, axis)  # phases first: (*S, B, *M, C)
+        x = x.flatten(-1 - len(grid), -2)
+        g = F.pad(g.movedim(1, -1), _pads((0, r) for r in reach)).flatten(1, -2)
+        steps = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+        length = g.shape[1] - sum(r * step for r, step in zip(reach, steps, strict=True))
+        g, sums = g[:, :length], g.new_zeros(len(g), self.shape[0])
+        for tap in itertools.product(*(range(k) for k in self.shape[2:])):
+            at = [t * d for t, d in zip(tap, self.dilation, strict=True)]
+            phase = tuple(a % s for a, s in zip(at, self.stride, strict=True))
+            shift = sum(a // s * step for a, s, step in zip(at, self.stride, steps, strict=True))
+            sums += sums_of_products(x[phase][:, shift : shift + length], g, signed)
+        return sums
+
     def _patches(self, x: Tensor) -> Tensor:
         """What each output position sees, ``(B, P, C·K)``: a copy, or for 1×1 a view. The order of C·K is free."""
         dims = len(self.stride)
         channels_last = x.stride(1) == 1
         if any(self.padding):
-            x = F.pad(x, [p for padding in reversed(self.padding) for p in (padding, padding)])
+            x = F.pad(x, _pads((p, p) for p in self.padding)[2:])
         for axis, (k, s, d) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True), start=2):
             x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
         # (B, C, *P, *K): keep as the fastest dimension the one that is so in memory
@@ -149,26 +182,25 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
         return (g * patches.sum(2, keepdim=True)).sum(1)
     if positions == 1:  # the gradient is an outer product
         return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
-    many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size
+    many = min(samples, max(1, _block(g) // (rows * columns)))  # whole samples, or else parts of one, of like size
     few = math.ceil(rows / math.ceil(rows * columns / _block(g)))
-    block = g.new_empty(min(many, samples), few, columns)
-    sums = g.new_empty(samples, rows)
-    for b in range(0, samples, many):
-        for r in range(0, rows, few):
-            left, right = g[b : b + many, :, r : r + few].mT, patches[b : b + many]
-            out = block[: len(left), : left.shape[1]]
-            torch.bmm(left, right, out=out)
-            torch.sum(out.abs_(), 2, out=sums[b : b + many, r : r + few])
+    block, sums = g.new_empty(many, few, columns), g.new_empty(samples, rows)
+    for left, right, total in zip(g.split(many), patches.split(many), sums.split(many), strict=True):
+        for part, part_total in zip(left.split(few, 2), total.split(few, 1), strict=True):
+            out = block[: len(part), : part.shape[2]]
+            torch.bmm(part.mT, right, out=out)
+            torch.sum(out.abs_(), 2, out=part_total)
     return sums
 
 
-def _sum_rows(gradient: Tensor, signed: bool) -> Tensor:
-    gradient = gradient if signed else gradient.abs_()
-    return gradient.flatten(1).sum(1)
+def _sum_rows(gradients: Tensor, signed: bool) -> Tensor:
+    gradients = gradients if signed else gradients.abs_()
+    return gradients.flatten(2).sum(2)
 
 
-def _one_by_one(x: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(x[b : b + 1], g[b : b + 1]) for b in range(len(x))]
+def _pads(sides: Iterable[tuple[int, int]]) -> list[int]:
+    """Padding as `F.pad` wants it, of a tensor whose last dimension is of channels."""
+    return [0, 0, *itertools.chain(*reversed(list(sides)))]
 
 
 def _block(values: Tensor) -> int:

@@ -38,8 +38,8 @@ from tqdm import tqdm
 import pss
 from pss import store as folder
 from pss.data import cache_folder
-from pss.gradients import Loss, check_units, get_loss, profile, undisturbed
-from pss.models import fingerprint, thread_count
+from pss.gradients import Loss, check_units, profile_and_outputs, undisturbed
+from pss.models import fingerprint, keep_freed_memory, thread_count
 from pss.store import ProfileStore, blocks
 from pss.units import Units
 
@@ -250,10 +250,7 @@ def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.nd
     """Profiles (B, U) of a batch, and its records."""
     if images.is_floating_point():
         images = images.to(next(model.parameters()).dtype)
-    rows = profile(model, images, labels, units, loss, signed=signed, **options)
-    with undisturbed(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        outputs = model(images)
-        losses = get_loss(loss)(outputs, labels)
+    rows, outputs, losses = profile_and_outputs(model, images, labels, units, loss, signed=signed, **options)
     _, records = folder.empty_rows(len(images), 0)
     records["status"], records["loss"] = folder.FINISHED, losses.float().cpu().numpy()
     classes = labels.ndim == 1 and not labels.is_floating_point()
@@ -455,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--units", type=_named, default="filters", help="filters, rows, heads, all or MODULE:CALLABLE")
     parser.add_argument("--loss", type=_named, default="cross_entropy", help="a name, or MODULE:CALLABLE")
     parser.add_argument("--signed", action="store_true")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the backward pass")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise")
@@ -489,6 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
             preprocessing=chosen.preprocessing,
             data_name=chosen.data_name,
             rebuild=chosen.rebuild,
+            **({} if chosen.precision == "fp32" else {"precision": chosen.precision}),
         )
         if _rank()[0] == 0:
             print(store)
@@ -501,4 +500,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())

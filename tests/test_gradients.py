@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pss import Units, parameter_saliency, profile
+from pss import Units, gradients, kernels, parameter_saliency, profile
 from pss._vision import torchvision
 from pss.gradients import LOSSES, cross_entropy
 from pss.units import Layer
@@ -73,6 +73,69 @@ def assert_equal_to_loop(model, shape, kind="filters", sizes=(1, 2, 7), path="fa
     for size in sizes:
         got = profile(model, images[:size], labels[:size], units, path=path, **options)
         assert_close(got, expected[:size], units)
+
+
+# A layer's weight gradients
+
+GEOMETRIES = [  # channels, filters, kernel, stride, padding, dilation, groups, size of the input
+    (32, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, (6, 5)),
+    (32, 8, (3, 3), (2, 2), (1, 1), (1, 1), 1, (7, 8)),
+    (33, 8, (3, 2), (2, 3), (0, 4), (2, 1), 1, (9, 10)),
+    (32, 8, (5, 1), (1, 2), (2, 0), (1, 3), 1, (5, 8)),
+    (32, 8, (2, 2), (3, 3), (0, 0), (1, 1), 1, (11, 10)),  # places that no tap sees
+    (32, 8, (7, 3), (4, 2), (3, 5), (1, 2), 1, (13, 6)),
+    (32, 16, (4,), (3,), (2,), (1,), 1, (40,)),
+    (32, 16, (2, 3, 2), (1, 2, 1), (1, 0, 0), (1, 1, 2), 1, (3, 5, 6)),
+    (3, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, (5, 6)),
+    (3, 4, (3, 3), (2, 1), (1, 1), (1, 1), 1, (12, 12)),
+    (40, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, (2, 2)),
+    (8, 16, (1, 1), (2, 2), (0, 0), (1, 1), 1, (5, 6)),
+    (8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, (4, 4)),
+    (8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, (10, 10)),
+    (8, 12, (3, 5), (2, 1), (1, 2), (1, 1), 4, (9, 5)),
+]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("block", [2**19, 300])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_every_way_to_a_weight_gradient(geometry, block, signed, monkeypatch):
+    channels, filters, kernel, stride, padding, dilation, groups, size = geometry
+    monkeypatch.setattr(kernels, "CPU_BLOCK", block)  # in parts too
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, channels, *size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(filters, channels // groups, *kernel, generator=generator, dtype=torch.float64)
+    layer = kernels.Convolution(weight.shape, stride, padding, dilation, groups)
+    y = layer.forward(x, weight, None)
+    assert y.shape == layer.output_shape(x.shape)
+    g = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    expected = torch.stack(
+        [
+            torch.func.vjp(lambda w, i=i: layer.forward(x[i : i + 1], w, None), weight)[1](g[i : i + 1])[0]
+            for i in range(5)
+        ]
+    )
+    torch.testing.assert_close(layer.gradients(x, g), expected)
+    expected = (expected if signed else expected.abs()).flatten(2).sum(2)
+    ways = {"contiguous": (x, g)}
+    if x.dim() == 4:
+        ways["channels last"] = tuple(t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    for a, b in ways.values():
+        kept = a.clone(), b.clone()
+        torch.testing.assert_close(layer.row_sums(a, b, signed), expected)
+        assert torch.equal(a, kept[0]) and torch.equal(b, kept[1])
+
+
+def test_every_way_is_taken(monkeypatch):
+    taken, ways = [], ("_sums_of_patches", "_sums_of_taps", "_sums_of_shifts", "_gradient")
+    for way in ways:
+        real = getattr(kernels.Convolution, way)
+        monkeypatch.setattr(kernels.Convolution, way, lambda *a, way=way, real=real: taken.append(way) or real(*a))
+    for channels, filters, kernel, stride, padding, dilation, groups, size in GEOMETRIES:
+        layer = kernels.Convolution((filters, channels // groups, *kernel), stride, padding, dilation, groups)
+        x = torch.randn(2, channels, *size)
+        layer.row_sums(x, torch.randn(layer.output_shape(x.shape)), False)
+    assert set(taken) == set(ways)
 
 
 # Models of the zoo
@@ -730,6 +793,23 @@ def test_bfloat16_products_are_near():
     exact, near = (profile(model, images, labels, precision=p) for p in ("fp32", "bf16"))
     assert near.dtype == torch.float32
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
+def test_outputs_are_those_of_the_network(path, monkeypatch):
+    model = seeded(ZOO["resnet18"][0])
+    images, labels = batch((3, 32, 32), 3)
+    monkeypatch.setattr(gradients, "_images_at_once", lambda images: 2)
+    passes = []
+    model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs)))
+    units = Units.of(model)
+    rows, outputs, losses = gradients.profile_and_outputs(model, images, labels, units, "cross_entropy", path=path)
+    if path == "fast":  # they cost nothing
+        assert passes == [2, 1]
+    assert not outputs.requires_grad and not losses.requires_grad
+    torch.testing.assert_close(rows, profile(model, images, labels, units, path=path), rtol=0, atol=0)
+    torch.testing.assert_close(outputs, model(images).detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses, F.cross_entropy(outputs, labels, reduction="none"), rtol=1e-9, atol=1e-12)
 
 
 class Unruly(Net):

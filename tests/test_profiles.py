@@ -433,7 +433,7 @@ def test_killed_loader(tmp_path, one_thread):
 
 def test_death_of_a_worker_does_not_raise_within_the_kernel(tmp_path, monkeypatch):
     """It would be taken for a model that the fast path cannot take, and the rows would be rounded differently."""
-    raised, real = [], profiles.profile
+    raised, real = [], profiles.profile_and_outputs
 
     def handler(number, frame):
         raised.append(number)
@@ -443,7 +443,7 @@ def test_death_of_a_worker_does_not_raise_within_the_kernel(tmp_path, monkeypatc
         os.kill(os.getpid(), signal.SIGCHLD)
         return real(*args, **options)
 
-    monkeypatch.setattr(profiles, "profile", profile)
+    monkeypatch.setattr(profiles, "profile_and_outputs", profile)
     before = signal.signal(signal.SIGCHLD, handler)
     try:
         run(tmp_path)

@@ -332,7 +332,7 @@ def test_reference_of_a_tree_is_that_of_its_profiles(tmp_path, own, monkeypatch)
     expected = Reference.fit(pss.profile(network.model, x, y, units), level=0.8)
     torch.testing.assert_close(fitted.mean, expected.mean, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(fitted.threshold, expected.threshold, rtol=1e-5, atol=1e-9)
-    monkeypatch.setattr("pss.profiles.profile", lambda *a, **k: pytest.fail("profiled again"))
+    monkeypatch.setattr("pss.profiles.profile_and_outputs", lambda *a, **k: pytest.fail("profiled again"))
     again = zoo.reference(network, units, root, level=0.8, progress=False)
     assert torch.equal(again.mean, fitted.mean)
 

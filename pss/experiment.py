@@ -428,6 +428,7 @@ class _Job:
         logits = predict(self.model, images)
         if len(outside := labels[(labels < 0) | (labels >= logits.shape[1])]):
             raise ValueError(f"label {int(outside[0])} is outside 0..{logits.shape[1] - 1} of this model")
+        _refuse_no_class(dataset, positions, logits)
         wrong = (logits.argmax(dim=1) != labels).nonzero()[:left, 0]
         table = _table_of_images(dataset, positions, labels, logits, wrong)
         at = wrong.cpu().numpy()  # of one element too, which as a tensor NumPy takes for a plain number
@@ -515,6 +516,17 @@ def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tenso
         images.append(image)
         labels.append(int(label))
     return torch.stack(images), torch.tensor(labels)
+
+
+def _refuse_no_class(dataset: Dataset, positions: np.ndarray, logits: Tensor) -> None:
+    """Refuse outputs that say no class: the largest of NaN is one too, and would count as read rightly or wrongly."""
+    bad = ~logits.softmax(dim=1).isfinite().all(dim=1)  # one class at minus infinity is none of them
+    if bad.any():
+        names = [_name(dataset, at) for at in positions[bad.cpu().numpy()][:10]]
+        raise ValueError(
+            f"the network's outputs for {int(bad.sum())} images ({', '.join(names)}) are NaN or infinite, which is no "
+            "class: expected numbers. Mend these images, how they are prepared, or the weights, or leave the images out"
+        )
 
 
 def _name(dataset: Dataset, at: int) -> str:

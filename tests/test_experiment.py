@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +325,16 @@ def test_wrong_requests_leave_nothing(network, digits, units, given, tmp_path, w
     with pytest.raises(ValueError, match=message):
         experiment.run(network.model, digits, units, given, tmp_path, **{"algo": ("raw",), **wrong}, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_nan_are_no_class(network, digits, units, given, tmp_path):
+    """Finite pixels that overflow: all outputs NaN, whose largest is the first, and here that is the label."""
+    broken = digits.subset(range(8))  # a copy
+    broken.images[5], broken.labels[5] = 3e38, 0
+    assert pss.models.predict(network.model, broken.images)[5].isnan().all()
+    name = re.escape(broken.ids[5])
+    with pytest.raises(ValueError, match=rf"outputs for 1 images \({name}\) are NaN or infinite.*Mend these images"):
+        experiment.run(network.model, broken, units, given, tmp_path, ("baseline",), filters=2, progress=False)
 
 
 def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units, given, tmp_path):

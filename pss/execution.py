@@ -188,11 +188,11 @@ def run_notebook(
         _execute(notebook, beside, parameters)
     except Exception:
         if beside.exists():
-            os.replace(beside, output)
+            write_whole(output, beside.read_bytes())
             _write_figures(output)
         raise
     else:
-        os.replace(beside, output)
+        write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
         return _write_figures(output)
     finally:
         beside.unlink(missing_ok=True)
@@ -239,8 +239,7 @@ def refresh(notebook: str | os.PathLike) -> None:
             if cell.cell_type == "code":
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         executed.metadata = _plain_metadata()
-        nbformat.write(executed, beside)
-        os.replace(beside, path)
+        write_whole(path, nbformat.writes(executed).rstrip("\n") + "\n")
     finally:
         beside.unlink(missing_ok=True)
 

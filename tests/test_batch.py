@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
+from pss import execution
 from pss.batch import find_notebooks, main, parameters_of, read_sweep, refresh, run_notebook, run_sweep
 from pss.execution import check_values, place, read_text, read_yaml
 
@@ -64,6 +66,31 @@ def test_refresh_keeps_outputs_and_drops_noise(notebook):
     book = nbformat.read(notebook, as_version=4)
     assert "papermill" not in book.metadata and all("papermill" not in c.metadata for c in book.cells)
     assert [p.name for p in notebook.parent.iterdir()] == ["01_small.ipynb"]
+
+
+def test_copies_are_on_the_disk_before_they_take_their_place(notebook, tmp_path, monkeypatch):
+    """Or else a power failure leaves an empty notebook: of a finished run, or in the place of one's own."""
+    synced, moved = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def execute(source, output, parameters):
+        nbformat.write(nbformat.read(source, as_version=4), output)
+        if parameters:
+            raise RuntimeError("a cell raised")
+
+    def spy_on_replace(source, target):
+        moved.append((Path(target), os.stat(source).st_ino in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(execution, "_execute", execute)
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", spy_on_replace)
+    run_notebook(notebook, tmp_path / "copy.ipynb")
+    with pytest.raises(RuntimeError):
+        run_notebook(notebook, tmp_path / "failed.ipynb", {"factor": 3})
+    refresh(notebook)
+    assert moved == [(tmp_path / "copy.ipynb", True), (tmp_path / "failed.ipynb", True), (notebook, True)]
+    assert notebook.read_text().endswith("}\n") and not list(tmp_path.rglob(".*"))
 
 
 def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, tmp_path):

@@ -24,7 +24,7 @@ import pkgutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ def profile_dataset(
 ) -> ProfileStore:
     """Profile every image of a data set into a folder; resume what is there, and reopen what is finished.
 
+    After an error finished rows are kept; one before the first of them leaves no folder behind.
+
     Under ``torch.distributed`` every rank calls this alike: rank r takes the batches whose number is r modulo the
     number of ranks, and rank 0 finishes the manifest.
 
@@ -102,7 +104,8 @@ def profile_dataset(
     device : optional
         Where the model must be; by default where it is.
     rebuild : bool
-        Throw away what is in the folder (also if it is damaged, or of another model) and compute it anew.
+        Throw away the store in the folder (also if it is damaged, or of another model) and compute it anew. Killed in
+        between, a call without it goes on.
     **options
         Passed on to `profile`.
 
@@ -145,30 +148,22 @@ def profile_dataset(
         "options": {key: name_of(options[key]) for key in sorted(options)},
     }
     path = Path(path) if path is not None else cache_folder() / "profiles" / _key(made_of)
-    first = _rank()[0] == 0
-    exists = (path / "manifest.json").exists()
-    if first and exists and rebuild:
-        folder.remove(path)
-    if first and (rebuild or not exists):
+    first, alone = _rank()[0] == 0, _rank()[1] == 1
+    begins = first and (rebuild or not (path / "manifest.json").exists())
+    if begins:
         size = batch_size or choose_batch_size(model, _first_image(dataset).to(device))
-        folder.begin(path, {**made_of, "batch_size": size, "threads": torch.get_num_threads()})
-    _barrier()
-    manifest = folder.read_manifest(path)
-    folder.refuse_other(path, manifest, made_of)
-    if not manifest["complete"]:
-        if first:
-            folder.lay_out(path, manifest)
-        _barrier()
 
-        def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            return _compute(model, images.to(device), labels.to(device), units, loss, signed, options)
+    def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return _compute(model, images.to(device), labels.to(device), units, loss, signed, options)
 
-        with thread_count(manifest["threads"]):
-            _fill(path, manifest, dataset, compute, workers, on_error == "skip", progress)
+    with folder.taken_back_if_empty(path) if begins and alone else nullcontext():  # other ranks may have rows to write
+        if begins:
+            folder.begin(path, {**made_of, "batch_size": size, "threads": torch.get_num_threads()})
         _barrier()
-        if first:
-            folder.finish(path, manifest)
-        _barrier()
+        manifest = folder.read_manifest(path)
+        folder.refuse_other(path, manifest, made_of)
+        if not manifest["complete"]:
+            _complete(path, manifest, dataset, compute, workers, on_error == "skip", progress)
     store = ProfileStore.open(path, verify=first)
     for note in path.glob("skipped-*.txt") if first else ():
         note.unlink()
@@ -184,6 +179,20 @@ def _key(made_of: dict) -> str:
     """Name of the folder of cached profiles: what makes them, and nothing of when or where."""
     text = json.dumps({name: made_of[name] for name in (*folder.IDENTITY, *folder.WHILE_PENDING)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _complete(path: Path, manifest: dict, dataset: Dataset, *how: Any) -> None:
+    """Compute the missing rows, every rank its own, and declare the store complete."""
+    first = _rank()[0] == 0
+    if first:
+        folder.lay_out(path, manifest)
+    _barrier()
+    with thread_count(manifest["threads"]):
+        _fill(path, manifest, dataset, *how)
+    _barrier()
+    if first:
+        folder.finish(path, manifest)
+    _barrier()
 
 
 def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, skip: bool, progress: bool) -> None:

@@ -6,7 +6,8 @@ r"""A folder of saliency profiles: its files, their checks, and how they are rea
 ``manifest.json``  what the rows were made of; its ``complete`` becomes true last
 =================  ====================================================================================
 
-A row is finished once its record says so *and* its checksum fits, so whoever writes may be killed at any moment.
+A row is finished once its record says so *and* its checksum fits, so whoever writes may be killed at any moment. So may
+whoever takes a store away: its manifest first becomes ``manifest.json.removed``, and who finds that goes on removing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ WHAT = ("model", "units", "data", "preprocessing", "loss", "signed", "options", 
 IDENTITY = (*WHAT, "format", "samples", "n_units")
 WHILE_PENDING = ("torch", "device")
 FORMAT = 1
+_REMOVED = "manifest.json.removed"
+_OURS = re.compile(r"(profiles\.npy|samples\.npy|manifest\.json|skipped-\d+\.txt)(\.partial)?|" + re.escape(_REMOVED))
 _CHUNK = 1 << 26  # bytes of rows mapped at a time
 
 
@@ -282,24 +287,56 @@ def is_done(rows: np.ndarray, records: np.ndarray) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Take a store away; its manifest last, so that what is left of it is still known as one."""
-    for pattern in ("skipped-*.txt*", "profiles.npy*", "samples.npy*", "manifest.json.partial", "manifest.json"):
-        for file in path.glob(pattern):
-            file.unlink()
+    """Take a store away, but not where there are other files too.
+
+    Its manifest is renamed at once and goes last: killed before, all of the store is there; killed after, what is left
+    is known to be no store any more, and `begin` takes it away.
+    """
+    _refuse_files(path, {file.name for file in path.iterdir() if not _OURS.fullmatch(file.name)})
+    if (path / "manifest.json").exists():
+        os.replace(path / "manifest.json", path / _REMOVED)
+    for file in sorted(path.iterdir(), key=lambda file: file.name == _REMOVED):
+        file.unlink()
+
+
+def _refuse_files(path: Path, names: set[str]) -> None:
+    if names:
+        raise FileExistsError(f"{path} holds other files ({min(names)}, …): give the profiles a folder of their own")
 
 
 def begin(path: Path, manifest: dict) -> None:
-    """Claim a folder for a store, which is the one whose manifest it holds."""
+    """Claim a folder for a store, which is the one whose manifest it holds; a store that is there is taken away."""
     path.mkdir(parents=True, exist_ok=True)
-    foreign = sorted({file.name for file in path.iterdir()} - {"manifest.json.partial"})
-    if foreign:
-        raise FileExistsError(f"{path} holds other files ({foreign[0]}, …): give the profiles a folder of their own")
+    if (path / "manifest.json").exists() or (path / _REMOVED).exists():
+        remove(path)
+    _refuse_files(path, {file.name for file in path.iterdir()} - {"manifest.json.partial"})
     n, count = manifest["samples"], manifest["n_units"]
     needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(path).free
     if needed > free:
         what = f"{n} profiles of {count} units need {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free at"
         raise OSError(errno.ENOSPC, what, str(path))
     write_manifest(path, {**manifest, "complete": False, "skipped": {}})
+
+
+@contextmanager
+def taken_back_if_empty(path: Path) -> Iterator[None]:
+    """Begin a store in here: an error takes it away again, and a folder that was new, unless a row is written."""
+    new = not path.exists()
+    try:
+        yield
+    except Exception:
+        with suppress(OSError, ValueError):  # what cannot be read stays, and the error is the one from within
+            if (path / "manifest.json").exists() and not _has_rows(path):
+                remove(path)
+            if new:
+                path.rmdir()  # an empty one only
+        raise
+
+
+def _has_rows(path: Path) -> bool:
+    manifest = read_manifest(path)
+    laid_out = (path / "samples.npy").exists()
+    return manifest["complete"] or (laid_out and bool((open_arrays(path, manifest)[1]["status"] != PENDING).any()))
 
 
 def lay_out(path: Path, manifest: dict) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
-from test_profiles import ARGUMENTS, Faulty, make_model
+from test_profiles import ARGUMENTS, Faulty, make_data, make_model
+from test_profiles import run as call
 from tqdm import tqdm
 
 from pss import _whole
@@ -206,6 +208,53 @@ def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
     assert contents(path) == contents(tmp_path / "whole")
 
 
+class CutOff(Faulty):
+    """A pass over it ends within the third batch."""
+
+    def __getitem__(self, i):
+        if i == 10:
+            raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+def plain_call(path: Path, before: dict[str, bytes], expected: dict[str, bytes], **options) -> bool:
+    """A call without rebuild gives the bytes of an undisturbed one, or is refused and changes nothing."""
+    try:
+        call(path, **options)
+    except ValueError as error:
+        assert "made of something else" in str(error) and contents(path) == before, error
+        return False
+    assert contents(path) == expected
+    return True
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_killed_rebuild_goes_on_with_a_plain_call(tmp_path, count, finished):
+    """Killed before each file operation of a rebuild: only a store that is whole or begun is refused to others."""
+    old, new = {"data_name": "old", "on_error": "skip"}, {"data_name": "new", "data": make_data(seed=1)}
+    old["data"] = Faulty(bad=[1])
+    call(tmp_path / "old", **old), call(tmp_path / "new", **new)
+    whole_old, whole_new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    if not finished:
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "begun", **old | {"data": CutOff(bad=[1])})
+    start, went_on = tmp_path / ("old" if finished else "begun"), 0
+    for number in range(100):
+        path, other = tmp_path / f"{number}", tmp_path / f"{number} other"
+        shutil.copytree(start, path)
+        status = ended(forked(lambda n=number, p=path: die_before(n, lambda: call(p, **new, rebuild=True))))
+        if status == 0:
+            break
+        count["kills"] += 1
+        shutil.copytree(path, other)
+        left = contents(path)
+        accepted = [plain_call(path, left, whole_new, **new), plain_call(other, left, whole_old, **old)]
+        assert any(accepted), left.keys()
+        went_on += all(accepted)
+    assert number >= 20 and went_on >= 5
+    assert contents(path) == whole_new
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_command_line(tmp_path, count, ranks):
     """`python -m pss.profiles` and two ranks of it, killed as a whole process group, then run to the end."""
@@ -365,7 +414,6 @@ def test_full_disk(kind, tmp_path, count, mounts):
 
 def fails_in_the_middle(kind: Kind, folder: Path) -> None:
     """A store asks for room before it begins; here the room goes afterwards."""
-    import shutil
     from unittest import mock
 
     plenty = shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)

@@ -322,7 +322,46 @@ def test_disk_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"26 profiles of 9 units need 0.0 MB, but 0.0 MB are free"):
         run(tmp_path / "a")
-    assert contents(tmp_path / "a") == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_error_before_the_first_row_leaves_nothing(tmp_path):
+    wrong = make_data()
+    wrong.tensors[1][0] = 12
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "mine", tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"item 0 of the data set: label 12 is outside 0\.\.3 of this model"):
+            run(path, data=wrong)
+    assert [file.name for file in tmp_path.rglob("*")] == ["mine"]
+    with pytest.raises(ValueError, match="item 0"):
+        run(tmp_path / "new", data=wrong, rebuild=True)
+    assert [file.name for file in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_error_after_rows_keeps_them(tmp_path):
+    """Also if this call only went on, and was the first to fail at its own first item."""
+    with pytest.raises(ValueError, match="item 9"):
+        run(tmp_path, data=Faulty(bad=[9]))
+    begun = contents(tmp_path)
+    with pytest.raises(ValueError, match="item 8"):
+        run(tmp_path, data=Faulty(bad=[8]))
+    assert contents(tmp_path) == begun
+    run(tmp_path, data=Faulty(bad=range(8)))  # two batches were kept
+    with pytest.raises(ValueError, match="item 4"):
+        run(tmp_path, data=Faulty(bad=[4]), rebuild=True)
+    with pytest.raises(ValueError, match=r"not finished \(4 of 26 rows\)"):
+        ProfileStore.open(tmp_path)
+
+
+def test_rebuild_keeps_a_store_among_other_files_and_one_that_cannot_be_begun(tmp_path):
+    run(tmp_path)
+    (tmp_path / "profiles.npy.mine").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds other files \(profiles.npy.mine"):
+        run(tmp_path, rebuild=True)
+    with pytest.raises(ValueError, match="none of the 26 images can be read"):
+        run(tmp_path, data=Faulty(bad=range(N)), batch_size=None, rebuild=True)
+    assert contents(tmp_path) == before
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -503,11 +542,11 @@ def test_command_line(tmp_path, capsys, one_thread):
 
 
 def test_a_rank_takes_every_other_batch(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="item 0"):
-        run(tmp_path, data=Faulty(bad=[0]))
+    with pytest.raises(ValueError, match="item 4"):
+        run(tmp_path, data=Faulty(bad=[4]))
     monkeypatch.setattr(profiles, "_rank", lambda: (1, 2))
     monkeypatch.setattr(profiles, "_barrier", lambda: None)
-    with pytest.raises(ValueError, match=r"not finished \(12 of 26 rows\)"):  # three of seven batches
+    with pytest.raises(ValueError, match=r"not finished \(16 of 26 rows\)"):  # three of seven batches, and the first
         run(tmp_path)
 
 

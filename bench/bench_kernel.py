@@ -1,10 +1,10 @@
 """Saliency profiles: `pss.profile` against one image at a time, and against a plain forward and backward pass.
 
-    python bench/bench_kernel.py [--device cuda] [--repeats 3] [--threads 2] [--models resnet50 vgg19 …]
+    python -m bench.bench_kernel [--device cuda] [--repeats 5] [--threads 2] [--models resnet50 vgg19 …]
 
-Random weights, random images. Repetitions take turns, times are medians; the loop over single images is timed on two
-of the batch and extrapolated. On a GPU times are those of `torch.cuda.Event`, and the fast path is first checked
-there against the loop, in float64.
+Random weights, random images. Repetitions take turns; times are medians, ratios the medians of those of each round. The
+loop over single images is timed on two of the batch and extrapolated. On a GPU times are those of `torch.cuda.Event`,
+and the fast path is first checked there against the loop, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
@@ -79,15 +78,10 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(contestants: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median time of each, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(repeats + 1):
-        for name, work in contestants.items():
-            taken = seconds(work, device)
-            if number:
-                times[name].append(taken)
-    return {name: median(values) for name, values in times.items()}
+def in_turns(contestants: dict[str, Callable[[], object]], repeats: int, device: str) -> pd.DataFrame:
+    """Seconds of each contestant (column) in each round (row), after one round to warm up."""
+    rounds = [{name: seconds(work, device) for name, work in contestants.items()} for _ in range(repeats + 1)]
+    return pd.DataFrame(rounds[1:])
 
 
 def make(name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -103,8 +97,11 @@ def make(name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dty
     return model.to(device, dtype), images, labels, pss.Units.of(model, kind)
 
 
-def run(device: str = "cpu", repeats: int = 3, models: list[str] | None = None) -> pd.DataFrame:
-    """Time `pss.profile`; ratio is the loop over single images / it, and "of plain" it / a plain training pass."""
+def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) -> pd.DataFrame:
+    """Time `pss.profile`; ratio is the loop over single images / it, and "of plain" it / a plain training pass.
+
+    Ratios are taken within each round, and the median is shown: a machine that slows down for a while slows all.
+    """
     rows = []
     for name, kind, pixels, batch in CASES:
         if models and name not in models:
@@ -125,24 +122,27 @@ def run(device: str = "cpu", repeats: int = 3, models: list[str] | None = None) 
                 )
         times = in_turns(contestants, repeats, device)
         times["one image at a time"] *= batch / few
-        for label, taken in times.items():
+        for label in contestants:
             rows.append(
                 {
                     "model": f"{name}, {pixels} px, batch {batch}, {len(units)} {kind}",
                     "what": label,
-                    "ms an image": 1000 * taken / batch,
-                    "ratio": times["one image at a time"] / taken,
-                    "of plain": taken / times["forward and backward pass"],
+                    "ms an image": 1000 * times[label].median() / batch,
+                    "ratio": (times["one image at a time"] / times[label]).median(),
+                    "of plain": (times[label] / times["forward and backward pass"]).median(),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def run_precision(device: str = "cpu", name: str = "resnet50", pixels: int = 224, batch: int = 8) -> pd.DataFrame:
-    """Compare bf16 products with fp32: relative error of the profile, and how many of the top 25 units agree."""
-    model, images, labels, units = make(name, "filters", pixels, 4 * batch, device)
+def run_precision(device: str = "cpu", name: str = "resnet50", pixels: int = 224, ranked: int = 16) -> pd.DataFrame:
+    """Compare bf16 products with fp32: relative error of the profile, and how many of the top 25 units agree.
+
+    Random weights; 16 images are ranked by z against 48 others, in either precision.
+    """
+    model, images, labels, units = make(name, "filters", pixels, 4 * ranked, device)
     exact, near = (pss.profile(model, images, labels, units, precision=p) for p in ("fp32", "bf16"))
-    known, new = slice(batch, None), slice(batch)  # statistics from three quarters, ranks of the rest
+    known, new = slice(ranked, None), slice(ranked)
 
     def z(s: Tensor) -> Tensor:
         return (s[new] - s[known].mean(0)) / s[known].std(0).clamp_min(torch.finfo(s.dtype).tiny)
@@ -219,7 +219,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="*")
     options = parser.parse_args()

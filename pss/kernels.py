@@ -72,7 +72,7 @@ class Convolution:
         if self.groups == 1 or g[0, 0].numel() > 64:
             yield from (self._gradient(x[b : b + 1], g[b : b + 1])[None] for b in range(len(x)))
             return
-        step = max(1, 8 * _block(x) // math.prod(self.shape))
+        step = max(1, 2**22 // math.prod(self.shape))  # gradients of 16 MB
         for xs, gs in zip(x.split(step), g.split(step), strict=True):
             n = len(xs)  # samples become groups
             several = replace(self, shape=(n * self.shape[0], *self.shape[1:]), groups=n * self.groups)

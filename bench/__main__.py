@@ -20,7 +20,6 @@ import torch
 
 from bench import bench_evt, bench_kernel, bench_profiles, bench_repair
 from pss._vision import torchvision
-from pss.models import keep_freed_memory
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -104,5 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import pss
 from pss._vision import torchvision
-from pss.models import keep_freed_memory
 
 # Model, kind of units, pixels, batch
 CASES = [
@@ -238,5 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

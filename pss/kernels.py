@@ -23,6 +23,7 @@ from torch import Tensor
 
 # Elements of a block of weight gradients: 2 MB on a CPU, the second-level cache of one core. A GPU wants long kernels.
 CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
+SMALL = 2**19  # multiplications of a matrix product that is not worth a call of its own
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -59,7 +60,7 @@ class Convolution:
             return torch.cat([_sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
         if positions <= 4:
             return self._sums_of_taps(x, g, signed)
-        if x.dtype in _LOW or self.shape[1] < 32:  # products of a single tap would be small
+        if x.dtype in _LOW or positions * self.shape[0] * self.shape[1] < SMALL:
             return self._sums_of_patches(x, g, signed)
         return self._sums_of_shifts(x, g, signed)
 
@@ -182,14 +183,16 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
         return (g * patches.sum(2, keepdim=True)).sum(1)
     if positions == 1:  # the gradient is an outer product
         return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
-    many = min(samples, max(1, _block(g) // (rows * columns)))  # whole samples, or else parts of one, of like size
+    many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size
     few = math.ceil(rows / math.ceil(rows * columns / _block(g)))
-    block, sums = g.new_empty(many, few, columns), g.new_empty(samples, rows)
-    for left, right, total in zip(g.split(many), patches.split(many), sums.split(many), strict=True):
-        for part, part_total in zip(left.split(few, 2), total.split(few, 1), strict=True):
-            out = block[: len(part), : part.shape[2]]
-            torch.bmm(part.mT, right, out=out)
-            torch.sum(out.abs_(), 2, out=part_total)
+    block = g.new_empty(min(many, samples), few, columns)
+    sums = g.new_empty(samples, rows)
+    for b in range(0, samples, many):
+        for r in range(0, rows, few):
+            left, right = g[b : b + many, :, r : r + few].mT, patches[b : b + many]
+            out = block[: len(left), : left.shape[1]]
+            torch.bmm(left, right, out=out)
+            torch.sum(out.abs_(), 2, out=sums[b : b + many, r : r + few])
     return sums
 
 

@@ -97,11 +97,12 @@ GEOMETRIES = [  # channels, filters, kernel, stride, padding, dilation, groups, 
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("block", [2**19, 300])
+@pytest.mark.parametrize(("block", "small"), [(2**19, 2**19), (2**19, 0), (300, 0)])  # in parts too
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_every_way_to_a_weight_gradient(geometry, block, signed, monkeypatch):
+def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypatch):
     channels, filters, kernel, stride, padding, dilation, groups, size = geometry
-    monkeypatch.setattr(kernels, "CPU_BLOCK", block)  # in parts too
+    monkeypatch.setattr(kernels, "CPU_BLOCK", block)
+    monkeypatch.setattr(kernels, "SMALL", small)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, channels, *size, generator=generator, dtype=torch.float64)
     weight = torch.randn(filters, channels // groups, *kernel, generator=generator, dtype=torch.float64)
@@ -131,7 +132,8 @@ def test_every_way_is_taken(monkeypatch):
     for way in ways:
         real = getattr(kernels.Convolution, way)
         monkeypatch.setattr(kernels.Convolution, way, lambda *a, way=way, real=real: taken.append(way) or real(*a))
-    for channels, filters, kernel, stride, padding, dilation, groups, size in GEOMETRIES:
+    for number, (channels, filters, kernel, stride, padding, dilation, groups, size) in enumerate(GEOMETRIES):
+        monkeypatch.setattr(kernels, "SMALL", 2**19 * (number % 2))
         layer = kernels.Convolution((filters, channels // groups, *kernel), stride, padding, dilation, groups)
         x = torch.randn(2, channels, *size)
         layer.row_sums(x, torch.randn(layer.output_shape(x.shape)), False)

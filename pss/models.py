@@ -245,7 +245,7 @@ def thread_count(count: int) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Have this process keep the memory of freed tensors for the next ones: for programs that do nothing else.
 
-    glibc hands large blocks back to the system, which clears every page again at the next use: at 224 pixels 5 to 12%
+    glibc hands large blocks back to the system, which clears every page again at the next use: at 224 pixels up to 12%
     of a pass over a network. Set in the environment it is ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647``.
     Nothing happens where the C library is another.
     """

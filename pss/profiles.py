@@ -496,6 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
             preprocessing=chosen.preprocessing,
             data_name=chosen.data_name,
             rebuild=chosen.rebuild,
+            # left out where it is the default: a manifest that does not name it is of the same job
             **({} if chosen.precision == "fp32" else {"precision": chosen.precision}),
         )
         if _rank()[0] == 0:

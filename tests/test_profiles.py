@@ -537,6 +537,9 @@ def test_command_line(tmp_path, capsys, one_thread):
     assert "ProfileStore(23 images × 12 units" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.gradients.logit"
+    assert manifest["options"] == {}
+    main([*ARGUMENTS, "--out", str(tmp_path / "bf16"), "--precision", "bf16"])
+    assert json.loads((tmp_path / "bf16" / "manifest.json").read_text())["options"] == {"precision": "bf16"}
     with pytest.raises(SystemExit, match="'oops' is no argument"):
         main(["--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
 

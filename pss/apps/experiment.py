@@ -38,7 +38,7 @@ import pss
 from pss import editing as repair
 from pss.data.builtin import digits
 from pss.engine.process import thread_count
-from pss.fisher import fisher_diagonal, fisher_scores
+
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.profiles import profile_dataset

@@ -57,6 +57,13 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def mixes_samples(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> bool:
+    """Whether a BatchNorm takes mean and variance over several samples: not of a weight, which is standardized so."""
+    return (training or running_mean is None) and len(input) > 1
+
+
 def _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradients, Unsupported, computed
-from pss.engine.folding import NORMALIZATIONS, fold
+from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.kernels import Convolution, Linear
 from pss.engine.locating import BatchDimension, keeps_order, locate_batch
 
@@ -104,6 +104,8 @@ class GradientRecorder(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             with self:  # calls inside it must be seen too
                 return _attention(*args, **kwargs)
+        if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
+            raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
         if function in NORMALIZATIONS:
             return NORMALIZATIONS[function](*args, **kwargs)
         if function in _DECISIONS and self.samples > 1:

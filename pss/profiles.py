@@ -159,8 +159,8 @@ def profile_dataset(
         size = batch_size or choose_batch_size(model, _first_image(dataset).to(device))
 
     def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        how = {**options, "signed": signed, "verify": verify, "verify_again": last}
-        return _compute(model, images.to(device), labels.to(device), units, loss, how)
+        how = {**options, "verify": verify, "verify_again": last}
+        return _compute(model, images.to(device), labels.to(device), units, loss, signed, how)
 
     with folder.taken_back_if_empty(path) if begins and alone else nullcontext():  # other ranks may have rows to write
         if begins:
@@ -262,11 +262,11 @@ def _compute_good(compute, images, labels, units: int) -> tuple[np.ndarray, np.n
     return rows, records, refused
 
 
-def _compute(model, images, labels, units, loss, options) -> tuple[np.ndarray, np.ndarray]:
+def _compute(model, images, labels, units, loss, signed, options) -> tuple[np.ndarray, np.ndarray]:
     """Profiles (B, U) of a batch, and its records."""
     if images.is_floating_point():
         images = images.to(next(model.parameters()).dtype)
-    rows, outputs, losses = profile_and_outputs(model, images, labels, units, loss, **options)
+    rows, outputs, losses = profile_and_outputs(model, images, labels, units, loss, signed=signed, **options)
     _, records = folder.empty_rows(len(images), 0)
     records["status"], records["loss"] = folder.FINISHED, losses.float().cpu().numpy()
     classes = labels.ndim == 1 and not labels.is_floating_point()

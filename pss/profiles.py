@@ -15,6 +15,7 @@ whole batches and writes the same bytes as an preserved one.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -65,6 +66,7 @@ def profile_dataset(
     data_name: str | None = None,
     device: str | torch.device | None = None,
     rebuild: bool = False,
+    verify: bool = True,
     **options: Any,
 ) -> ProfileStore:
     """Profile every image of a data set into a folder; resume what is there, and reopen what is finished.
@@ -107,6 +109,8 @@ def profile_dataset(
     rebuild : bool
         Throw away the store in the folder (also if it is damaged, or of another model) and compute it anew. Killed in
         between, a call without it goes on.
+    verify : bool
+        Compare an image of the first batch, and one of the last, with plain autograd of it alone, as `profile` does.
     **options
         Passed on to `profile`.
 
@@ -154,8 +158,9 @@ def profile_dataset(
     if begins:
         size = batch_size or choose_batch_size(model, _first_image(dataset).to(device))
 
-    def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return _compute(model, images.to(device), labels.to(device), units, loss, signed, options)
+    def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        how = {**options, "verify": verify, "verify_again": last}
+        return _compute(model, images.to(device), labels.to(device), units, loss, signed, how)
 
     with folder.taken_back_if_empty(path) if begins and alone else nullcontext():  # other ranks may have rows to write
         if begins:
@@ -219,7 +224,8 @@ def _fill(path: Path, manifest: dict, dataset: Dataset, compute, workers: int, s
                 at = np.asarray(ids) - batch.start
                 try:
                     with _deaf_to_workers():
-                        rows[at], records[at], refused = _compute_good(compute, images, labels, manifest["n_units"])
+                        this = functools.partial(compute, last=batch is pending[-1])
+                        rows[at], records[at], refused = _compute_good(this, images, labels, manifest["n_units"])
                 except Exception as error:
                     error.add_note(f"this happened while profiling items {ids[0]} to {ids[-1]} of the data set")
                     raise

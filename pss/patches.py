@@ -295,7 +295,7 @@ def fit_patch(
     _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
     check_inputs(model, *mistakes, units, "mistakes")
     if reference is not None:
-        reference.check_for(model, units, loss)
+        reference.check(units, model=model, loss=loss, signed=False)
     refuse_overlap(mistakes[0], retain[0])
     rng = np.random.default_rng(seed)
     parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))

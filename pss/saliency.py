@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pss.engine.interception import OwnGradients, Sweep, Unknown
 from pss.engine.state import preserved
+from pss.storage.fingerprints import name_of
 from pss.units import UnitGroup, Units, check_model
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ def get_loss(loss: str | Loss) -> Loss:
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)")
     return LOSSES[loss]
+
+
+def loss_name(loss: str | Loss) -> str:
+    """What records call a loss: one of `LOSSES` by its short name, also if the function itself is given."""
+    return next((name for name, function in LOSSES.items() if function is loss), None) or name_of(loss)
 
 
 def parameter_saliency(

@@ -90,7 +90,7 @@ def saliencies(version: int) -> np.ndarray:
 
 
 def _write_reference(folder: Path, version: int) -> None:
-    Reference.fit(saliencies(version), about={"model": f"model {version}"}).save(folder / "reference.safetensors")
+    Reference.fit(saliencies(version), provenance={"model": f"model {version}"}).save(folder / "reference.safetensors")
 
 
 def _read_reference(folder: Path) -> dict:

@@ -26,7 +26,8 @@ from test_profiles import ARGUMENTS, Faulty, make_data, make_model
 from test_profiles import run as call
 from tqdm import tqdm
 
-from pss.profiles import ProfileStore, main, profile_dataset
+from pss.apps.profiling import main
+from pss.profiles import ProfileStore, profile_dataset
 from pss.storage import whole as _whole
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]

@@ -19,9 +19,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 import pss
 from pss import profiles
-from pss.profiles import ProfileStore, blocks, choose_batch_size, main, profile_dataset
+from pss.apps.profiling import main
+from pss.profiles import profile_dataset
 from pss.saliency import cross_entropy
-from pss.storage.folder import read_manifest, write_manifest
+from pss.storage.folder import ProfileStore, blocks, partial_of, read_manifest, write_manifest
+from pss.storage.passes import choose_batch_size
 from pss.units import Units
 
 N, PIXELS = 26, 8
@@ -107,7 +109,7 @@ def test_signed_loss_and_units_reach_profile(tmp_path):
     np.testing.assert_allclose(store.profiles, expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(store.losses, model(data.tensors[0]).detach()[range(5), data.tensors[1]], rtol=1e-5)
     assert (store.profiles < 0).any()
-    assert store.about["units"] == units.fingerprint and store.about["signed"] == "True"
+    assert store.provenance["units"] == units.fingerprint and store.provenance["signed"] == "True"
 
 
 def test_finished_store_reopens_without_reading_an_image(tmp_path):

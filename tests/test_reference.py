@@ -143,10 +143,10 @@ def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
 
 
 def test_save_and_load(tmp_path, profiles, reference):
-    reference = Reference.fit(profiles, about={"model": "abc"})
+    reference = Reference.fit(profiles, provenance={"model": "abc"})
     reference.save(tmp_path / "sub" / "ref.safetensors")
     loaded = Reference.load(tmp_path / "sub" / "ref.safetensors")
-    assert loaded.about == {"model": "abc"} and loaded.n == 300 and loaded.level == 0.9
+    assert loaded.provenance == {"model": "abc"} and loaded.n == 300 and loaded.level == 0.9
     assert torch.equal(loaded.log_tail_probability(profiles), reference.log_tail_probability(profiles))
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["ref.safetensors"]
 
@@ -181,13 +181,13 @@ def test_refuses_another_models_units(tmp_path):
     units = Units.of(nn.Conv2d(1, 8, 3))
     with pytest.raises(ValueError, match="10 units, the model 8"):
         Reference.load(tmp_path / "stat.pth", units)
-    other = Reference(torch.ones(8), torch.ones(8), about={"units": "0000", "loss": "logit"})
+    other = Reference(torch.ones(8), torch.ones(8), provenance={"units": "0000", "loss": "logit"})
     with pytest.raises(ValueError, match=r"units: reference 0000.*loss: reference logit, given cross_entropy"):
         other.check(units, loss="cross_entropy")
 
 
 def test_check_compares_records_as_text():
-    reference = Reference(torch.ones(8), torch.ones(8), about={"seed": 3})
+    reference = Reference(torch.ones(8), torch.ones(8), provenance={"seed": 3})
     assert reference.check(Units.of(nn.Conv2d(1, 8, 3)), seed=3, unrecorded="anything") is reference
 
 
@@ -201,16 +201,16 @@ def test_check_compares_records_as_text():
         ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
         ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
         ({}, {"n": 0}, "n = 0; expected"),
-        ({}, {"about": None}, "expected n, level, scale_free, about in its header"),
-        ({}, {"more": 1}, "expected n, level, scale_free, about in its header"),
-        ({}, "[1]", "expected n, level, scale_free, about in its header"),
+        ({}, {"provenance": None}, "expected n, level, scale_free, provenance in its header"),
+        ({}, {"more": 1}, "expected n, level, scale_free, provenance in its header"),
+        ({}, "[1]", "expected n, level, scale_free, provenance in its header"),
         ({}, "{", "damaged"),
     ],
 )
 def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain, message):
     names = ("mean", "std", *TAIL)
     tensors = {name: getattr(reference, name).contiguous() for name in names} | change
-    header = {"n": 300, "level": 0.9, "scale_free": False, "about": {}}
+    header = {"n": 300, "level": 0.9, "scale_free": False, "provenance": {}}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if isinstance(plain, dict):
         (tmp_path / "r.safetensors").write_bytes(pack(tensors, "pss", header | plain))

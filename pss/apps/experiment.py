@@ -92,7 +92,7 @@ class Statistics:
     def about(self) -> dict[str, Any]:
         """What the references were made of, for the record."""
         both = {"plain": self.plain, "scale_free": self.scale_free}
-        return {name: {**r.about, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
+        return {name: {**r.provenance, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
 
 
 def statistics(

@@ -7,7 +7,6 @@ out: the step and its length are chosen without them, so that what the patch doe
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pss.lines import line_of, predicts, shifted, smallest, unit_mask
 from pss.ranking import score
 from pss.reference import Reference
 from pss.saliency import Loss, check_inputs, get_loss, profile
+from pss.storage.digests import digest as sha256
 from pss.storage.fingerprints import fingerprint
 from pss.storage.tensors import pack, unpack
 from pss.storage.whole import write_whole
@@ -466,7 +466,7 @@ def _about(model: nn.Module, units: Units, *how: object) -> dict[str, str]:
 
 def _digest(images: Images) -> str:
     """Checksum of images and labels."""
-    return hashlib.sha256("".join(digest(part) for part in images).encode()).hexdigest()
+    return sha256(*map(digest, images))
 
 
 def _check_fit(

@@ -330,7 +330,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     fisher = {name.removeprefix(_FISHER): tensors.pop(name) for name in list(tensors) if name.startswith(_FISHER)}
     if not {"mean", "std"} <= set(tensors) <= set(_TENSORS):
         lacks, more = ({"mean", "std"} - set(tensors)), set(tensors) - set(_TENSORS)
-        raise ValueError(f"{path.name} is no reference of pss: it lacks {sorted(lacks)} and has {sorted(more)} too much")
+        raise ValueError(f"{path.name} is no reference of pss: lacks {sorted(lacks)} and has {sorted(more)} too much")
     return {**tensors, **plain, "fisher": fisher or None}
 
 

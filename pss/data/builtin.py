@@ -17,7 +17,6 @@ every ``reference`` split and the other every ``test`` split, so no test image s
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from scipy import ndimage
 from torch.utils.data import TensorDataset
 
 from pss.data.vision import torchvision
+from pss.storage.digests import digest
 from pss.storage.places import cache_folder
 from pss.storage.whole import write_whole
 
@@ -732,8 +732,4 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _sha256(*arrays: np.ndarray) -> str:
     """Hash of types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return digest(*(part for a in arrays for part in (f"{a.dtype.str} {a.shape}", np.ascontiguousarray(a))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def unpack(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+def unpack(path: Path, key: str, parse: Callable[[str], Any] = json.loads) -> tuple[dict[str, Tensor], Any]:
     """Read what `pack` wrote; of a safetensors file without that key the tensors, and None.
+
+    ``parse`` reads the text under the key, which is ours, with a checksum, if it gives a dict.
 
     Raises
     ------
@@ -78,7 +80,8 @@ def unpack(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            held = json.loads((file.metadata() or {}).get(key, "null"))
+            text = (file.metadata() or {}).get(key)
+            held = None if text is None else parse(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:  # JSON of a stranger may be deep
         raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error

@@ -12,6 +12,7 @@ A z-score divides saliency by what is usual too; raw saliency does not.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ from tqdm import tqdm
 
 import pss
 from pss.saliency import Loss, parameter_saliency
-from pss.storage.digests import digest as sha256
 from pss.storage.fingerprints import fingerprint, name_of
 from pss.storage.tensors import bytes_of, pack, unpack
 from pss.storage.whole import write_whole
@@ -171,4 +171,4 @@ def damped(fisher: Weights | Reference, names: Sequence[str], damping: float) ->
 
 def digest(values: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    return sha256(bytes_of(values))
+    return hashlib.sha256(bytes_of(values)).hexdigest()

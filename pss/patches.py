@@ -7,6 +7,7 @@ out: the step and its length are chosen without them, so that what the patch doe
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from pss.lines import line_of, predicts, shifted, smallest, unit_mask
 from pss.ranking import score
 from pss.reference import Reference
 from pss.saliency import Loss, check_inputs, get_loss, profile
-from pss.storage.digests import digest as sha256
 from pss.storage.fingerprints import fingerprint
 from pss.storage.tensors import pack, unpack
 from pss.storage.whole import write_whole
@@ -289,7 +289,6 @@ def fit_patch(
         units or loss, or an option is not one of those above.
     """
     ks = [k for k in KS if k <= len(units)] if ks is None else ks
-    fisher = reference.fisher if fisher is None and reference is not None else fisher
     method = method or ("zscore" if fisher is None else "fisher")
     direction = direction or ("gradient" if fisher is None else "fisher")
     _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
@@ -466,7 +465,7 @@ def _about(model: nn.Module, units: Units, *how: object) -> dict[str, str]:
 
 def _digest(images: Images) -> str:
     """Checksum of images and labels."""
-    return sha256(*map(digest, images))
+    return hashlib.sha256("".join(digest(part) for part in images).encode()).hexdigest()
 
 
 def _check_fit(

@@ -38,7 +38,6 @@ _TAIL = ("threshold", "quantiles", "n_excess", "mean_excess", "fitted", "xi", "s
 _TENSORS = ("mean", "std", *_TAIL, "se_xi", "se_scale")
 _GPD = ("xi", "scale", "se_xi", "se_scale")  # NaN where a tail is not fitted
 _PLAIN = ("n", "level", "scale_free", "provenance")  # of a file, beside its tensors
-_FISHER = "fisher."  # before a parameter's name, in a file
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,6 @@ class Reference:
         Whether every profile was first divided by its own mean over units.
     provenance : dict of str to str
         What the reference was made of: fingerprints of model, units and data, loss, version.
-    fisher : dict of str to Tensor, or None
-        Diagonal Fisher information of the same images by parameter name, for the ranking and direction ``fisher``.
     """
 
     mean: Tensor
@@ -86,7 +83,6 @@ class Reference:
     quantiles: Tensor | None = None
     scale_free: bool = False
     provenance: dict[str, str] = field(default_factory=dict)
-    fisher: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no reference: statistics that are missing, of other shapes, or not finite."""
@@ -102,9 +98,6 @@ class Reference:
                 raise ValueError(f"{name!r} is not finite for {int((~tensor.isfinite()).sum())} units")
         if not missing and (self.fitted.dtype != torch.bool or not self.n >= MIN_IMAGES):
             raise ValueError(f"'fitted' is {self.fitted.dtype}, n = {self.n}; expected bool, and n >= {MIN_IMAGES}")
-        for name, tensor in (self.fisher or {}).items():
-            if not (tensor.isfinite() & (tensor >= 0)).all():
-                raise ValueError(f"the Fisher information of {name!r} is negative or not finite: it is a mean square")
 
     @classmethod
     def fit(
@@ -113,8 +106,7 @@ class Reference:
         level: float = 0.90,
         scale_free: bool = False,
         max_bytes: int = 1 << 27,
-        provenance: dict[str, str] | None = None,
-        fisher: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, str] | None = None,
     ) -> Reference:
         """Fit the statistics of every unit, a block of units at a time.
 
@@ -129,10 +121,8 @@ class Reference:
             its overall gradient size; this takes it out.
         max_bytes : int
             Size of a block; memory in use stays within a few times this.
-        provenance : dict of str to str, optional
+        provenance : mapping of str to str, optional
             To be recorded beside what a `ProfileStore` says of itself.
-        fisher : mapping of str to Tensor, optional
-            `pss.fisher_diagonal` of the same images, to be kept and saved with the rest.
 
         Raises
         ------
@@ -157,8 +147,8 @@ class Reference:
         parts = map_blocks(partial(_fit_block, level=level, sizes=sizes), profiles, max_bytes)
         whole = [torch.from_numpy(np.concatenate(blocks)) for blocks in zip(*parts, strict=True)]
         provenance = {**getattr(profiles, "provenance", {}), **(provenance or {})}
-        kept = {"provenance": provenance, "fisher": None if fisher is None else dict(fisher)}
-        return cls(n=n, level=float(level), scale_free=scale_free, **kept, **dict(zip(_TENSORS, whole, strict=True)))
+        whole = dict(zip(_TENSORS, whole, strict=True))
+        return cls(n=n, level=float(level), scale_free=scale_free, provenance=provenance, **whole)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
@@ -284,8 +274,7 @@ class Reference:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
-        held = self._tensors() | {f"{_FISHER}{name}": tensor for name, tensor in (self.fisher or {}).items()}
-        write_whole(Path(path), pack(held, "pss", {name: getattr(self, name) for name in _PLAIN}))
+        write_whole(Path(path), pack(self._tensors(), "pss", {name: getattr(self, name) for name in _PLAIN}))
 
     @classmethod
     def load(cls, path: str | os.PathLike, units: Units | None = None, **provenance: Any) -> Reference:
@@ -308,7 +297,7 @@ class Reference:
         values = _read_published(path) if path.suffix in (".pth", ".pt") else _read_own(path)
         try:
             reference = cls(**values)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # the first of names that it lacks, or has too many
             raise ValueError(f"{path.name} holds no reference that can be used: {error}") from error
         return reference if units is None else reference.check(units, **provenance)
 
@@ -327,11 +316,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     tensors, plain = unpack(path, "pss")
     if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["provenance"], dict):
         raise ValueError(f"{path.name} is no reference of pss: expected {', '.join(_PLAIN)} in its header")
-    fisher = {name.removeprefix(_FISHER): tensors.pop(name) for name in list(tensors) if name.startswith(_FISHER)}
-    if not {"mean", "std"} <= set(tensors) <= set(_TENSORS):
-        lacks, more = ({"mean", "std"} - set(tensors)), set(tensors) - set(_TENSORS)
-        raise ValueError(f"{path.name} is no reference of pss: lacks {sorted(lacks)} and has {sorted(more)} too much")
-    return {**tensors, **plain, "fisher": fisher or None}
+    return tensors | plain
 
 
 def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> list[np.ndarray]:

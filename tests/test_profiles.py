@@ -111,8 +111,6 @@ def test_equals_profile_and_the_model_itself(tmp_path):
     np.testing.assert_allclose(store.true_confidences, probabilities[np.arange(N), labels], rtol=1e-5)
     np.testing.assert_array_equal(store.misclassified, np.flatnonzero(logits.argmax(1) != labels))
     assert len(store) == N and store.shape == (N, 9) and store.profiles.dtype == np.float32 and store.finished.all()
-    table = store.table()
-    assert len(table) == N and list(table.index[table["misclassified"]]) == list(store.misclassified)
 
 
 def test_signed_loss_and_units_reach_profile(tmp_path):

@@ -136,7 +136,7 @@ def statistics(
         made_of |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
         reference = Reference.load(path, units).check(units, **made_of)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**made_of, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -76,13 +75,11 @@ class ProfileStore:
     def __init__(self, path: Path, manifest: dict, records: np.ndarray):
         self.path, self.manifest = path, manifest
         self.skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-        columns = {name: np.ascontiguousarray(records[name]) for name in RECORD.names}
-        columns["finished"] = columns.pop("status") == FINISHED
-        for values in columns.values():
+        columns = [np.ascontiguousarray(records[name]) for name in RECORD.names[:-1]]
+        columns[-1] = columns[-1] == FINISHED
+        for values in columns:
             values.flags.writeable = False
-        self.labels, self.predictions, self.losses = columns["label"], columns["prediction"], columns["loss"]
-        self.confidences, self.true_confidences = columns["confidence"], columns["true_confidence"]
-        self.finished = columns["finished"]
+        self.labels, self.predictions, self.losses, self.confidences, self.true_confidences, self.finished = columns
 
     @classmethod
     def open(cls, path: str | os.PathLike, verify: bool = True) -> ProfileStore:
@@ -146,36 +143,19 @@ class ProfileStore:
         made_of = self.manifest["provenance"] | {"torch": self.manifest["computed_with"]["torch"]}
         return {key: str(value) for key, value in made_of.items()}
 
-    def columns(self, columns: slice, finished: bool = False) -> np.ndarray:
-        """Some units of all images, shape (N, b), in memory.
+    def columns(self, columns: slice) -> np.ndarray:
+        """Some units of the finished images, shape (n, b), in memory.
 
         Rows are read a few at a time and only these columns kept, so memory stays near the size of the result, also
-        where the file is larger than memory. With ``finished`` the rows of skipped images are left out.
+        where the file is larger than memory.
         """
-        keep = self.finished if finished else np.ones(len(self.finished), bool)
-        block = np.empty((int(keep.sum()), len(np.arange(self.shape[1])[columns])), np.float32)
+        block = np.empty((len(self), len(range(self.shape[1])[columns])), np.float32)
         filled = 0
         for at, rows in _row_chunks(self.profiles):
-            part = rows[:, columns] if keep[at].all() else rows[keep[at], columns]
+            part = rows[:, columns] if self.finished[at].all() else rows[self.finished[at], columns]
             block[filled : filled + len(part)] = part
             filled += len(part)
         return block
-
-    def table(self) -> pd.DataFrame:
-        """One row an image: label, prediction, loss, confidences, and whether it is finished and misclassified."""
-        wrong = np.zeros(len(self.finished), bool)
-        wrong[self.misclassified] = True
-        return pd.DataFrame(
-            {
-                "label": self.labels,
-                "prediction": self.predictions,
-                "loss": self.losses,
-                "confidence": self.confidences,
-                "true_confidence": self.true_confidences,
-                "misclassified": wrong,
-                "finished": self.finished,
-            }
-        )
 
     def __repr__(self) -> str:
         n, count = self.shape
@@ -223,7 +203,7 @@ def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.
     for start in range(0, count, width):
         columns = slice(start, min(start + width, count))
         if isinstance(profiles, ProfileStore):
-            yield columns, profiles.columns(columns, finished=True)
+            yield columns, profiles.columns(columns)
             continue
         block = profiles[:, columns]
         if isinstance(block, Tensor):
@@ -432,16 +412,17 @@ def _damage(path: Path, what: object) -> ValueError:
     return ValueError(f"{path} is damaged ({what}): compute it anew with profile_dataset(…, rebuild=True)")
 
 
-def refuse_other(path: Path, manifest: dict, made_of: dict) -> None:
-    """Raise ValueError if the store was made of something else, saying what differs.
+def refuse_other(path: Path, made_of: dict) -> dict:
+    """Raise ValueError if the store, finished or not, was made of something else; otherwise its manifest.
 
     ``made_of`` is a manifest as `begin` takes it. What it is computed with matters only as long as rows are missing.
     """
-    groups = ("provenance",) if is_store(path) else ("provenance", "computed_with")
+    finished = is_store(path)
+    manifest = read_manifest(path if finished else partial_of(path))
+    groups = ("provenance",) if finished else ("provenance", "computed_with")
     stored, given = (
-        {key: record[key] for key in ("samples", "n_units")}
-        | {k: v for group in groups for k, v in record[group].items()}
-        for record in (manifest, made_of)
+        {"samples": m["samples"], "n_units": m["n_units"]} | {k: v for group in groups for k, v in m[group].items()}
+        for m in (manifest, made_of)
     )
     if differ := [key for key in given if stored.get(key) != given[key]]:
         what = "".join(f"\n  {key}: stored {stored.get(key)!r}, given {given[key]!r}" for key in differ)
@@ -449,6 +430,7 @@ def refuse_other(path: Path, manifest: dict, made_of: dict) -> None:
             f"the profiles in {path} were made of something else:{what}\n"
             "give another path, or rebuild=True to compute them anew; ProfileStore.open reads finished ones as they are"
         )
+    return manifest
 
 
 def empty_rows(count: int, units: int) -> tuple[np.ndarray, np.ndarray]:

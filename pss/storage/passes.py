@@ -88,11 +88,9 @@ def store_rows(
         if begins:
             folder.begin(path, made_of)
         barrier()
-        unfinished = not folder.is_store(path)
-        manifest = folder.read_manifest(partial if unfinished else path)
-        folder.refuse_other(path, manifest, made_of)
-        if unfinished:
-            _complete(path, manifest, dataset, compute, workers, on_error == "skip", progress)
+        if not folder.is_store(path):
+            _complete(path, made_of, dataset, compute, workers, on_error == "skip", progress)
+    folder.refuse_other(path, made_of)
     store = ProfileStore.open(path, verify=first)
     if store.skipped and on_error == "raise":
         raise ValueError(
@@ -102,9 +100,10 @@ def store_rows(
     return store
 
 
-def _complete(path: Path, manifest: dict, dataset: Dataset, *how: Any) -> None:
+def _complete(path: Path, made_of: dict, dataset: Dataset, *how: Any) -> None:
     """Compute the missing rows, every rank its own, and finish the store."""
     try:
+        manifest = folder.refuse_other(path, made_of)
         with thread_count(manifest["threads"]):
             _fill(folder.partial_of(path), manifest, dataset, *how)
         barrier()

@@ -5,7 +5,7 @@ from importlib import import_module
 
 _COMMANDS = {
     "run": ("pss.apps.batch", "execute notebooks, or a sweep of one"),
-    "profile": ("pss.profiles", "profile a data set into a folder"),
+    "profile": ("pss.apps.profiling", "profile a data set into a folder"),
     "train": ("pss.models.builtin", "train a ResNet-18 on the built-in digits"),
     "evaluate": ("pss.models.builtin", "accuracy on every built-in set"),
     "explorer": ("pss.apps.explorer", "write the explorer of the site"),
@@ -24,4 +24,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["profile"]:  # a process of its own, which does nothing else
+        import_module("pss.engine.process").keep_freed_memory()
     sys.exit(main())

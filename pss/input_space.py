@@ -129,7 +129,7 @@ def input_saliency(
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
     check_inputs(model, images, labels, units)
     if reference is not None:
-        reference.check_for(model, units, loss, signed)
+        reference.check(units, model=model, loss=loss, signed=signed)
     loss = get_loss(loss)
 
     def alike(saliency: Tensor, boosted_ids: Tensor) -> Tensor:

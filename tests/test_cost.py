@@ -483,22 +483,6 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
     assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
 
 
-def test_a_reference_holds_the_fisher_information(net):
-    model, x, y, retain = net
-    units = Units.of(model)
-    fisher, profiles = fisher_diagonal(model, retain, units), pss.profile(model, *retain)
-    reference = pss.Reference.fit(profiles, fisher=fisher)
-    gains = fisher_scores(model, x, y, units, reference)
-    assert torch.equal(gains, fisher_scores(model, x, y, units, fisher))
-    ids = pss.rank(pss.profile(model, x, y), reference, "fisher", 3, gains=gains)
-    assert torch.equal(ids, gains.argsort(dim=1, descending=True)[:, :3])
-    how = {"k": 3, "direction": "fisher", "retain": retain, "progress": False}
-    one, other = (smallest_correction(model, x, y, units, ids, fisher=f, **how) for f in (fisher, reference))
-    pd.testing.assert_frame_equal(one, other)
-    with pytest.raises(ValueError, match="this reference has no Fisher information: fit it with"):
-        fisher_scores(model, x, y, units, pss.Reference.fit(profiles))
-
-
 def test_digest_is_of_the_bytes_whatever_their_type():
     x = torch.arange(6.0).reshape(2, 3)
     assert digest(x) == hashlib.sha256(x.numpy().tobytes()).hexdigest() == digest(x.T.contiguous().T)

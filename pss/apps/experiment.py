@@ -16,7 +16,6 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -44,7 +43,8 @@ from pss.models.builtin import predict
 from pss.profiles import profile_dataset
 from pss.ranking import METHODS, rank, stage_shares
 from pss.reference import Reference
-from pss.saliency import Loss, profile
+from pss.saliency import Loss, loss_name, profile
+from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of, name_of_data
 from pss.storage.places import cache_folder
 from pss.storage.whole import write_whole
@@ -92,7 +92,7 @@ class Statistics:
     def about(self) -> dict[str, Any]:
         """What the references were made of, for the record."""
         both = {"plain": self.plain, "scale_free": self.scale_free}
-        return {name: {**r.about, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
+        return {name: {**r.provenance, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
 
 
 def statistics(
@@ -131,12 +131,12 @@ def statistics(
         If those found are of another model, units, data, loss or level; or there are no images to make them of.
     """
     methods = [method_of(name) for name in algo]
-    made_of = {"model": fingerprint(model), "loss": str(name_of(loss))}
+    made_of = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         made_of |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
         reference = Reference.load(path, units).check(units, **made_of)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**made_of, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
@@ -172,8 +172,7 @@ def statistics(
 
 def _cached(kind: str, made_of: Any) -> Path:
     """Folder in the cache for what is made of this."""
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:20]
-    return cache_folder() / kind / key
+    return cache_folder() / kind / key_of(made_of)
 
 
 def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
@@ -233,7 +232,7 @@ class Experiment:
         tables = []
         for name in _TABLES:
             content = (folder / f"{name}.csv").read_bytes()
-            if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
+            if digest(content) != about["sha256"][name]:
                 raise ValueError(f"{folder / name}.csv is not as it was written: remove the folder and run it again")
             tables.append(_read_csv(name, content))
         return cls(folder, about, *tables)
@@ -323,7 +322,7 @@ def run(
         "step_norm": step_norm,
         "count": count,
         "seed": seed,
-        "loss": str(name_of(loss)),
+        "loss": loss_name(loss),
         "about": about or {},
     }
     folder = Path(folder) if str(folder) else _cached("experiments", settings)
@@ -378,7 +377,7 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     for name, table in tables.items():
         content = table.to_csv(index=False).encode() if len(table) else b""
         write_whole(folder / f"{name}.csv", content)
-        hashes[name] = hashlib.sha256(content).hexdigest()
+        hashes[name] = digest(content)
     last = tables["results"][tables["results"]["k"] == record["filters"]]
     summary = {"looked_at": looked_at, "edited": edited}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
 import io
 import json
 import math
@@ -37,7 +36,9 @@ from pss.models import zoo
 from pss.plots import figures as plots
 from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
+from pss.storage.digests import digest
 from pss.storage.places import cache_folder
+from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
 
@@ -385,20 +386,15 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
 
 def _code() -> str:
     """Hash of the package's sources."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
     plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
-    digest = hashlib.sha256(repr(plain).encode())
-    digest.update(code.encode())
     tensors = [c.images[position], c.labels[position], *c.retain]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:24]
+    return digest(repr(plain), code, *(bytes_of(tensor) for tensor in tensors))[:24]
 
 
 def widget(collection: Collection | None = None) -> Any:

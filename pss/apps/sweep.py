@@ -18,7 +18,6 @@ summary. A run is finished once its ``run.json`` says so: whoever runs the sweep
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from pss import __version__
 from pss.apps.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook
 from pss.apps.sweep_page import page
+from pss.storage.digests import digest, key_of
 from pss.storage.whole import write_whole
 
 _KEYS = ("notebook", "out", "parameters", "grid", "table")
@@ -215,8 +215,7 @@ def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str], defa
     outputs: set[str] = set()
     for number, row in enumerate(rows, 1):
         values = check_values(notebook, row)
-        text = json.dumps([code, values, __version__], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        key = key_of([code, values, __version__], 12)
         if key in seen:
             raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {row}")
         seen[key] = number
@@ -234,15 +233,12 @@ def code_of(notebook: Path) -> str:
     """Hash of a notebook's code: text and outputs may change, and its runs stay finished."""
     cells = nbformat.read(notebook, as_version=4).cells
     code = [(c.source, c.metadata.get("tags", [])) for c in cells if c.cell_type == "code"]
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
+    return digest(json.dumps(code))
 
 
 def source() -> str:
     """Hash of the package's own source, recorded with every run."""
-    total = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        total.update(file.read_bytes())
-    return total.hexdigest()[:12]
+    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))[:12]
 
 
 def _readable(values: Mapping[str, Any]) -> str:

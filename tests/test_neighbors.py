@@ -7,7 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import pss
 from pss import neighbors
-from pss.neighbors import agreement, nearest
+from pss.neighbors import nearest
+from pss.statistics import agreement
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def brute_force(queries, others, k, own):
     return torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("method", ["zscore", "log_tail", "raw"])
+@pytest.mark.parametrize("method", ["zscore", "pot", "raw"])
 def test_as_brute_force(profiles, reference, method, monkeypatch):
     monkeypatch.setattr(neighbors, "_BLOCK", 64)  # two queries at a time
     table = {
         "zscore": (profiles - reference.mean) / reference.std,
-        "log_tail": -reference.log_tail_probability(profiles).clamp(min=np.log(1e-6)),
+        "pot": -reference.log_tail_probability(profiles).clamp(min=np.log(1e-6)),
         "raw": profiles,
     }[method]
     ids, similarity = nearest(profiles, reference=reference, method=method, k=5)
@@ -62,11 +63,11 @@ def test_the_query_itself_is_left_out_by_id(profiles, reference):
     assert ids[1, 0] == 1 and 2 not in ids[2]
 
 
-def test_log_tail_beyond_a_bounded_tail_stays_finite(reference):
+def test_tail_beyond_a_bounded_tail_stays_finite(reference):
     far = torch.full((2, 12), 50.0, dtype=torch.float64)
     assert reference.log_tail_probability(far).isneginf().any()
     far[1, 6:] = 0
-    _, similarity = nearest(far, reference=reference, method="log_tail", k=1)
+    _, similarity = nearest(far, reference=reference, method="pot", k=1)
     assert similarity[0, 0] == pytest.approx(0.5**0.5)
 
 

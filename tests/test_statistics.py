@@ -1,6 +1,7 @@
 """Statistics that hold: properties of the tail fits over generated samples, and calibration by simulation.
 
-`test_evt.py` compares with SciPy, brute force and hand-made cases; here are the properties that every sample must have.
+`test_evt.py` compares with SciPy, brute force and hand-made cases; here are the properties that every sample must have,
+and the means over images with their intervals.
 A test by simulation states its rate of false alarms, and its seed is fixed, so it passes or fails for good.
 """
 
@@ -9,6 +10,7 @@ from itertools import pairwise
 
 import mpmath
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_evt import sample, uniformity
 
-from pss import evt
+from pss import evt, statistics
 from pss.ranking import fdr_significant
 from pss.reference import Reference
 from pss.storage.folder import blocks
@@ -266,5 +268,98 @@ def test_goodness_of_fit_has_its_stated_rate_of_false_alarms(dist, xi):
     """1,000 samples of the model itself: p is uniform (Kolmogorov-Smirnov, 1 in 1,000, seed fixed)."""
     rng = np.random.default_rng(8)
     x = rng.normal(size=(1000, 60)) if dist == "normal" else sample(xi, (1000, 60), seed=8)
-    p = evt.anderson_darling(x, dist, simulations=4000, seed=2).p_value
+    p = statistics.anderson_darling(x, dist, simulations=4000, seed=2).p_value
     assert uniformity(p[p.isfinite()]) > 1e-3
+
+
+# --- means over images ------------------------------------------------------------------------------------------------
+
+
+def made_up(methods=("z", "raw"), images=7, edits=3):
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([methods, range(images), range(edits + 1)], names=["method", "image", "k"])
+    curves = index.to_frame(index=False)
+    for name in ("confidence_wrong", "confidence_true", "loss"):
+        curves[name] = rng.random(len(curves))
+    curves["corrected"] = rng.random(len(curves)) < 0.4
+    return curves.sample(frac=1, random_state=0).reset_index(drop=True)  # the order of rows must not matter
+
+
+def quantiles_of_means(values, resamples, seed):
+    """The bootstrap in one line: as many images as there are, drawn with replacement, the same for every column."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return np.quantile(values[draws].mean(axis=1), [0.025, 0.975], axis=0)
+
+
+def test_summary_by_hand():
+    curves = made_up()
+    table = statistics.summarize(curves, resamples=999, seed=3).set_index(["method", "k"])
+    assert len(table) == 8 and (table["n"] == 7).all()
+    own = curves[curves["method"] == "raw"].sort_values(["k", "image"])
+    wrong = own["confidence_wrong"].to_numpy().reshape(4, 7).T
+    change = wrong - wrong[:, :1]
+    mine = table.loc["raw"]
+    np.testing.assert_allclose(mine["change_wrong"], change.mean(axis=0))
+    np.testing.assert_allclose(mine[["change_wrong_low", "change_wrong_high"]].T, quantiles_of_means(change, 999, 3))
+    corrected = own["corrected"].to_numpy().reshape(4, 7)[2]
+    share, z = corrected.mean(), scipy.stats.norm.ppf(0.975)
+    centre = (share + z**2 / 14) / (1 + z**2 / 7)
+    margin = z / (1 + z**2 / 7) * np.sqrt(share * (1 - share) / 7 + z**2 / (4 * 49))
+    found = mine.loc[2, ["corrected", "corrected_low", "corrected_high"]].astype(float)
+    np.testing.assert_allclose(found, [share, centre - margin, centre + margin])
+    assert mine.loc[0, ["change_wrong", "change_true", "change_true_low"]].tolist() == [0, 0, 0]
+
+
+def test_summary_by_other_columns_of_one_method_and_of_one_image():
+    curves = made_up(("z",)).drop(columns="method")
+    assert statistics.summarize(curves)["k"].tolist() == sorted(curves["k"].unique())
+    two = pd.concat([curves.assign(domain="a", edit="x"), curves.assign(domain="b", edit="x")])
+    assert len(statistics.summarize(two, by=["domain", "edit"])) == 8
+    one = statistics.summarize(curves[curves["image"] == 0])
+    assert one["change_wrong"].notna().all() and one["change_wrong_low"].isna().all()
+    assert statistics.summarize(curves[:0], by="image").empty
+
+
+def test_paired_difference_by_hand():
+    curves = made_up(images=12)
+    table = statistics.paired_difference(curves, "z", "raw", "confidence_wrong", resamples=999, seed=3)
+    wide = curves.pivot(index="image", columns=["method", "k"], values="confidence_wrong")  # noqa: PD010
+    difference = (wide["z"] - wide["raw"]).to_numpy()
+    np.testing.assert_allclose(table["mean"], difference.mean(0))
+    np.testing.assert_allclose(table[["low", "high"]].T, quantiles_of_means(difference, 999, 3))
+    assert table["n"].tolist() == [12] * 4
+    # pairing pays: images that differ much, but equally under both methods, leave no uncertainty
+    own = curves[curves["method"] == "z"]
+    shifted = pd.concat([own, own.assign(method="b", loss=own["loss"] + 1)])
+    exact = statistics.paired_difference(shifted, "b", "z", "loss")
+    np.testing.assert_allclose(exact[["mean", "low", "high"]], 1.0)
+
+
+RAW = made_up()["method"] == "raw"
+INCOMPLETE = {  # which rows are kept, and what is said of them
+    "another image": (~(RAW & (made_up()["image"] == 3)), "not on the same images: 1 in one only"),
+    "fewer edits": (~(RAW & (made_up()["k"] == 3)), "different numbers of edits"),
+    "a hole": (~(RAW & (made_up()["k"] == 3) & (made_up()["image"] == 1)), "missing for some image"),
+    "one method": (~RAW, "no rows with method = 'raw'"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_paired_difference_needs_the_same_images(case):
+    kept, message = INCOMPLETE[case]
+    with pytest.raises(ValueError, match=message):
+        statistics.paired_difference(made_up()[kept], "z", "raw")
+
+
+def test_curves_that_cannot_be_told_apart_are_refused():
+    curves = made_up()
+    for broken, by, message in (
+        (curves.drop(columns="method"), "method", "two rows for"),
+        (curves[curves["k"] > 0], "method", "no row k = 0"),
+        (curves[(curves["k"] > 0) | (curves["image"] > 0)], "method", "missing for some image"),
+        (curves, "domain", "no column 'domain'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            statistics.summarize(broken, by=by)
+    with pytest.raises(ValueError, match="two rows for"):
+        statistics.paired_difference(pd.concat([curves, curves]), "z", "raw")

@@ -16,43 +16,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from pss.ranking import RANKINGS
 from pss.units import Units
 
 STYLE = Path(__file__).with_name("pss.mplstyle")
-METHOD_COLORS = {
-    "zscore": "#0072B2",
-    "abs_zscore": "#56B4E9",
-    "pot": "#D55E00",
-    "exponential": "#E69F00",
-    "raw": "#CC79A7",
-    "ratio": "#009E73",
-    "fisher": "#6A3D9A",
-    "random_last_stage": "#8C6D31",
-    "last_stage_raw": "#882255",
-    "random": "#777777",
-    "layer_matched_random": "#333333",
-    "lowest_zscore": "#B8B8B8",
-    "scale_free_zscore": "#00324F",
-    "scale_free_pot": "#7A2E00",
-}
-METHOD_LABELS = {
-    "zscore": "z-score",
-    "abs_zscore": "|z-score|",
-    "pot": "POT (GPD)",
-    "exponential": "exponential tail",
-    "raw": "raw saliency",
-    "ratio": "ratio to mean",
-    "fisher": "gain over cost",
-    "random_last_stage": "last stage, random",
-    "last_stage_raw": "last stage, raw",
-    "random": "random",
-    "layer_matched_random": "random, same layers",
-    "lowest_zscore": "least salient",
-    "scale_free_zscore": "z-score, scale-free",
-    "scale_free_pot": "POT, scale-free",
-}
+METHOD_COLORS = {name: entry.color for name, entry in RANKINGS.items()}
+METHOD_LABELS = {name: entry.label for name, entry in RANKINGS.items()}
 MASK_COLORS = {  # by what chooses the pixels
     "top units": "#D55E00",
     "random units": "#0072B2",
@@ -94,6 +66,37 @@ def image_row(images: Tensor, titles: Sequence[str] = (), axes: Sequence[Axes] |
     return axes
 
 
+def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8) -> Tensor:
+    """Prepare raw maps for display on a fixed scale from 0 to 1.
+
+    Each map is clipped to two of its percentiles, stretched to 0..1 and blurred, as in the first paper's program.
+
+    Parameters
+    ----------
+    raw : Tensor, shape (B, H, W) or (H, W)
+    low, high : float
+        Percentiles.
+    blur : float
+        Standard deviation of a Gaussian, in pixels; 0 for none. That of the program is 3 pixels across, so 0.8.
+
+    Returns
+    -------
+    Tensor, as ``raw``
+        A map of one value throughout becomes zero.
+    """
+    if not 0 <= low < high <= 100:
+        raise ValueError(f"percentiles {low} and {high}: expected 0 <= low < high <= 100, as 90 and 99")
+    if not raw.isfinite().all():
+        raise ValueError("raw maps hold NaN or infinities: input_saliency makes none, what was done to them since?")
+    if raw.dim() not in (2, 3):
+        raise ValueError(f"raw maps are {tuple(raw.shape)}: expected (B, H, W) or (H, W), from input_saliency")
+    maps = raw.detach().cpu().numpy()
+    start, stop = np.percentile(maps, [low, high], axis=(-2, -1), keepdims=True)
+    maps = (maps.clip(start, stop) - start) / np.where(stop > start, stop - start, 1)
+    width = blur * np.array([0, 1, 1][-maps.ndim :])
+    return torch.from_numpy(gaussian_filter(maps, width, mode="mirror")).to(raw)
+
+
 def overlay(image: Tensor, heat: Tensor, title: str = "", ax: Axes | None = None) -> Axes:
     """Map over its image, on a fixed colour scale from 0 (the image alone) to 1.
 
@@ -102,7 +105,7 @@ def overlay(image: Tensor, heat: Tensor, title: str = "", ax: Axes | None = None
     image : Tensor, shape (C, H, W)
         In 0..1.
     heat : Tensor, shape (H, W)
-        In 0..1, as `pss.input_space.render_map` makes it.
+        In 0..1, as `render_map` makes it.
     """
     ax = ax or plt.subplots(figsize=(2.4, 2.6))[1]
     grey = 0.6 * image.mean(dim=0).clamp(0, 1).numpy()  # darker than the colours of the map
@@ -382,7 +385,7 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
     Parameters
     ----------
     summary : DataFrame
-        From `pss.editing.summarize`, with a column ``method``.
+        From `pss.statistics.summarize`, with a column ``method``.
     bands : sequence of str
         Methods whose confidence interval is drawn; more than two or three hide the lines.
     columns : int
@@ -442,7 +445,7 @@ def stage_strip(
 def qq_panel(
     model: Tensor, observed: Tensor, log: bool = False, ax: Axes | None = None, color: str | tuple = "#0072B2"
 ) -> Axes:
-    """Observed quantiles against those of a model, as `pss.evt.qq` gives them, with the line where both agree."""
+    """Observed quantiles against those of a model (`pss.statistics.qq`), with the line where both agree."""
     ax = ax or plt.subplots(figsize=(2.6, 2.6))[1]
     model, observed = np.asarray(model), np.asarray(observed)
     ends = [max(model.min(), observed.min()), min(model.max(), observed.max())]

@@ -1,0 +1,36 @@
+"""What a statistician asks: do tails follow the model, and how sure is a mean over images."""
+
+from pss.statistics.curves import agreement, bootstrap, paired_difference, summarize
+from pss.statistics.tails import (
+    AndersonDarling,
+    ExponentialFit,
+    MeanExcess,
+    ThresholdStability,
+    anderson_darling,
+    calibration,
+    fit_exponential,
+    hill,
+    likelihood_ratio,
+    mean_excess,
+    qq,
+    threshold_stability,
+)
+
+__all__ = [
+    "AndersonDarling",
+    "ExponentialFit",
+    "MeanExcess",
+    "ThresholdStability",
+    "agreement",
+    "anderson_darling",
+    "bootstrap",
+    "calibration",
+    "fit_exponential",
+    "hill",
+    "likelihood_ratio",
+    "mean_excess",
+    "paired_difference",
+    "qq",
+    "summarize",
+    "threshold_stability",
+]

@@ -7,6 +7,7 @@ knows profiles and their reference only, so it serves every quantity that a prof
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -233,12 +234,25 @@ RANKINGS: dict[str, Ranking] = {  # in the order of legends
 }
 
 
-def fdr_significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tensor:
+def fdr_significant(log_p: Tensor, n: int, q: float = 0.05, dependent: bool = False) -> Tensor:
     """Units whose tail probability is significant at false-discovery rate q; bool, (B, U).
 
-    Benjamini and Hochberg (1995) over the units of each image; ``dependent`` takes Benjamini and Yekutieli (2001),
-    valid under any dependence between units, which do share their image's gradient size.
+    Benjamini and Hochberg (1995) over the units of each image. What a fitted tail says below 1 / (n + 1) no n images
+    have shown, and beyond the end of a bounded one it says zero: such a probability counts as 1 / (n + 1), so that no
+    unit is significant by extrapolation alone.
+
+    Parameters
+    ----------
+    log_p : Tensor, shape (B, U)
+        From `Reference.log_tail_probability`.
+    n : int
+        Number of reference images, ``reference.n``.
+    q : float
+    dependent : bool
+        Take Benjamini and Yekutieli (2001), valid under any dependence between units, which do share their image's
+        gradient size.
     """
+    check_count("n", n, sys.maxsize, "the number of reference images")
     check_share("q", q, "the share of false discoveries allowed, as 0.05")
     if log_p.isnan().any():
         raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
@@ -246,7 +260,7 @@ def fdr_significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> 
         raise ValueError(
             "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
         )
-    p = log_p.double().exp().clamp(max=1).cpu().numpy()
+    p = log_p.double().exp().clamp(min=1 / (n + 1)).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)
 

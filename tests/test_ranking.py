@@ -1,5 +1,7 @@
 """Ranking methods against direct computation, and their populations."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -138,13 +140,21 @@ def test_randomness_comes_from_the_generator(profiles, units):
 
 def test_significant_is_benjamini_hochberg_by_hand():
     p = torch.tensor([[0.001, 0.5, 0.012, 0.03, 0.9]])  # sorted: .001 .012 .03 .5 .9 against .01 .02 .03 .04 .05
-    assert fdr_significant(p.log(), q=0.05).tolist() == [[True, False, True, True, False]]
-    assert fdr_significant(p.log(), q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+    assert fdr_significant(p.log(), 10**6, q=0.05).tolist() == [[True, False, True, True, False]]
+    assert fdr_significant(p.log(), 10**6, q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+
+
+def test_what_no_reference_image_has_shown_is_not_significant_alone():
+    """Of 10 units and 99 images one alone needs p <= 0.005, which they cannot show; of three it is 0.015."""
+    log_p = torch.full((3, 10), -0.1)
+    log_p[0, :1], log_p[1, :5], log_p[2, :1] = -torch.inf, -torch.inf, math.log(0.01)
+    assert fdr_significant(log_p, 99, q=0.05).sum(dim=1).tolist() == [0, 5, 0]
+    assert fdr_significant(log_p, 199, q=0.05).sum(dim=1).tolist() == [1, 5, 0]
 
 
 def test_false_discoveries_are_held_at_q():
     p = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    any_found = fdr_significant(p.log(), q=0.1).any(dim=1).double().mean().item()
+    any_found = fdr_significant(p.log(), 10**6, q=0.1).any(dim=1).double().mean().item()
     assert 0.08 < any_found < 0.12  # every discovery is false: the rate of any is q
 
 

@@ -240,15 +240,15 @@ def unit_table(
     -------
     DataFrame
         ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail.
+        are missing where the reference has no tail. ``p`` is at least 1 / (n + 1) with n reference images.
     """
     table = units.table()[["unit", "name", "layer", "stage"]]
     table["saliency"] = saliency[0].cpu().numpy()
     table["z"] = reference.zscore(saliency)[0].cpu().numpy()
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
-        table["p"] = log_p.exp()[0].cpu().numpy()
-        table["significant"] = fdr_significant(log_p, q)[0].cpu().numpy()
+        table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
+        table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table

@@ -225,7 +225,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profile)).sum()),
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profile), c.plain.n).sum()),
         "picture": picture(_pixels(c.to_image(image[0]))),
         "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
         "methods": {},

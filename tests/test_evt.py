@@ -192,26 +192,6 @@ def test_profile_through_zero_against_mpmath():
             assert abs(l1[i] - (loglik(around[0]) - loglik(around[1])) / (2 * h)) < 1e-9
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    xi=st.floats(-0.4, 1.5),
-    n=st.integers(30, 600),
-    exponent=st.floats(-9, 9),
-)
-def test_equivariance(seed, xi, n, exponent):
-    """Scaling the excesses scales only the scale; their order does not matter."""
-    x = sample(xi, n, seed)
-    plain = evt.fit_gpd(x)
-    scaled = evt.fit_gpd(np.random.default_rng(seed).permutation(x) * 10**exponent)
-    assert scaled.reason == plain.reason
-    if plain.fitted:
-        torch.testing.assert_close(scaled.xi, plain.xi, rtol=0, atol=1e-7)
-        torch.testing.assert_close(scaled.scale / 10**exponent, plain.scale, rtol=1e-7, atol=0)
-        shift = n * exponent * math.log(10)
-        assert abs(scaled.log_likelihood + shift - plain.log_likelihood) < 1e-9 * n * (1 + abs(exponent))
-
-
 NOT_FITTED = {
     "few": (sample(0.2, 9), "too few excesses"),
     "none": (np.full(30, np.nan), "too few excesses"),
@@ -291,25 +271,6 @@ def test_the_callers_array_is_left_alone():
     assert evt.fit_gpd(torch.from_numpy(before)).xi.dtype == torch.float64
 
 
-def test_fit_gpd_refuses():
-    with pytest.raises(ValueError, match="shape"):
-        evt.fit_gpd(np.ones((2, 3, 4)))
-    with pytest.raises(ValueError, match="not empty"):
-        evt.fit_gpd(np.ones((0, 4)))
-    with pytest.raises(ValueError, match="at least 3"):
-        evt.fit_gpd(np.ones(20), min_excesses=2)
-
-
-def test_exponential_fit():
-    x = sample(0.0, (3, 50), scale=1e-9)
-    padded = np.concatenate([x, np.full((3, 4), np.nan), np.zeros((3, 2))], 1)
-    fit = statistics.fit_exponential(padded)
-    expected = [scipy.stats.expon.logpdf(row, scale=scipy.stats.expon.fit(row, floc=0)[1]).sum() for row in x]
-    np.testing.assert_allclose(fit.log_likelihood, expected, rtol=1e-12)
-    assert (fit.log_likelihood > 0).all()  # small units: densities far above one
-    assert statistics.fit_exponential([0.0, np.nan]).scale.isnan()
-
-
 # --- the distribution -------------------------------------------------------------------------------------------------
 
 SHAPES = [-2.0, -0.5, -1e-3, -1e-8, -1e-15, 0.0, 1e-300, 1e-15, 1e-8, 1e-3, 0.3, 1.0, 5.0]
@@ -379,13 +340,6 @@ def test_hill_by_hand():
     assert statistics.hill(x, k=2) == statistics.hill(x)[1]
     batch = statistics.hill(np.stack([x, [np.nan, 0.0, 2.0, 8.0]]))
     np.testing.assert_allclose(batch[1], [math.log(4), np.nan, np.nan])
-    with pytest.raises(ValueError, match=r"expected 1\.\.3"):
-        statistics.hill(x, k=4)
-
-
-def test_hill_on_pareto_is_the_maximum_likelihood_shape():
-    x = scipy.stats.pareto.rvs(2.0, size=20_000, random_state=0)
-    assert abs(statistics.hill(x, k=2000) - 0.5) < 4 * 0.5 / math.sqrt(2000)
 
 
 def test_mean_excess_by_hand_and_in_theory():
@@ -406,8 +360,6 @@ def test_threshold_stability():
     assert got.n[0].tolist() == [20_000, 8_000, 2_000]
     assert ((got.xi - 0.3).abs() < 3 * got.se_xi).all()
     assert ((got.modified_scale - 2.0).abs() < 3 * got.se_modified_scale).all()
-    with pytest.raises(ValueError, match="outside"):
-        statistics.threshold_stability(x, [1.0])
 
 
 def test_modified_scale_error_by_simulation():
@@ -428,8 +380,6 @@ def test_qq():
     fit = evt.fit_gpd(x)
     expected = scipy.stats.genpareto.ppf((np.arange(80) + 0.5) / 80, fit.xi[0], scale=fit.scale[0])
     np.testing.assert_allclose(statistics.qq(x, "gpd")[0][0], expected, rtol=1e-9)
-    with pytest.raises(ValueError, match="'normal', 'exponential' or 'gpd'"):
-        statistics.qq(x, "cauchy")
 
 
 @pytest.mark.parametrize("dist, law", [("normal", "norm"), ("exponential", "expon"), ("gpd", "genpareto")])
@@ -501,14 +451,3 @@ def test_calibration():
     assert table["observed"].tolist() == [0.2, 0.03] and table["n"].tolist() == [100, 100]
     wilson = scipy.stats.binomtest(20, 100).proportion_ci(method="wilson")
     assert (table["low"][0], table["high"][0]) == (wilson.low, wilson.high)
-    with pytest.raises(ValueError, match="not NaN"):
-        statistics.calibration([np.nan])
-
-
-def test_calibration_of_held_out_gpd_data():
-    train, held_out = sample(0.3, (100, 2000), seed=1), sample(0.3, (100, 2000), seed=2)
-    fit = evt.fit_gpd(train)
-    table = statistics.calibration(evt.log_tail_probability(held_out, fit.xi[:, None], fit.scale[:, None], 1.0))
-    assert (
-        (table["observed"] / table["nominal"]).between(0.95, 1.3).all()
-    )  # a little more than nominal: xi is estimated

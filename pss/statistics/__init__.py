@@ -3,12 +3,10 @@
 from pss.statistics.curves import agreement, bootstrap, paired_difference, summarize
 from pss.statistics.tails import (
     AndersonDarling,
-    ExponentialFit,
     MeanExcess,
     ThresholdStability,
     anderson_darling,
     calibration,
-    fit_exponential,
     hill,
     likelihood_ratio,
     mean_excess,
@@ -18,14 +16,12 @@ from pss.statistics.tails import (
 
 __all__ = [
     "AndersonDarling",
-    "ExponentialFit",
     "MeanExcess",
     "ThresholdStability",
     "agreement",
     "anderson_darling",
     "bootstrap",
     "calibration",
-    "fit_exponential",
     "hill",
     "likelihood_ratio",
     "mean_excess",

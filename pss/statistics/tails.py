@@ -18,31 +18,14 @@ from pss.engine.checks import check_share
 from pss.evt import GPDFit, fit_gpd, float64, gpd_log_survival, gpd_quantile
 
 
-class ExponentialFit(NamedTuple):
-    """Exponential fits, one entry per row; NaN where a row has no excess."""
-
-    scale: Tensor
-    log_likelihood: Tensor
-    n: Tensor
-
-
-def fit_exponential(excesses) -> ExponentialFit:
-    r"""Fit an exponential distribution to every row: scale = mean, log-likelihood :math:`-n(\log\beta+1)`.
-
-    Shapes and padding as in `fit_gpd`.
-    """
-    x = _positive(excesses)
-    n, scale = (~x.isnan()).sum(-1), x.nanmean(-1)
-    return ExponentialFit(scale, -n * (scale.log() + 1), n)
-
-
 def likelihood_ratio(excesses, fit: GPDFit | None = None) -> tuple[Tensor, Tensor]:
     """Test the exponential (xi = 0) against the GPD on every row: twice the log ratio, and its chi-squared(1) p-value.
 
     ``fit`` is `fit_gpd` of the same excesses, if it is at hand. NaN where no GPD was fitted.
     """
-    fit = fit_gpd(excesses) if fit is None else fit
-    statistic = (2 * (fit.log_likelihood - fit_exponential(excesses).log_likelihood)).clamp(min=0)
+    fit, x = fit_gpd(excesses) if fit is None else fit, _positive(excesses)
+    exponential = -(~x.isnan()).sum(-1) * (x.nanmean(-1).log() + 1)  # its log-likelihood at scale = mean
+    statistic = (2 * (fit.log_likelihood - exponential)).clamp(min=0)
     return statistic, torch.erfc((statistic / 2).sqrt())
 
 

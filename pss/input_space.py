@@ -130,8 +130,7 @@ def input_saliency(
     if noise_iters < 1 or not 0 <= noise_share <= 1:
         given = f"noise_iters = {noise_iters}, noise_share = {noise_share}"
         raise ValueError(f"{given}: expected at least 1, and a share in 0..1")
-    if ids is not None:
-        ids = _units_of_each(ids, len(images), len(units), random)
+    ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
     check_inputs(model, images, labels, units)
     if reference is not None:
         reference.check_for(model, units, loss, signed)

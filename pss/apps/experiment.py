@@ -41,9 +41,10 @@ from pss.fisher import fisher_diagonal, fisher_scores
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.profiles import profile_dataset
-from pss.ranking import METHODS, rank, stage_shares
+from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
 from pss.saliency import Loss, loss_name, profile
+from pss.statistics import paired_difference
 from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of, name_of_data
 from pss.storage.places import cache_folder
@@ -51,7 +52,6 @@ from pss.storage.whole import write_whole
 from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
-OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw")
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
@@ -72,8 +72,8 @@ def method_of(algo: str) -> str:
         For any other name.
     """
     method = PUBLISHED.get(algo, algo)
-    if method not in OURS:
-        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *OURS])}")
+    if method not in RANKINGS:
+        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *RANKINGS])}")
     return method
 
 
@@ -155,7 +155,9 @@ def statistics(
         how = {"loss": loss, "preprocessing": preprocessing, "progress": progress}
         Reference.fit(profile_dataset(model, images, units, place, **how), level, scale_free).save(file)
 
-    kinds = {"plain": ""} | ({"scale_free": "-scale-free"} if any(m.startswith("scale_free") for m in methods) else {})
+    kinds = {"plain": ""} | (
+        {"scale_free": "-scale-free"} if any("scale_free" in RANKINGS[m].needs for m in methods) else {}
+    )
     found: dict[str, Any] = {}
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
@@ -308,7 +310,7 @@ def run(
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
     _check_statistics(given, methods, model, units)
     if "last_stage_raw" in methods.values():
-        _members(units, filters)
+        _check_last_stage(units, filters)
     settings = {
         "pss": pss.__version__,
         "model": fingerprint(model),
@@ -343,11 +345,11 @@ def _check_statistics(given: Statistics, methods: dict[str, str], model: nn.Modu
         if reference is not None:
             reference.check(units, model=fingerprint(model))
     for name, method in methods.items():
-        kind = "fisher" if method == "fisher" else "scale_free" if method.startswith("scale_free") else "plain"
-        needed = method not in ("raw", "last_stage_raw", *_RANDOM[:2])
-        if needed and getattr(given, kind) is None:
+        needs = {*RANKINGS[method].needs, *(("reference",) if method == "layer_matched_random" else ())}
+        kind = "fisher" if "gains" in needs else "scale_free" if "scale_free" in needs else "plain"
+        if needs & {"gains", "reference"} and getattr(given, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
-        if method in ("pot", "exponential") and given.plain.threshold is None:
+        if kind == "plain" and RANKINGS[method].tail and given.plain.threshold is None:
             raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
 
 
@@ -455,10 +457,8 @@ class _Job:
         if method == "fisher":
             gains = fisher_scores(self.model, images, labels, self.units, self.given.fisher, loss=self.how["loss"])
             return rank(s, plain, method, k, gains=gains)
-        if method == "last_stage_raw":
-            return _last_stage(s, self.units, k)
-        if method.startswith("scale_free_"):
-            return rank(s, self.given.scale_free, method.removeprefix("scale_free_"), k)
+        if "scale_free" in RANKINGS[method].needs:
+            return rank(s, self.given.scale_free, method, k)
         if method in _RANDOM:  # of each image alone: it does not matter which others it came with
             match = "pot" if plain is not None and plain.threshold is not None else "zscore"
             seeds = [np.random.SeedSequence([self.seed, int(at)]).generate_state(1)[0] for at in positions]
@@ -496,18 +496,11 @@ class _Job:
         )
 
 
-def _last_stage(s: Tensor, units: Units, k: int) -> Tensor:
-    """The units of the last stage with the largest saliency: the program's ``conv5``, with the stage that it names."""
-    members = torch.from_numpy(_members(units, k)).to(s.device)
-    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
-
-
-def _members(units: Units, k: int) -> np.ndarray:
-    """Units of the last stage; refused if they are fewer than k."""
-    members = np.flatnonzero(units.stage_ids == len(units.stages) - 1)
-    if k > len(members):
-        raise ValueError(f"the last stage, {units.stages[-1]}, has {len(members)} units: give filters of at most that")
-    return members
+def _check_last_stage(units: Units, k: int) -> None:
+    """Refuse more than the units of the last stage, before anything is computed."""
+    members = int((units.stage_ids == len(units.stages) - 1).sum())
+    if k > members:
+        raise ValueError(f"the last stage, {units.stages[-1]}, has {members} units: give filters of at most that")
 
 
 def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -608,44 +601,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def bands(
-    results: pd.DataFrame,
-    by: Sequence[str] = ("algo", "edit"),
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    r"""Means over images at each number of edits, with bootstrap intervals over images.
-
-    Each of the resamples draws as many images as there are, with replacement,
-
-    .. math:: m^*_r = \frac1n \sum_{i=1}^n v_{I_{ri}}, \qquad I_{ri} \sim \mathrm{U}\{1, \dots, n\},
-
-    so that its spread is that of a mean over n images. (Drawing fewer makes bands too wide, drawing more too narrow.)
-
-    Returns
-    -------
-    DataFrame
-        As `pss.editing.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
-        ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
-    """
-    by = list(by)
-    tables = [pd.DataFrame(columns=[*by, "k"])] if results.empty else []
-    for names, own in results.groupby(by, sort=False):
-        columns: dict[str, Any] = dict(zip(by, names, strict=True))
-        frames = dict(zip(("change_wrong", "change_true", "corrected"), published_frames(own), strict=True))
-        for name, frame in frames.items():
-            low, high = repair.bootstrap(frame.to_numpy(float), level, resamples, seed)
-            columns |= {"k": frame.columns, "n": len(frame), name: frame.mean().to_numpy()}
-            columns |= {f"{name}_low": low, f"{name}_high": high}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
 def differences(
     results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """A ranking less each other one after all edits, on the same images, with `pss.editing.paired_difference`.
+    """A ranking less each other one after all edits, on the same images, with `pss.statistics.paired_difference`.
 
     Returns
     -------
@@ -656,7 +615,7 @@ def differences(
     for edit, own in results.groupby("edit", sort=False):
         for other in own["algo"].unique():
             if other != first:
-                last = repair.paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                last = paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
                 rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
     return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import pss
 from pss import editing as repair
-from pss.input_space import input_saliency, render_map
+from pss.input_space import input_saliency
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.plots import figures as plots
@@ -226,7 +226,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profile)).sum()),
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profile), c.plain.n).sum()),
         "picture": picture(_pixels(c.to_image(image[0]))),
         "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
         "methods": {},
@@ -281,7 +281,7 @@ def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) 
     standard = {"scale_free_pot": "pot", "layer_matched_random": "pot"}.get(method, method)
     reference = c.scale_free if method == "scale_free_pot" else c.plain
     raw = input_saliency(c.model, image, label, c.units, reference, boost=BOOST, method=standard, ids=top[:MAP_UNITS])
-    heat = render_map(raw)[0].clamp(0, 1).numpy()
+    heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * _pixels(c.to_image(image[0])).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
     return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pss.apps.pages import sentence
 from pss.data import builtin as data
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.models import zoo
@@ -257,51 +258,29 @@ def unit_table(
 def caution(reference: Reference) -> tuple[str, str]:
     """How far the reference can be trusted: a sentence in English, and in Japanese."""
     if reference.threshold is None:
-        return (
-            "The reference has means and deviations only: z-scores can be had, tail probabilities and their false "
-            "discoveries cannot.",
-            "基準統計量は平均と標準偏差のみである．z得点は求まるが，裾確率とそれに基づく有意性の判定は得られない．",
-        )
-    n, over = reference.n, int(reference.n_excess.double().median())
-    if n >= ENOUGH:
-        return f"The reference is made of {n:,} images.", f"基準統計量は{n:,}枚の画像から求めた．"
-    return (
-        f"The reference is made of {n} images, of which {over} lie above the threshold of a typical unit: enough to "
-        "show how this works, too few to trust. The p-values reach far beyond the images and are not calibrated.",
-        f"基準統計量の元になった画像はわずか{n}枚で，典型的なユニットで閾値を超えるのはそのうち{over}枚である．手順を示すには足りるが，"
-        "結論を信頼するには少なすぎる．p値は，画像のある範囲を大きく超えた外挿であり，較正されていない．",
-    )
+        return sentence("only mean and deviation")
+    kind = "enough images" if reference.n >= ENOUGH else "few images"
+    return sentence(kind, n=reference.n, over=int(reference.n_excess.double().median()))
 
 
 def outcome(curves: pd.DataFrame) -> tuple[str, str]:
-    """After how many edits the true class is predicted, from `edits`: a sentence in English, and in Japanese."""
-    names = {"prune": ("Pruning", "枝刈り"), "finetune": ("One-step fine-tuning", "1ステップのファインチューニング")}
-    english, japanese = [], []
+    """After how many edits the true class is predicted, from `edits`: sentences in English, and in Japanese."""
+    told = []
     for edit, own in curves.groupby("edit", sort=False):
-        right, last = own.loc[own["corrected"], "k"], own["k"].max()
-        change = f"{own['confidence_true'].iloc[-1] - own['confidence_true'].iloc[0]:+.3f}"
-        told = f"the true class is predicted from k = {right.min()}"
-        told_ja = f"k = {right.min()}から正解クラスが予測される"
-        if right.empty:
-            told, told_ja = f"not the true class up to k = {last}", f"k = {last}までに正解クラスは予測されない"
-        english.append(f"{names[edit][0]}: {told}; change of confidence in it {change}.")
-        japanese.append(f"{names[edit][1]}：{told_ja}（その確信度の変化は{change}）．")
+        right, confidence = own.loc[own["corrected"], "k"], own["confidence_true"]
+        numbers = {"first": right.min(), "last": own["k"].max(), "change": confidence.iloc[-1] - confidence.iloc[0]}
+        told.append(sentence(f"{edit} {'fails' if right.empty else 'corrects'}", **numbers))
+    english, japanese = zip(*told, strict=True)
     return " ".join(english), "".join(japanese)
 
 
 def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
     if not patch.units:
-        return f"No patch: {patch.reason}.", f"パッチは得られない：{patch.reason}．"
-    tried, rows = patch.tried.iloc[-1], patch.evidence.set_index("part")
-    kl, held = f"{tried['kl']:.2g}", f"{rows['kl_mean'].get('retain held out', np.nan):.2g}"
-    size = f"{patch.kilobytes:.0f} kB"
-    return (
-        f"A patch of {len(patch.units)} units ({size}) corrects the image, at a mean KL of {kl} on the retain images "
-        f"that chose it and {held} on those held out.",
-        f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で予測は正解に転じる．KLの平均は，選択に使ったガード画像で{kl}，"
-        f"取り分けておいた画像で{held}である．",
-    )
+        return sentence("no patch", reason=patch.reason)
+    held_out = patch.evidence.set_index("part")["kl_mean"].get("retain held out", np.nan)
+    numbers = {"units": len(patch.units), "size": patch.kilobytes, "kl": patch.tried["kl"].iloc[-1]}
+    return sentence("patch", **numbers, held_out=held_out)
 
 
 def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:

@@ -357,7 +357,7 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
 
 
 def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.apps.batch import run_notebook
+    from pss.apps.execution import run_notebook
 
     parameters = {
         "dataset_path": str(trees[0]),
@@ -369,7 +369,7 @@ def test_notebook_on_a_tree(trees, tmp_path):
         "zero_clear": True,
         "output": str(tmp_path / "output"),
     }
-    figures = run_notebook(NOTEBOOK, tmp_path / "executed.ipynb", parameters)
+    figures = run_notebook(NOTEBOOK, tmp_path / "executed", parameters)
     assert len(figures) >= 3
     found = experiment.Experiment.open(tmp_path / "output")
     assert found.about["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}

@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from PIL import Image
 
 import pss
 from pss.apps import explain
-from pss.apps.batch import run_notebook
+from pss.apps.execution import run_notebook
+from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 from pss.models import zoo
 
@@ -101,31 +103,39 @@ def test_switches_take_what_papermill_passes():
         explain.switch("no", "x")
 
 
-def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
-    (tmp_path / "a.png").touch()
-    given = explain.settle(
-        tmp_path, model="digits", weights="random", image_path="a.png", data_to_use="", data_root="", reference=""
-    )
-    assert given.image_path == str(tmp_path / "a.png") and given.model == "digits" and given.reference == ""
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no picture 'cat.jpg' in {tmp_path}")):
-        explain.locate("cat.jpg", tmp_path, "picture")
-
-
-def test_an_image_of_a_set(tmp_path):
+def test_an_image_of_a_set():
     network = zoo.load("digits")
     case = explain.take_image(network, index=658)
     own = pss.data.digits("test")
-    assert (
-        case.name == "digits/test: 658"
-        and torch.equal(case.image[0], own.images[658])
-        and case.label == own.labels[658]
-    )
+    assert case.name == "digits/test: 658" and torch.equal(case.image[0], own.images[658])
+    assert case.label == own.labels[658] == explain.take_image(network, index="digits/test: 658").label
     assert explain.take_image(network, index="658", label="3").label == 3
-    for wrong in (-1, 899, "cat"):
-        with pytest.raises(ValueError, match=r"digits/test has 0\.\.898"):
-            explain.take_image(network, index=wrong)
-    with pytest.raises(ValueError, match="without label"):
-        explain.take_image(network, image_path="a.png")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"index": -1}, r"digits/test has 0\.\.898"),
+        ({"index": 899}, r"digits/test has 0\.\.898"),
+        ({"index": "cat"}, r"digits/test has 0\.\.898"),
+        ({"image_path": "a.png"}, "without label"),
+        ({"image_path": "cat.jpg", "label": 3}, re.escape(str(Path.cwd() / "cat.jpg"))),
+        ({"data_to_use": "mnits"}, "data_to_use 'mnits': expected photographs, "),
+        ({"data_root": "nowhere"}, re.escape(str(Path.cwd() / "nowhere"))),
+    ],
+)
+def test_an_image_that_is_not_there(asked, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        explain.take_image(zoo.load("digits"), **asked)
+
+
+def test_the_notebook_offers_every_ranking_that_it_can_make(root):
+    offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
+    units = pss.Units.of(zoo.load("digits", "random").model)
+    saliency, reference = torch.rand(30, len(units)), pss.Reference.fit(torch.rand(30, len(units)))
+    assert set(pss.METHODS) - set(offered) == {"fisher", "random_last_stage"}  # for gradients, for a few units
+    for method in offered:
+        assert len(explain.ranked(saliency[:1], reference, method, units)) == len(units)
 
 
 def test_table_of_units_and_a_reference_without_tail():
@@ -190,7 +200,7 @@ def test_a_network_and_pictures_of_ones_own(workshop, root):
     network = zoo.load(str(workshop / "net.yaml"))
     tree = zoo.reference_set(network, workshop / "photos")
     wrong = pss.models.misclassified(network.model, tree).index
-    run_notebook(notebook, workshop / "run.ipynb", common | asked | {"index": int(wrong[0])})
+    run_notebook(notebook, workshop / "run", common | asked | {"index": int(wrong[0])})
     page, table = read(out / "report.html"), pd.read_csv(out / "ranking.csv")
     assert is_safe(page) and "<img src=x onerror=1>" in page.text
     assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()
@@ -217,7 +227,7 @@ def test_one_picture_with_published_statistics(workshop, root):
     picture = next((workshop / "photos" / "cat").glob("*.png"))
     given = {"model": str(workshop / "net.yaml"), "image_path": str(picture), "label": "cat", "output": str(out)}
     given |= {"reference": str(workshop / "stats.pth"), "language": "ja", "compare_random": False, "noise_iters": 2}
-    run_notebook(notebook, workshop / "run.ipynb", given | {"noise_percent": 0.1, "loss": "logit_difference"})
+    run_notebook(notebook, workshop / "run", given | {"noise_percent": 0.1, "loss": "logit_difference"})
     page = read(out / "report.html")
     assert page.named("html") == [{"lang": "ja"}] and "平均と標準偏差のみ" in page.text and is_safe(page)
     assert "保持画像がない" in page.text and "p" not in pd.read_csv(out / "ranking.csv")

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pss.apps.pages import sentence
 from pss.data import builtin as data
@@ -52,11 +50,14 @@ class Case:
     labels : Tensor of int, shape (1,)
     name : str
         What to call it: the file's name, or the set and the position in it.
+    tree : str
+        Folder by class that it comes from; empty for one that comes from elsewhere.
     """
 
     image: Tensor
     labels: Tensor
     name: str
+    tree: str = ""
 
     @property
     def label(self) -> int:
@@ -79,51 +80,6 @@ def switch(value: Any, name: str) -> bool:
     raise ValueError(f"{name} is {value!r}: expected true or false")
 
 
-def locate(path: str, folder: str | Path, what: str = "file") -> str:
-    """Give the absolute path of a file or folder that is named from ``folder``; an empty name stays empty.
-
-    Raises
-    ------
-    FileNotFoundError
-        Saying which folder it was looked for in.
-    """
-    if not path:
-        return ""
-    found = Path(folder).absolute() / Path(path).expanduser()
-    if not found.exists():
-        where = "" if Path(path).is_absolute() else f" in {Path(folder).absolute()}, the folder that this runs in"
-        raise FileNotFoundError(f"no {what} {path!r}{where}: give a path from there, or an absolute one")
-    return str(found)
-
-
-def settle(folder: str | Path, **given: str) -> SimpleNamespace:
-    """Parameters that may name files or folders, as absolute paths where they do; `locate` says what is missing.
-
-    Parameters
-    ----------
-    folder : path
-        Where relative paths start.
-    **given
-        ``model``, ``weights``, ``image_path``, ``data_to_use``, ``data_root``, ``reference``.
-
-    Returns
-    -------
-    SimpleNamespace
-        The same names; ``data_root`` is the whole path of the tree, ``data_to_use`` a built-in set or empty.
-    """
-    found = SimpleNamespace(**{name: str(value) for name, value in given.items()})
-    if found.model.endswith((".yaml", ".yml")):
-        found.model = locate(found.model, folder, "model description")
-    if found.weights.endswith((".safetensors", ".pth", ".pt")):
-        found.weights = locate(found.weights, folder, "weights")
-    found.image_path = locate(found.image_path, folder, "picture")
-    found.reference = locate(found.reference, folder, "reference")
-    if found.data_root or found.data_to_use not in ("", "photographs", *data.SETS):
-        tree = Path(found.data_root) / found.data_to_use
-        found.data_root, found.data_to_use = locate(str(tree), folder, "folder of images"), ""
-    return found
-
-
 def take_image(
     network: zoo.Network,
     image_path: str = "",
@@ -142,11 +98,13 @@ def take_image(
     label : int or str
         Number or name of the true class; by default the one that the set gives.
     data_to_use : str
-        ``"photographs"``, or a built-in set of digits (its test images). By default what the network has built in.
+        ``"photographs"``, or a built-in set of digits (its test images); with ``data_root`` a folder below that. By
+        default what the network has built in.
     data_root : path
         A tree of folders by class, instead of a built-in set.
     index : int or str
-        Position in the set, or the name that the set has for an image: of a photograph, or a path below the tree.
+        Position in the set, or the name that the set has for an image: of a photograph, or a path below the tree, as
+        `Case.name` has it.
 
     Raises
     ------
@@ -157,54 +115,97 @@ def take_image(
     if image_path:
         if label is None:
             raise ValueError("image_path without label: give the true class, by its name or its number")
-        image = network.read(image_path)
+        image = network.read(_absolute(image_path))
         return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name)
-    name, pictures, ids, first = _open(network, data_to_use, data_root)
+    tree = _absolute(Path(data_root) / data_to_use) if data_root else ""
+    name, pictures, ids, first = _open(network, data_to_use, tree)
     place = _place(first if index is None else index, ids, name)
     image, own = pictures[place]
     if label is None and own is None:
         raise ValueError(f"{name}: {ids[place]} shows no class that {network.name} knows: say which label to explain")
     labels = torch.tensor([int(own) if label is None else network.label(label)])
-    return Case(image[None], labels, f"{name}: {ids[place]}")
+    return Case(image[None], labels, f"{name}: {ids[place]}", tree)
 
 
-def _open(network: zoo.Network, chosen: str, root: str) -> tuple[str, Sequence, list[str], int | str]:
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _open(network: zoo.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
     """A set's name, itself, the names of its images, and the one to begin with."""
-    built_in = {"digits": "digits", "efficientnet_lite0": "photographs"}
-    chosen = chosen or ("" if root else built_in.get(network.name, ""))
-    if root and not chosen:
-        tree = zoo.reference_set(network, root)
-        return Path(root).name, tree, [str(i) for i in tree.ids], 0
+    chosen = chosen or {"digits": "digits", "efficientnet_lite0": "photographs"}.get(network.name, "")
+    if tree:
+        found = zoo.reference_set(network, tree)
+        return Path(tree).name, found, [str(i) for i in found.ids], 0
     if chosen == "photographs":
         own = data.photographs()
-        return chosen, _Photographs(network, own), [photo.name for photo in own], "clock"
+        pairs = [(partial(network.preprocess, photo.image), photo.label) for photo in own]
+        return chosen, _Prepared(pairs), [photo.name for photo in own], "clock"
     if chosen in data.SETS:
         found = data.load(chosen, "test")
         return f"{chosen}/test", found, [str(i) for i in range(len(found))], 658 if chosen == "digits" else 0
+    if chosen:
+        raise ValueError(
+            f"data_to_use {chosen!r}: expected photographs, {', '.join(data.SETS)}, or with data_root a folder below it"
+        )
     raise ValueError("no image: give image_path and label, or data_root with folders by class, and index")
 
 
-@dataclass(frozen=True)
-class _Photographs(Sequence):
-    """Prepared for a network when asked for; (image, label), the label None where no class fits."""
-
-    network: zoo.Network
-    photographs: Sequence[data.Photograph]
-
-    def __len__(self) -> int:
-        return len(self.photographs)
+class _Prepared(list):
+    """Pairs of how to make an image and its label; made when asked for."""
 
     def __getitem__(self, place: int) -> tuple[Tensor, int | None]:
-        photo = self.photographs[place]
-        return self.network.preprocess(photo.image), photo.label
+        make, label = super().__getitem__(place)
+        return make(), label
 
 
 def _place(index: int | str, ids: list[str], name: str) -> int:
-    if str(index) in ids and not isinstance(index, int):
-        return ids.index(str(index))
-    if str(index).lstrip("-").isdigit() and 0 <= int(index) < len(ids):
-        return int(index)
+    text = str(index).removeprefix(f"{name}: ")
+    if text in ids and not isinstance(index, int):
+        return ids.index(text)
+    if text.lstrip("-").isdigit() and 0 <= int(text) < len(ids):
+        return int(text)
     raise ValueError(f"index {index!r}: {name} has 0..{len(ids) - 1}, or names such as {', '.join(ids[:8])}")
+
+
+def usual(
+    network: zoo.Network,
+    case: Case,
+    units: Units,
+    reference: str = "",
+    count: int | None = None,
+    loss: str = "cross_entropy",
+    signed: bool = False,
+) -> Reference:
+    """What is usual: a saved reference, or one fitted to a folder of images, the tree of the case, or built-in ones.
+
+    Parameters
+    ----------
+    reference : path
+        As ``source`` of `pss.models.reference`; by default the tree that the image comes from, or what is built in.
+    count : int, optional
+        How many images; all by default.
+
+    Raises
+    ------
+    ValueError
+        As `pss.models.reference`, or if there are no images to fit it to.
+    """
+    source = _absolute(reference) if reference else case.tree
+    if not source and not _has_built_in(network):
+        raise ValueError(
+            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference, a folder "
+            "with a folder of pictures per class (of its training images, if you have them), or data_root"
+        )
+    return zoo.reference(network, units, source, count, progress=False, loss=loss, signed=signed)
+
+
+def _has_built_in(network: zoo.Network) -> bool:
+    try:
+        zoo.reference_set(network, count=1)
+    except ValueError:
+        return False
+    return True
 
 
 def ranked(saliency: Tensor, reference: Reference | None, method: str, units: Units, seed: int = 0) -> Tensor:
@@ -298,18 +299,17 @@ def edits(network: zoo.Network, case: Case, ids: Tensor, units: Units, lr: float
 
 
 def retain_images(
-    network: zoo.Network, case: Case, root: str = "", count: int = 40, seed: int = 1
+    network: zoo.Network, case: Case, reference: str = "", count: int = 40, seed: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
 
-    Drawn from the folder, or from what the network has built in; the image itself is left out.
+    Drawn from the tree that the image comes from, or the folder of the reference, or from what the network has built
+    in; the image itself is left out.
     """
-    try:
-        pictures: Dataset = zoo.reference_set(network, root, count, seed)
-    except ValueError:
-        if root:
-            raise
+    tree = case.tree or (_absolute(reference) if reference and Path(reference).is_dir() else "")
+    if not tree and not _has_built_in(network):
         return None
+    pictures = zoo.reference_set(network, tree, count, seed)
     items = [pictures[i] for i in range(len(pictures))]
     kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
     if len(kept) < 2:

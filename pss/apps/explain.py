@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pss import data
 from pss.apps.pages import sentence
-from pss.data import builtin as data
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.models import zoo
 from pss.models.builtin import predict

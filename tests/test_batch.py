@@ -171,6 +171,12 @@ def typed(tmp_path):
         ("sizes", "[4, 5]", [4, 5]),
         ("mixed", "[b, 2.5]", ["b", 2.5]),
         ("anything", "{a: 1}", {"a": 1}),
+        ("anything", "3", 3),
+        ("anything", "true", True),
+        ("anything", "no", "no"),
+        ("anything", "photos: cat/3.png", "photos: cat/3.png"),
+        ("anything", "2020-01-01", "2020-01-01"),
+        ("anything", "@x", "@x"),
     ],
 )
 def test_texts_are_read_by_the_type_of_the_default(typed, name, text, value):

@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
             return _refresh(notebooks, options.jobs)
         return _run(single_runs(notebooks, options.out, dict(options.p)), options.jobs, again=True)
     except (ValueError, OSError) as error:  # also: no Dask, no scheduler there, a full disk
-        options.refuse(str(error))
+        return options.refuse(str(error))
 
 
 def _run(sweep: Sweep, jobs: int, dask: str = "", again: bool = False) -> int:

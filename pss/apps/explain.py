@@ -192,15 +192,20 @@ def usual(
         As `pss.models.reference`, or if there are no images to fit it to.
     """
     source = _absolute(reference) if reference else case.tree
-    if not source and not _has_built_in(network):
+    if not source and not has_built_in(network):
         raise ValueError(
             f"no built-in images fit {network.name}, so what is usual for it is not known: give reference, a folder "
             "with a folder of pictures per class (of its training images, if you have them), or data_root"
         )
-    return zoo.reference(network, units, source, count, progress=False, loss=loss, signed=signed)
+    try:
+        return zoo.reference(network, units, source, count, progress=False, loss=loss, signed=signed)
+    except ValueError as error:
+        error.add_note(f"reference is {source}: give a folder of pictures per class in its place, to have one made")
+        raise
 
 
-def _has_built_in(network: zoo.Network) -> bool:
+def has_built_in(network: zoo.Network) -> bool:
+    """Whether there are images of the package that it can read."""
     try:
         zoo.reference_set(network, count=1)
     except ValueError:
@@ -307,7 +312,7 @@ def retain_images(
     in; the image itself is left out.
     """
     tree = case.tree or (_absolute(reference) if reference and Path(reference).is_dir() else "")
-    if not tree and not _has_built_in(network):
+    if not tree and not has_built_in(network):
         return None
     pictures = zoo.reference_set(network, tree, count, seed)
     items = [pictures[i] for i in range(len(pictures))]

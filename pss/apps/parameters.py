@@ -109,14 +109,22 @@ def read_yaml(text: str) -> Any:
 
 
 def read_text(text: str, parameter: Parameter | None) -> Any:
-    """Value that a text of the command line or of a CSV stands for: YAML, but a text stays one (007, no, 1e3)."""
-    if parameter is not None and isinstance(parameter.default, str):
-        try:
-            value = read_yaml(text)
-        except ValueError:
+    """Value that a text of the command line or of a CSV stands for: YAML, but a text stays one (007, no, 1e3).
+
+    Where the default is None, numbers, true, false, and lists and mappings in brackets are what they are; all else is
+    a text.
+    """
+    default = None if parameter is None else parameter.default
+    try:
+        value = read_yaml(text)
+    except ValueError:
+        if default is None or isinstance(default, str):
             return text
+        raise
+    if isinstance(default, str):
         return value if isinstance(value, str) else text
-    return read_yaml(text)
+    plain = isinstance(value, int | float | None) and text.lower() not in ("yes", "no", "on", "off")
+    return value if default is not None or plain or text.startswith(("{", "[", "'", '"')) else text
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -588,7 +588,11 @@ def _table_of_images(dataset, positions: np.ndarray, labels: Tensor, logits: Ten
 def _read_csv(name: str, content: bytes) -> pd.DataFrame:
     if not content.strip():
         return pd.DataFrame(columns=_TABLES[name])
-    return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False)
+    return pd.read_csv(
+        io.BytesIO(content),
+        dtype=dict.fromkeys(("image", "algo", "edit", "layer", "stage"), str),
+        keep_default_na=False,
+    )
 
 
 def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:

@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 import pss
 from pss import data, evt, patches, plots, profiles, statistics
 from pss import editing as repair
-from pss.apps import batch, execution
+from pss.apps import execution, parameters, sweep
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
@@ -535,11 +535,11 @@ CASES = {
     "reference images of other classes": (lambda w: zoo.reference_set(w.digits, w.tmp / "pictures" / "classes"), ValueError, r"Expected folders named by classes of digits"),
     "reference of another network": (lambda w: zoo.reference(w.digits, Units.of(w.digits.model), w.tmp / "reference.safetensors"), ValueError, r"the reference has 8 units, the model 1200"),
     # --- notebooks and YAML
-    "notebook without parameters": (lambda w: execution.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
-    "notebook with two parameter cells": (lambda w: execution.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
-    "notebook without this parameter": (lambda w: execution.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out.ipynb", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
-    "no notebooks": (lambda w: batch.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
-    "neither notebook nor folder": (lambda w: batch.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
+    "notebook without parameters": (lambda w: parameters.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
+    "notebook with two parameter cells": (lambda w: parameters.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
+    "notebook without this parameter": (lambda w: execution.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
+    "no notebooks": (lambda w: sweep.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
+    "neither notebook nor folder": (lambda w: sweep.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
 }
 # fmt: on
 

@@ -241,7 +241,7 @@ def test_killed_and_run_again_equals_run_whole(done, network, digits, units, giv
     for name in ("images", "ranking", "results"):
         assert (tmp_path / f"{name}.csv").read_bytes() == (done.folder / f"{name}.csv").read_bytes()
     experiment.run(*arguments, progress=False)
-    assert len(calls) == 3 and again.about["complete"] and not (tmp_path / "parts").exists()
+    assert len(calls) == 3 and again.provenance["complete"] and not (tmp_path / "parts").exists()
 
 
 def test_a_damaged_part_is_made_again(network, digits, units, given, tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_a_damaged_part_is_made_again(network, digits, units, given, tmp_path, m
         file.write_bytes(damaged)
         assert experiment._read_part(file) is None
     monkeypatch.setattr(experiment, "_finish", finish)
-    assert experiment.run(*arguments, progress=False).about["edited"] == 40
+    assert experiment.run(*arguments, progress=False).provenance["edited"] == 40
 
 
 def test_another_experiment_or_a_changed_table_is_refused(done, network, digits, units, given, tmp_path):
@@ -263,8 +263,13 @@ def test_another_experiment_or_a_changed_table_is_refused(done, network, digits,
     with pytest.raises(ValueError, match=r"another experiment \(filters: there 3, given 2\)"):
         experiment.run(*arguments, done.folder, ALGO, ("finetune", "prune"), 2, progress=False)
     mine = experiment.run(*arguments, tmp_path, ("raw",), ("prune",), 1, count=2, progress=False)
-    assert mine.about["pss"] == pss.__version__ and mine.about["model"] == pss.models.fingerprint(network.model)
-    assert mine.about["edited"] == 2 == mine.results["image"].nunique() and mine.about["data"] == digits.fingerprint
+    assert mine.provenance["pss"] == pss.__version__ and mine.provenance["model"] == pss.models.fingerprint(
+        network.model
+    )
+    assert (
+        mine.provenance["edited"] == 2 == mine.results["image"].nunique()
+        and mine.provenance["data"] == digits.fingerprint
+    )
     last = mine.results.query("k == 1")["corrected"].mean()
     assert json.loads((tmp_path / "summary.json").read_text())["corrected raw prune"] == last
     table = tmp_path / "results.csv"
@@ -293,7 +298,7 @@ def test_names_of_rankings(network, digits, units, given, tmp_path):
 def test_one_misread_image_is_as_among_others(done, network, digits, units, given, tmp_path):
     one = digits.subset([40, 7, 41])
     mine = experiment.run(network.model, one, units, given, tmp_path, ALGO, ("prune",), 3, progress=False)
-    assert mine.about["edited"] == 1 and len(mine.results) == len(ALGO) * 4
+    assert mine.provenance["edited"] == 1 and len(mine.results) == len(ALGO) * 4
     drawn = mine.ranking["algo"].isin(["random", "layer_matched_random"])  # of the place in the set
     both = mine.ranking[~drawn].merge(done.ranking, on=["image", "algo", "k"])
     assert len(both) == 12 and (both["unit_x"] == both["unit_y"]).all()
@@ -345,7 +350,7 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
 
 
 def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.apps.batch import run_notebook
+    from pss.apps.execution import run_notebook
 
     parameters = {
         "dataset_path": str(trees[0]),
@@ -357,11 +362,11 @@ def test_notebook_on_a_tree(trees, tmp_path):
         "zero_clear": True,
         "output": str(tmp_path / "output"),
     }
-    figures = run_notebook(NOTEBOOK, tmp_path / "executed.ipynb", parameters)
+    figures = run_notebook(NOTEBOOK, tmp_path / "executed", parameters)
     assert len(figures) >= 3
     found = experiment.Experiment.open(tmp_path / "output")
-    assert found.about["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}
-    assert found.about["about"]["network"] == "digits"
+    assert found.provenance["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}
+    assert found.provenance["network"] == "digits"
     assert json.loads((tmp_path / "output" / "results.json").read_text())["algo"] == parameters["algo"]
     assert (tmp_path / "statistics" / "reference-0.9.safetensors").is_file()
     assert pd.read_csv(tmp_path / "output" / "results.csv")["image"].str.endswith(".png").all()

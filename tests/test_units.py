@@ -1,6 +1,7 @@
 """Units: counts, order, stages and slices against the facts of DESIGN.md and against the parameters themselves."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +87,99 @@ class Torchs(nn.Module):
         return self.attention(x, x[..., :width], x[..., :width], need_weights=False)[0]
 
 
+class Attention(nn.Module):
+    """Self-attention whose output is that of its heads, one after the other; a subclass makes q, k and v."""
+
+    def forward(self, x):
+        q, k, v = self.split(x, len(x), x.shape[1])  # (B, N, heads, size of each)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+class HeadByHead(Attention):
+    """As EfficientFormer, LeViT and TinyViT: q, k and v of a head lie together, and v is wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = 3, 2, 4
+        self.qkv = nn.Linear(12, 3 * (2 + 2 + 4))
+
+    def split(self, x, batch, length):
+        return self.qkv(x).reshape(batch, length, 3, -1).split([2, 2, 4], dim=3)
+
+
+class HeadFirst(Attention):
+    """As MaxViT, which says so in an attribute."""
+
+    def __init__(self, head_first=True):
+        super().__init__()
+        self.num_heads, self.dim_head, self.head_first = 3, 4, head_first
+        self.qkv = nn.Linear(12, 36)
+
+    def split(self, x, batch, length):
+        if self.head_first:
+            return self.qkv(x).reshape(batch, length, 3, 12).chunk(3, dim=3)
+        return self.qkv(x).reshape(batch, length, 3, 3, 4).unbind(2)
+
+
+class Apart(Attention):
+    """As Hugging Face's ViT and BERT: a linear layer each."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size = 3, 4
+        self.query, self.key, self.value = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def split(self, x, batch, length):
+        return [layer(x).reshape(batch, length, 3, 4) for layer in (self.query, self.key, self.value)]
+
+
+class Shared(Attention):
+    """As Llama: the number of heads is in the configuration, and several queries share a key and a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.head_dim = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2), 3
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6)
+
+    def split(self, x, batch, length):
+        return [layer(x).reshape(batch, length, -1, 3) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+
+
+class Reduced(Attention):
+    """As PVT and Twins: q by itself, k and v by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.q, self.kv = 3, nn.Linear(12, 12), nn.Linear(12, 24)
+
+    def split(self, x, batch, length):
+        k, v = self.kv(x).reshape(batch, length, 2, 3, 4).unbind(2)
+        return self.q(x).reshape(batch, length, 3, 4), k, v
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: its weight is (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(*x.shape[:2], self.nf)
+
+
+class GPT2(Attention):
+    """As GPT-2: all of q, then of k, then of v, in a `Conv1D`."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.c_attn = 3, 4, Conv1D(36, 12)
+
+    def split(self, x, batch, length):
+        return [part.reshape(batch, length, 3, 4) for part in self.c_attn(x).split(12, dim=2)]
+
+
 class Attending(nn.Module):
     """Sees an image as its 16 patches of 2 by 2 pixels."""
 
@@ -96,6 +190,112 @@ class Attending(nn.Module):
     def forward(self, images):
         x = self.embed(images).flatten(2).transpose(1, 2)
         return self.head((x + self.attention(x)).mean(1))
+
+
+LAID_OUT = {  # what makes the attention, and the heads of q, k and v
+    "torch": (lambda: bare(Torchs()), (3, 3, 3)),
+    "torch, of two widths": (lambda: bare(Torchs(8)), (3, 3, 3)),
+    "fused": (lambda: bare(Fused()), (3, 3, 3)),
+    "head by head": (HeadByHead, (3, 3, 3)),
+    "head first": (HeadFirst, (3, 3, 3)),
+    "head last": (lambda: HeadFirst(False), (3, 3, 3)),
+    "Hugging Face's": (Apart, (3, 3, 3)),
+    "Llama's": (Shared, (4, 2, 2)),
+    "PVT's": (Reduced, (3, 3, 3)),
+    "GPT-2's": (GPT2, (3, 3, 3)),
+}
+
+
+def bare(attention: nn.Module) -> nn.Module:
+    """The same without its output layer."""
+    inner = getattr(attention, "attention", attention)
+    last = inner.proj if hasattr(inner, "proj") else inner.out_proj
+    last.load_state_dict({"weight": torch.eye(12), "bias": torch.zeros(12)})
+    return attention
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_changing_a_head_changes_its_output_and_no_others(name, generator):
+    make, counts = LAID_OUT[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attending(make()).eval().double().requires_grad_(False)
+    units, attention = Units.of(model, "heads"), model.attention
+    assert {layer.label: layer.count for layer in units.layers} == dict(zip("qkv", counts, strict=True))
+    x = torch.rand(2, 5, 12, generator=generator, dtype=torch.float64)
+    before, heads = attention(x), counts[0]
+    for number, layer in enumerate(units.layers):
+        for j, unit in enumerate(range(len(units))[units.span(number)]):
+            with edited(model, units, [unit]):
+                changed = (attention(x) != before).any(dim=1).unflatten(1, (heads, -1)).all(dim=2)
+            sharing = heads // layer.count
+            assert changed.tolist() == [[head // sharing == j for head in range(heads)]] * 2, units.name(unit)
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+@pytest.mark.parametrize("path", ["auto", "loop"])
+def test_profile_of_heads_is_the_mean_over_their_weights(name, path, generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attending(LAID_OUT[name][0]()).eval().double()
+    units = Units.of(model, "heads")
+    images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    gradients = pss.parameter_saliency(model, images, torch.tensor([1, 3]))
+    expected = [
+        [gradients[layer.parameter][b][layer.index(j)].mean() for layer in units.layers for j in range(layer.count)]
+        for b in range(2)
+    ]
+    torch.testing.assert_close(
+        pss.profile(model, images, torch.tensor([1, 3]), units, path=path), torch.tensor(expected)
+    )
+
+
+class Strange(Attention):
+    """One whose attributes do not say how its rows are laid out."""
+
+    def __init__(self, rows=36, **attributes):
+        super().__init__()
+        self.qkv = nn.Linear(12, rows)
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (Strange(), "how many heads it has is not known: set num_heads"),
+        (Strange(30, num_heads=3), "qkv.weight has 30 rows, but by its attributes 3 heads of 12 for qkv"),
+        (
+            Strange(num_heads=3, head_dim=2),
+            "36 rows, but by its attributes 3 heads of 6 for qkv: set num_heads and head_",
+        ),
+        (Strange(num_heads=3, key_dim=2, val_dim=4), "36 rows, but by its attributes 3 heads of 8 for qkv"),
+        (nn.ModuleDict({"query_key_value": nn.Linear(12, 36)}), "how many heads"),
+    ],
+)
+def test_heads_of_an_unknown_layout_are_refused_with_a_reason(attention, reason):
+    with pytest.raises(ValueError, match=f"the heads of Attending are not known; attention: .*{reason}"):
+        Units.of(Attending(attention), "heads")
+
+
+@pytest.mark.parametrize("name", ["query_key_value", "qkv"])
+def test_a_layout_that_is_met_either_way_must_be_said(name):
+    attention = nn.Module()
+    attention.add_module(name, nn.Linear(12, 36) if name == "query_key_value" else nn.Conv2d(12, 36, 1))
+    attention.num_heads = 3
+    with pytest.raises(ValueError, match="how the rows of .* are laid out is not known: set head_first, True or False"):
+        Units.of(Attending(attention), "heads")
+    for attention.head_first in (True, False):
+        units = Units.of(Attending(attention), "heads")
+        assert units.layers[1].index(2)[0] == (slice(28, 32) if attention.head_first else slice(20, 24))
+
+
+def test_heads_that_are_left_out_are_said(caplog):
+    model = nn.ModuleList([Fused(), Strange(30, num_heads=3), nn.Bilinear(2, 2, 2)])
+    model[2].num_heads = 2
+    units = Units.of(model, "heads")
+    assert len(units) == 9 and {layer.parameter for layer in units.layers} == {"0.qkv.weight"}
+    assert "heads left out of ModuleList; 1: qkv.weight has 30 rows" in caplog.text
+    assert "2: it has heads, but no queries, keys and values by a name that is known" in caplog.text
 
 
 def timms() -> nn.Module:

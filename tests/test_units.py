@@ -1,6 +1,7 @@
 """Units: counts, order, stages and slices against the facts of DESIGN.md and against the parameters themselves."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import pss
 from pss._vision import torchvision
@@ -282,7 +284,9 @@ def test_a_layout_that_is_met_either_way_must_be_said(name):
     attention = nn.Module()
     attention.add_module(name, nn.Linear(12, 36) if name == "query_key_value" else nn.Conv2d(12, 36, 1))
     attention.num_heads = 3
-    with pytest.raises(ValueError, match="how the rows of .* are laid out is not known: set head_first, True or False"):
+    with pytest.raises(
+        ValueError, match=r"how the rows of .* are laid out is not known: set head_first, True or False"
+    ):
         Units.of(Attending(attention), "heads")
     for attention.head_first in (True, False):
         units = Units.of(Attending(attention), "heads")
@@ -470,3 +474,81 @@ def test_what_cannot_be_is_refused(kind, message):
 def test_ids_outside_are_refused(unit):
     with pytest.raises(IndexError, match=r"outside 0\.\.4799"):
         Units.of(build("resnet18")).name(unit)
+
+
+COMPUTED = {  # how a weight comes to be computed from others, and what the error advises
+    "weight_norm": (nn.utils.weight_norm, r"torch.nn.utils.remove_weight_norm\(module\)"),
+    "spectral_norm": (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(module\)"),
+    "parametrized weight_norm": (nn.utils.parametrizations.weight_norm, "parametrize.remove_parametrizations"),
+    "parametrized spectral_norm": (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations"),
+    "pruning": (lambda m: prune.l1_unstructured(m, "weight", 3), r"torch.nn.utils.prune.remove\(module, 'weight'\)"),
+    "a network": (lambda m: delattr(m, "weight"), "computed from others: give units of your own"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("kind", ["filters", "all", "rows"])
+def test_computed_weights_are_refused_and_left_as_they_are(how, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).train()
+    number = 2 if kind == "rows" else 0
+    COMPUTED[how][0](model[number])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"{number}\.weight is no parameter, .*{COMPUTED[how][1]}"):
+        Units.of(model, kind)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert len(Units.of(model, "filters" if kind == "rows" else "rows")) == (4 if kind == "rows" else 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("how", [how for how in COMPUTED if how != "a network"])
+def test_the_advice_on_computed_weights_works(how, generator):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    COMPUTED[how][0](model[0])
+    images = torch.rand(2, 3, 4, 4, generator=generator)
+    expected = model.eval()(images)
+    with pytest.raises(ValueError, match="make it one by") as error:
+        Units.of(model)
+    advice = re.search(r"torch\.nn\.utils\.\S+\(module(, 'weight')?\)", str(error.value))[0]
+    eval(advice, {"torch": torch, "module": model[0]})
+    torch.testing.assert_close(model(images), expected)
+    units = Units.of(model)
+    profile = pss.profile(model, images, torch.tensor([0, 1]), units)
+    assert units.layers[0].parameter == "0.weight" and (profile > 0).any()
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.rand(1, 3, 4, 4))])
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_and_traced_modules_are_named(make, part):
+    scripted = make(nn.Conv2d(3, 4, 3))
+    model, name = (nn.Sequential(nn.Conv2d(3, 3, 1), scripted), "1") if part else (scripted, type(scripted).__name__)
+    with pytest.raises(ValueError, match=f"{name} is scripted or traced: give the model as it was before"):
+        Units.of(model, "all")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+def test_quantized_modules_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    model[2].weight = nn.Parameter(model[2].weight.detach().to(torch.int8), requires_grad=False)
+    for quantized, message in ((dynamic, "2 is quantized"), (model, "2.weight is quantized to torch.int8")):
+        with pytest.raises(ValueError, match=f"{message}.*give the model as it was before"):
+            Units.of(quantized, "rows")
+
+
+def test_rows_of_gpt2s_linear_layer_lie_along_its_second_dimension(generator):
+    model = Attending(GPT2()).double()
+    units = Units.of(model, "rows")
+    assert len(units) == 36 + 5 and units.name(7) == "attention.c_attn[7]" and units.sizes[7] == 12
+    x = torch.rand(1, 4, 12, generator=generator, dtype=torch.float64)
+    before = model.attention.c_attn(x)
+    with edited(model, units, [7]):
+        changed = (model.attention.c_attn(x) != before).flatten(0, 1).any(dim=0)
+    assert changed.nonzero().flatten().tolist() == [7]
+    images, labels = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([1, 3])
+    whole = pss.parameter_saliency(model, images, labels)["attention.c_attn.weight"]
+    torch.testing.assert_close(pss.profile(model, images, labels, units)[:, :36], whole.mean(dim=1))
+    curves = pss.edit_curves(model, images, labels, [[7, 2], [8, 40]], units, "prune", progress=False)
+    assert len(curves) == 6

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pss.attention import count_heads, heads_of, is_conv1d
+from pss.engine.attention import count_heads, heads_of, is_conv1d
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
-class Layer:
+class UnitGroup:
     """Some units of equal shape in one parameter: unit ``j`` is ``rows`` slices of it from ``offset + j * stride`` on.
 
     Attributes
@@ -123,7 +123,7 @@ class Units:
     Use `Units.of`. Ids are ``0 .. len(units) - 1``.
     """
 
-    def __init__(self, layers: Sequence[Layer], stages: Sequence[str], kind: str = "own"):
+    def __init__(self, layers: Sequence[UnitGroup], stages: Sequence[str], kind: str = "own"):
         if not layers:
             raise ValueError("no units: give at least one layer (a model without convolutions has kind='rows')")
         if len(layers) != len(stages):
@@ -135,7 +135,7 @@ class Units:
         self.starts = tuple(int(s) for s in np.cumsum([0, *(layer.count for layer in layers)]))
 
     @classmethod
-    def of(cls, model: nn.Module, kind: str | Callable[[nn.Module], Iterable[Layer]] = "filters") -> Units:
+    def of(cls, model: nn.Module, kind: str | Callable[[nn.Module], Iterable[UnitGroup]] = "filters") -> Units:
         """List the units of a model.
 
         Parameters
@@ -144,7 +144,7 @@ class Units:
         kind : {"filters", "rows", "heads", "all"} or callable
             ``filters``: output channels of every convolution (grouped, depthwise and transposed too);
             ``rows``: rows (output features) of every linear layer; ``heads``: the q, k and v heads of every attention
-            layer; ``all``: filters and rows. A callable takes the model and yields `Layer`.
+            layer; ``all``: filters and rows. A callable takes the model and yields `UnitGroup`.
 
         Returns
         -------
@@ -161,10 +161,8 @@ class Units:
             layers, kind = list(kind(model)), "own"
         elif kind in _KINDS:
             _refuse_hidden_weights(model)
-            first = {
-                name for name, _ in model.named_parameters()
-            }  # of the names of a weight that is used several times
-            layers = [layer for layer in _KINDS[kind](model) if layer.parameter in first]
+            once = {name for name, _ in model.named_parameters()}  # a weight of several names has only the first here
+            layers = [layer for layer in _KINDS[kind](model) if layer.parameter in once]
         else:
             raise ValueError(f"unknown kind of unit {kind!r}: expected one of {sorted(_KINDS)} or a callable")
         if not layers:
@@ -272,7 +270,7 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
-def _refuse_overlap(layers: Sequence[Layer]) -> None:
+def _refuse_overlap(layers: Sequence[UnitGroup]) -> None:
     """Two units that share parameters would be edited twice."""
     taken: dict[str, tuple[int, set[int]]] = {}
     for layer in layers:
@@ -293,22 +291,22 @@ def _refuse_hidden_weights(model: nn.Module) -> None:
             raise ValueError(f"{name} is quantized, and has no gradients: give the model as it was before")
 
 
-def _filters(model: nn.Module) -> Iterable[Layer]:
+def _filters(model: nn.Module) -> Iterable[UnitGroup]:
     for name, module, weight in _weights(model, _is_convolution):
         shape, groups = tuple(weight.shape), module.groups
         if isinstance(module, _TRANSPOSED):  # weight: (in, out / groups, …)
-            yield Layer(name, shape, shape[1] * groups, dim=1, groups=groups)
+            yield UnitGroup(name, shape, shape[1] * groups, dim=1, groups=groups)
         else:
-            yield Layer(name, shape, shape[0])
+            yield UnitGroup(name, shape, shape[0])
 
 
-def _rows(model: nn.Module) -> Iterable[Layer]:
+def _rows(model: nn.Module) -> Iterable[UnitGroup]:
     for name, module, weight in _weights(model, _is_linear):
         dim = int(is_conv1d(module))
-        yield Layer(name, tuple(weight.shape), weight.shape[dim], dim=dim, label="row")
+        yield UnitGroup(name, tuple(weight.shape), weight.shape[dim], dim=dim, label="row")
 
 
-def _all(model: nn.Module) -> Iterable[Layer]:
+def _all(model: nn.Module) -> Iterable[UnitGroup]:
     order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted([*_filters(model), *_rows(model)], key=lambda layer: order[layer.parameter])
 
@@ -337,13 +335,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _heads(model: nn.Module) -> Iterable[Layer]:
+def _heads(model: nn.Module) -> Iterable[UnitGroup]:
     """Heads of every attention module; the log says which are left out, because their layout is not known."""
     prefixes = {f"{name}." if name else "": module for name, module in model.named_modules()}
     listed, unknown = {}, {}
     for prefix, module in prefixes.items():
         try:
-            if layers := [Layer(prefix + name, *place) for name, *place in heads_of(module)]:
+            if layers := [UnitGroup(prefix + name, *place) for name, *place in heads_of(module)]:
                 listed[prefix] = layers
         except ValueError as error:
             unknown[prefix] = str(error)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import pss
-from pss._vision import torchvision
-from pss.repair import edited, unit_steps
-from pss.units import Layer, Units
+from pss.data.vision import torchvision
+from pss.editing import edited, unit_steps
+from pss.units import UnitGroup, Units
 
 FACTS = {  # filters, first id of each stage
     "resnet18": (4800, {"conv1": 0, "conv2_x": 64, "conv3_x": 320, "conv4_x": 960, "conv5_x": 2240}),
@@ -235,8 +235,8 @@ def test_changing_a_head_changes_its_output_and_no_others(name, generator):
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-@pytest.mark.parametrize("path", ["auto", "loop"])
-def test_profile_of_heads_is_the_mean_over_their_weights(name, path, generator):
+@pytest.mark.parametrize("strategy", ["auto", "loop"])
+def test_profile_of_heads_is_the_mean_over_their_weights(name, strategy, generator):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Attending(LAID_OUT[name][0]()).eval().double()
@@ -248,7 +248,7 @@ def test_profile_of_heads_is_the_mean_over_their_weights(name, path, generator):
         for b in range(2)
     ]
     torch.testing.assert_close(
-        pss.profile(model, images, torch.tensor([1, 3]), units, path=path), torch.tensor(expected)
+        pss.profile(model, images, torch.tensor([1, 3]), units, strategy=strategy), torch.tensor(expected)
     )
 
 
@@ -259,6 +259,11 @@ class Strange(Attention):
         super().__init__()
         self.qkv = nn.Linear(12, rows)
         vars(self).update(attributes)
+
+
+def spectral(attention: nn.Module) -> nn.Module:
+    nn.utils.parametrizations.spectral_norm(attention.qkv)
+    return attention
 
 
 @pytest.mark.parametrize(
@@ -272,6 +277,7 @@ class Strange(Attention):
         ),
         (Strange(num_heads=3, key_dim=2, val_dim=4), "36 rows, but by its attributes 3 heads of 8 for qkv"),
         (nn.ModuleDict({"query_key_value": nn.Linear(12, 36)}), "how many heads"),
+        (spectral(Fused()), "its qkv is made by qkv.parametrizations.weight.original: expected one linear layer"),
     ],
 )
 def test_heads_of_an_unknown_layout_are_refused_with_a_reason(attention, reason):
@@ -451,7 +457,7 @@ def test_table_and_fingerprint():
 
 
 def test_own_units():
-    one = lambda model: [Layer("0.weight", (8, 1, 3, 3), count=2, rows=4, label="group")]  # noqa: E731
+    one = lambda model: [UnitGroup("0.weight", (8, 1, 3, 3), count=2, rows=4, label="group")]  # noqa: E731
     units = Units.of(odd_net(), kind=one)
     assert len(units) == 2 and units.sizes.tolist() == [36, 36]
 
@@ -461,8 +467,8 @@ def test_own_units():
     [
         ("filter", "unknown kind of unit 'filter'"),
         ("heads", "Sequential has no unit of kind 'heads'"),
-        (lambda m: [Layer("9.weight", (8, 1, 3, 3), 8)], "'9.weight' of shape"),
-        (lambda m: [Layer("0.weight", (8, 1, 3, 3), 8)] * 2, "units overlap"),
+        (lambda m: [UnitGroup("9.weight", (8, 1, 3, 3), 8)], "'9.weight' of shape"),
+        (lambda m: [UnitGroup("0.weight", (8, 1, 3, 3), 8)] * 2, "units overlap"),
     ],
 )
 def test_what_cannot_be_is_refused(kind, message):

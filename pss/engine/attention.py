@@ -25,7 +25,7 @@ def heads_of(module: nn.Module) -> Iterator[tuple]:
     Yields
     ------
     tuple
-        The fields of `pss.units.Layer`: parameter, shape, count, dim, rows, offset, stride, label.
+        The fields of `pss.units.UnitGroup`: parameter, shape, count, dim, rows, offset, stride, label.
 
     Raises
     ------

@@ -367,7 +367,8 @@ _REMOVALS = {  # an attribute that a computed weight leaves on its module, and t
 }
 
 
-_CONTAINER = re.compile(r"_?(features|encoder|layers?|blocks?|h|model|module|backbone|transformer|trunk|stages|net)")
+_CONTAINER = r"_?(?:features|encoder|layers?|blocks?|h|model|module|backbone|transformer|trunk|stages|net)"
+_NUMBERED = re.compile(rf"(?:.*?\.)??{_CONTAINER}\.\d+(?=\.)")
 _RESNET = re.compile(r"(?:^|\.)layer(\d+)\.")
 _NAMED_STAGE = re.compile(  # of DenseNet, Inception and torchvision's transformers
     r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)|(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits|encoder_layer_\d+)"
@@ -379,8 +380,8 @@ def stage_names(model: nn.Module) -> Callable[[str], str]:
 
     ResNets have the papers' names (``conv1``, ``conv2_x`` … ``conv5_x``), from the names of their parameters and never
     from constants; DenseNet, Inception, transformers and EfficientNet-Lite their blocks; VGG's convolutions are
-    numbered by the pooling layers before them. Anything else: the first component of the name that is not a mere
-    container.
+    numbered by the pooling layers before them. Anything else: up to the first number in a container, as
+    ``encoder.layer.3``, or the first component of the name that is not a mere container.
     """
     pools: dict[str, int] = {}
     features = getattr(model, "features", None)
@@ -400,9 +401,11 @@ def stage_names(model: nn.Module) -> Callable[[str], str]:
         parts = parameter.split(".")
         if (prefix := ".".join(parts[:2])) in pools:
             return f"conv{pools[prefix]}"
+        if numbered := _NUMBERED.match(parameter):
+            return numbered[0].lstrip("_")  # a plot would leave out what begins with one
         for depth, part in enumerate(parts[:-1]):
-            if not _CONTAINER.fullmatch(part):
-                return ".".join(parts[: depth + 1]).lstrip("_")  # a plot would leave out what begins with one
+            if not re.fullmatch(_CONTAINER, part):
+                return ".".join(parts[: depth + 1]).lstrip("_")
         return parts[0]
 
     return stage

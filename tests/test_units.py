@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 import pss
 from pss.data.vision import torchvision
 from pss.editing import edited, unit_steps
-from pss.units import UnitGroup, Units
+from pss.units import UnitGroup, Units, stage_names
 
 FACTS = {  # filters, first id of each stage
     "resnet18": (4800, {"conv1": 0, "conv2_x": 64, "conv3_x": 320, "conv4_x": 960, "conv5_x": 2240}),
@@ -39,6 +39,24 @@ def test_counts_and_stages_of_published_models(name):
     assert len(units) == count
     first = {s: int(np.argmax(units.stage_ids == i)) for i, s in enumerate(units.stages)}
     assert {s: first[s] for s in stages} == stages
+
+
+@pytest.mark.parametrize(
+    ("parameter", "stage"),
+    [
+        ("layers.2.blocks.1.attn.qkv.weight", "layers.2"),
+        ("vit.encoder.layer.3.attention.query.weight", "vit.encoder.layer.3"),
+        ("transformer.h.0.attn.c_attn.weight", "transformer.h.0"),
+        ("_blocks.12._expand_conv.weight", "blocks.12"),
+        ("encoder.layers.encoder_layer_4.mlp.0.weight", "encoder_layer_4"),
+        ("model.stem.conv.weight", "model.stem"),
+        ("classifier.0.weight", "classifier"),
+        ("net.3.weight", "net.3"),
+        ("3.weight", "3"),
+    ],
+)
+def test_stages_of_other_networks_are_their_numbered_blocks(parameter, stage):
+    assert stage_names(nn.Linear(1, 1))(parameter) == stage
 
 
 def test_inception_without_auxiliary_head():

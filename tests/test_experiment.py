@@ -13,7 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import pss
-from pss import experiment, zoo
+from pss.apps import experiment
+from pss.models import zoo
 
 ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
@@ -200,7 +201,7 @@ def test_published_frames(done):
 
 def test_bands_resample_as_many_images_as_there_are(done):
     table = experiment.bands(done.results, resamples=4000)
-    plain = pss.repair.summarize(done.results, ["algo", "edit"])
+    plain = pss.editing.summarize(done.results, ["algo", "edit"])
     table = table.sort_values(["algo", "edit", "k"], ignore_index=True)
     plain = plain.sort_values(["algo", "edit", "k"], ignore_index=True)
     assert (table["n"] == 40).all()
@@ -348,7 +349,7 @@ def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units
 
 
 def test_imagenet_sweep_names_parameters_of_the_notebook():
-    from pss.sweep import read_sweep
+    from pss.apps.sweep import read_sweep
 
     runs = read_sweep(NOTEBOOK.parent / "params" / "imagenet.yaml").runs
     assert [run.parameters["level"] for run in runs] == [0.85, 0.95]
@@ -356,7 +357,7 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
 
 
 def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.batch import run_notebook
+    from pss.apps.batch import run_notebook
 
     parameters = {
         "dataset_path": str(trees[0]),

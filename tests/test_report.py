@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import pss
-from pss import explain, zoo
-from pss.batch import run_notebook
-from pss.report import Report
+from pss.apps import explain
+from pss.apps.batch import run_notebook
+from pss.apps.report import Report
+from pss.models import zoo
 
 EVIL = '<script>alert(1)</script> & "quoted" onerror=1'
 
@@ -210,7 +211,7 @@ def test_a_network_and_pictures_of_ones_own(workshop, root):
 
 
 def test_one_picture_with_published_statistics(workshop, root):
-    """Mean and deviation only: a sentence says so, no p-values; no guard images either; in Japanese."""
+    """Mean and deviation only: a sentence says so, no p-values; no retain images either; in Japanese."""
     notebook, out = root / "notebooks" / "11_explain_one_image.ipynb", workshop / "out"
     torch.save({"mean": torch.rand(16), "std": torch.rand(16).double()}, workshop / "stats.pth")
     picture = next((workshop / "photos" / "cat").glob("*.png"))

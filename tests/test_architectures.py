@@ -1,7 +1,7 @@
 """Profiles of other people's architectures against plain autograd: `make test-zoo` installs timm and sweeps them.
 
-Random weights, no downloads, images of 64 pixels, batches of three, float64. The reference takes one image at a time and
-computes BatchNorm as the affine map that it is in evaluation mode, where torch's own gradient is not always right.
+Random weights, no downloads, images of 64 pixels, batches of three, float64. The reference takes one image at a time
+and computes BatchNorm as the affine map that it is in evaluation mode, where torch's own gradient is not always right.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ TIMM = """
     swin_tiny_patch4_window7_224 swiftformer_xs swinv2_cr_tiny_224 swinv2_tiny_window8_256 tf_efficientnet_lite0
     tinynet_e tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small visformer_tiny
     vit_relpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 volo_d1_224 xception41 xcit_nano_12_p16_224
-""".split()
+"""
 SIZES = {"crossvit_9_240": 120, "efficientformer_l1": 224, "halonet26t": 256, "inception_v3": 96, "inception_v4": 96}
 OPTIONS = {"beit_base_patch16_224": {"depth": 2}, "convmixer_768_32": {"depth": 2}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -192,7 +192,7 @@ def moved_heads(before, after, count):
     return (moved.nonzero()[:, 0] // max(1, len(moved) // count)).unique().tolist()
 
 
-@pytest.mark.parametrize("name", [*TIMM, "efficientnet_pytorch", *TRANSFORMERS])
+@pytest.mark.parametrize("name", [*TIMM.split(), "efficientnet_pytorch", *TRANSFORMERS])
 def test_profiles_are_those_of_single_images(name, record_property, caplog):
     model, images, labels = network(name)
     record_property("table row", row := {"architecture": name})

@@ -351,6 +351,7 @@ def fit_patch(
         If a mistake is none, is among the retain images, fewer than four of these are right, no gain moves the
         mistakes (dead units), the model is parametrized already, or an option is out of its range.
     """
+<<<<<<< HEAD
     if applied_to(model):
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
     own_weights = base_fingerprint(model)
@@ -361,6 +362,37 @@ def fit_patch(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out = {held_out} is outside (0, 1): it is the share of the retain images held out")
     about = {"budget": str(budget), "seed": str(seed), "pss": pss.__version__, "torch": torch.__version__}
+=======
+    ks = [k for k in KS if k <= len(units)] if ks is None else ks
+    method = method or ("zscore" if fisher is None else "fisher")
+    direction = direction or ("gradient" if fisher is None else "fisher")
+    _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
+    check_inputs(model, *mistakes, units, "mistakes")
+    if reference is not None:
+        reference.check(units, model=model, loss=loss, signed=False)
+    refuse_overlap(mistakes[0], retain[0])
+    rng = np.random.default_rng(seed)
+    parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))
+    parts |= dict(zip(("retain", "retain held out"), _split(retain, held_out, rng, 2), strict=True))
+    (images, labels), loss = parts["mistakes"], get_loss(loss)
+    tried, found = [], None
+    with preserved(model):
+        Search(model, retain, max_relative_step, 0.05).check_wrong(*mistakes, list(range(len(mistakes[0]))))
+        order = _order(model, images, labels, units, reference, method, fisher, damping, loss)
+        names = [layer.parameter for layer in units.layers]
+        curvature = damped(fisher, names, damping) if direction == "fisher" else None
+        before = _log_probabilities(model, parts["retain"][0])
+        if not predicts(before, parts["retain"][1]).any():
+            raise ValueError("none of the retain images is classified correctly: there is nothing to keep, give others")
+        for k in tqdm(sorted(set(ks)), unit="k", delay=2, disable=not progress):
+            mask = unit_mask(model, units, order[:k])
+            delta = _correct(model, images, labels, mask, curvature, loss, rounds, max_relative_step)
+            tried.append({"k": k, "corrected": delta is not None, **_damage_of(model, delta, before, *parts["retain"])})
+            if delta is not None and tried[-1][measure] <= budget:
+                found = (order[:k], delta)
+                break
+    about = _about(model, units, budget, measure, method, direction, damping, seed)
+>>>>>>> main
     about |= {"mistakes": _digest(mistakes), "retain": _digest(retain)}
     patch = Patch(own_weights, units.layers, about=about)
     check_inputs(model, *mistakes, units, "mistakes")

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pss.data import builtin as data
+from pss import data
+from pss.__main__ import main
 from pss.data.vision import torchvision
 from pss.models import builtin as models
+from pss.storage import places
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_record_of_the_shipped_weights(shipped):
 
 
 def test_installed_without_a_checkout_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(data, "checkout_data", lambda: None)
+    monkeypatch.setattr(places, "checkout_data", lambda: None)
     with pytest.raises(FileNotFoundError, match=r"pip install -e \."):
         models.digits()
 
@@ -197,16 +199,16 @@ def test_command_trains_and_evaluates(tmp_path, monkeypatch, capsys, few):
         models, "train", lambda *a, threads: real(*a, train_set=few, validation_set=few, threads=threads)
     )
     out = tmp_path / "new" / "my.safetensors"
-    assert models.main(["train", "--out", str(out), "--seed", "3", "--width", "8", "--epochs", "1"]) == 0
+    assert main(["train", "--out", str(out), "--seed", "3", "--width", "8", "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
     model = models.load_weights(models.resnet18(8), out)
     assert f"sha256={models.fingerprint(model)}" in printed
     assert models.read_record(out)["seed"] == "3"
     monkeypatch.setattr(data, "SPLITS", {"noise": ("test",)})
-    assert models.main(["evaluate", str(out)]) == 0
+    assert main(["evaluate", str(out)]) == 0
     assert f"{models.accuracy(model, data.noise()):.3f}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        models.main(["train", "--out", str(tmp_path / "my.pth")])
+        main(["train", "--out", str(tmp_path / "my.pth")])
     assert "ends in .safetensors" in capsys.readouterr().err
 
 
@@ -402,7 +404,7 @@ def test_misclassified_of_any_data_set(shipped):
 def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch
-from pss.models.builtin import keep_freed_memory
+from pss.engine.process import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for number in range(28):

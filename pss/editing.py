@@ -570,6 +570,7 @@ def check_lengths(lr: float, step_norm: float | None) -> None:
 
 
 def check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units, ids: np.ndarray) -> None:
+    """Refuse images, labels and rows of ids that are not as many, or not of this model."""
     if not len(images) == len(labels) == len(ids) or not len(images):
         raise ValueError(
             f"{len(images)} images, {len(labels)} labels and {len(ids)} rows of ids: give as many, and at least one"

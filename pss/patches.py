@@ -62,7 +62,7 @@ from pss.units import UnitGroup, Units
 Images = tuple[Tensor, Tensor]
 _Stack = parametrize.ParametrizationList
 LEVEL = 0.95  # of the upper bound of the damage
-_PRICES = 16  # tried, each twice the one before
+_PRICES = 20  # tried, each twice the one before
 _STEPS = 3  # Newton steps at each price
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
@@ -134,6 +134,9 @@ class Patch:
             raise ValueError(
                 f"the patch is for model {self.model[:8]}…, this one is {found[:8]}…: load the weights of it"
             )
+        for group in self.groups:
+            if all(tuple(_original(*at).shape) != group.shape for at in _owners(model, group.parameter)):
+                raise ValueError(f"the model has no parameter {group.parameter!r} of shape {group.shape}")
         factors = {name: torch.cat([self.gains, torch.ones(1)])[of] for name, of in unit_maps(self.units).items()}
         try:
             for name, factor in factors.items():
@@ -198,11 +201,15 @@ class Patch:
         if not path.is_file():
             raise FileNotFoundError(f"no patch at {path}")
         tensors, held = unpack(path, "patch")
-        if not isinstance(held, dict) or set(tensors) != {"gains"}:
-            raise ValueError(f"{path.name} is no patch of this version of pss: its header has no 'patch' entry")
-        groups = tuple(UnitGroup(**{**group, "shape": tuple(group["shape"])}) for group in held.pop("groups"))
-        frames = {name: pd.DataFrame(held.pop(name)) for name in ("evidence", "tried")}
-        return cls(groups=groups, gains=tensors["gains"], left=tuple(held.pop("left")), **frames, **held)
+        try:
+            groups = tuple(UnitGroup(**{**group, "shape": tuple(group["shape"])}) for group in held.pop("groups"))
+            frames = {name: pd.DataFrame(held.pop(name)) for name in ("evidence", "tried")}
+            found = cls(groups=groups, gains=tensors.pop("gains"), left=tuple(held.pop("left")), **frames, **held)
+            if tensors or found.gains.shape != (len(found.units),):
+                raise ValueError("as many gains as units, and nothing else, are expected")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name} is no patch of this version of pss: {error}") from error
+        return found
 
     def _content(self) -> bytes:
         plain = {name: getattr(self, name) for name in ("model", "left", "reason", "about")}
@@ -213,16 +220,21 @@ class Patch:
         return (self.model, self.groups) == (other.model, other.groups) and torch.equal(self.gains, other.gains)
 
     def _take_off(self, model: nn.Module) -> nn.Module:
-        for module in list(model.modules()):
-            for name, stack in list(getattr(module, "parametrizations", {}).items()):
+        for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
+            stacks, order = module.parametrizations, ()
+            for stack in stacks.values():
                 own = [i for i, gain in enumerate(stack) if isinstance(gain, _Gain) and gain.patch._same(self)]
-                if own and len(stack) > 1:
-                    del stack[own[0]]
-                elif own:
-                    order = stack[0].order
+                for i in reversed(own):
+                    order = stack[i].order
+                    del stack[i]
+            empty = {name: stack.original for name, stack in stacks.items() if not len(stack)}
+            if len(empty) < len(stacks):
+                for name in empty:
                     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-                    for each in order:  # the order of a module's parameters is that of an optimizer's state
-                        module._parameters[each] = module._parameters.pop(each)
+            elif empty:  # by hand: what torch does here would reach copies of the model too, which share the class
+                del module.parametrizations
+                module.__class__ = type(module).__bases__[0]
+                module._parameters = {name: empty.get(name, module._parameters.get(name)) for name in order}
         return model
 
 
@@ -280,18 +292,14 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def _owners(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """The modules that hold a parameter, more than one where it is shared, with its name in each."""
-    owner, _, own = name.rpartition(".")
-    original = _original(model.get_submodule(owner), own)
-    return [(m, n) for m in list(model.modules()) for n in _names(m) if _original(m, n) is original]
+    modules = [(path, module) for path, module in model.named_modules() if not isinstance(module, _Stack)]
+    places = [(path, m, n) for path, m in modules for n in (*m._parameters, *getattr(m, "parametrizations", {}))]
+    original = next((_original(m, n) for path, m, n in places if f"{path}.{n}".lstrip(".") == name), None)
+    return [(m, n) for _, m, n in places if original is not None and _original(m, n) is original]
 
 
-def _names(module: nn.Module) -> list[str]:
-    if isinstance(module, _Stack):
-        return []
-    return [*module._parameters, *getattr(module, "parametrizations", {})]
-
-
-def _original(module: nn.Module, name: str) -> Tensor:
+def _original(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a module, below its patches."""
     stacks = getattr(module, "parametrizations", {})
     return stacks[name].original if name in stacks else module._parameters[name]
 
@@ -351,7 +359,6 @@ def fit_patch(
         If a mistake is none, is among the retain images, fewer than four of these are right, no gain moves the
         mistakes (dead units), the model is parametrized already, or an option is out of its range.
     """
-<<<<<<< HEAD
     if applied_to(model):
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
     own_weights = base_fingerprint(model)
@@ -362,37 +369,6 @@ def fit_patch(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out = {held_out} is outside (0, 1): it is the share of the retain images held out")
     about = {"budget": str(budget), "seed": str(seed), "pss": pss.__version__, "torch": torch.__version__}
-=======
-    ks = [k for k in KS if k <= len(units)] if ks is None else ks
-    method = method or ("zscore" if fisher is None else "fisher")
-    direction = direction or ("gradient" if fisher is None else "fisher")
-    _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
-    check_inputs(model, *mistakes, units, "mistakes")
-    if reference is not None:
-        reference.check(units, model=model, loss=loss, signed=False)
-    refuse_overlap(mistakes[0], retain[0])
-    rng = np.random.default_rng(seed)
-    parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))
-    parts |= dict(zip(("retain", "retain held out"), _split(retain, held_out, rng, 2), strict=True))
-    (images, labels), loss = parts["mistakes"], get_loss(loss)
-    tried, found = [], None
-    with preserved(model):
-        Search(model, retain, max_relative_step, 0.05).check_wrong(*mistakes, list(range(len(mistakes[0]))))
-        order = _order(model, images, labels, units, reference, method, fisher, damping, loss)
-        names = [layer.parameter for layer in units.layers]
-        curvature = damped(fisher, names, damping) if direction == "fisher" else None
-        before = _log_probabilities(model, parts["retain"][0])
-        if not predicts(before, parts["retain"][1]).any():
-            raise ValueError("none of the retain images is classified correctly: there is nothing to keep, give others")
-        for k in tqdm(sorted(set(ks)), unit="k", delay=2, disable=not progress):
-            mask = unit_mask(model, units, order[:k])
-            delta = _correct(model, images, labels, mask, curvature, loss, rounds, max_relative_step)
-            tried.append({"k": k, "corrected": delta is not None, **_damage_of(model, delta, before, *parts["retain"])})
-            if delta is not None and tried[-1][measure] <= budget:
-                found = (order[:k], delta)
-                break
-    about = _about(model, units, budget, measure, method, direction, damping, seed)
->>>>>>> main
     about |= {"mistakes": _digest(mistakes), "retain": _digest(retain)}
     patch = Patch(own_weights, units.layers, about=about)
     check_inputs(model, *mistakes, units, "mistakes")
@@ -400,7 +376,7 @@ def fit_patch(
     check_mistakes(model, mistakes, range(len(mistakes[0])))
     refuse_overlap(retain[0], mistakes[0])
     used, held = _split(model, retain, held_out, seed)
-    path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, progress)
+    path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])
     reason = _reason(best, more, len(held[0]), budget)
@@ -438,13 +414,19 @@ class _Fit:
             after = functional_call(self.model, gained(self.model, self.maps, steps), (self.used,))
             return torch.autograd.grad(divergences(self.before, after).mean(), steps)[0]
 
+    def least_price(self) -> float:
+        """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""
+        gaps, slopes = (values[:, 0] for values in margins(self.model, *self.mistakes, self.units))
+        if not slopes.any():
+            raise ValueError("no gain of these units moves the logits of the mistakes: they are dead, give others")
+        gained_per_price = (slopes * self.curvature.solve(slopes, self.damping)).sum(dim=1)
+        return float((-gaps / gained_per_price).min()) / 16
+
     def improve(self, price: float) -> None:
         """A few Newton steps, each damped until it makes the objective less (Levenberg and Marquardt)."""
         now = self.objective(self.steps, price)
         for _ in range(_STEPS):
             gaps, slopes = (v.flatten(0, 1) for v in margins(self.model, *self.mistakes, self.units, self.steps))
-            if not slopes.any():
-                raise ValueError("no gain of these units moves the logits of the mistakes: they are dead, give others")
             slope = self.slope()
             for _ in range(_STEPS * 2):
                 back = self.curvature.solve(slope[None], self.damping)[0]
@@ -462,17 +444,22 @@ class _Fit:
                 return
 
 
-def _path(fit: _Fit, held: Tensor, budget: float, progress: bool) -> list[dict]:
-    """Steps for prices that double, with what they do to the mistakes and to the retain images held out."""
+def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bool) -> list[dict]:
+    """Steps for prices that double, with what they do to the mistakes and to the retain images held out.
+
+    Goes on until all mistakes have the margin, or beyond the budget some more are corrected (or all that can be).
+    """
     path, before, (images, labels) = [], logits_of(fit.model, held), fit.mistakes
-    for price in tqdm(budget / 1000 * 2.0 ** np.arange(_PRICES), unit="price", delay=2, disable=not progress):
+    for price in tqdm(fit.least_price() * 2.0 ** np.arange(_PRICES), unit="price", delay=2, disable=not progress):
         fit.improve(float(price))
         with fit.edited(fit.steps):
             lead, kl = rival_margins(fit.model, images, labels)[:, 0], divergences(before, logits_of(fit.model, held))
         right, upper = lead > 0, upper_bound(kl)
         point = {"price": float(price), "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
         path.append(point | {"steps": fit.steps, "left": tuple((~right).nonzero()[:, 0].tolist())})
-        if right.all() and (upper > budget or (lead > 0.99 * fit.margin).all()):
+        more = point["corrected"] > max((p["corrected"] for p in path if p["kl_upper"] <= budget), default=0)
+        enough = right.all() or (more and not to_the_end)
+        if (upper > budget and enough) or (lead > 0.99 * fit.margin).all():
             break
     return path
 

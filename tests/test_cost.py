@@ -450,7 +450,6 @@ def test_right_images_are_refused(net):
     y = y.clone()
     y[1] = model(x).argmax(dim=1)[1]
     with pytest.raises(ValueError, match=r"images \[1\] are classified correctly"):
-<<<<<<< HEAD
         through_weights(model, x, y, units, rows_in_order(x, units), 2, retain=retain)
 
 
@@ -459,88 +458,3 @@ def test_cost_curve_counts_what_is_not_corrected():
     line = pss.plots.cost_curves(table).lines[0]
     np.testing.assert_allclose(line.get_xdata(), [0.1, 0.3])
     np.testing.assert_allclose(line.get_ydata(), [0.25, 0.5])
-=======
-        smallest_correction(model, x, y, units, rows_in_order(x, units), 2, retain=retain, progress=False)
-
-
-# ---------------------------------------------------------------------------------------------- Fisher information
-
-
-def test_fisher_diagonal_and_scores_by_brute_force(net):
-    model, x, y, retain = net
-    units = Units.of(model)
-    everything = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for image, label in zip(*retain, strict=True):
-        loss = F.cross_entropy(model(image[None]), label[None])
-        for (name, _), g in zip(everything.items(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
-            everything[name] += g**2 / len(retain[0])
-    fisher = fisher_diagonal(model, retain, progress=False)
-    assert set(fisher) == set(everything)
-    for name in everything:
-        torch.testing.assert_close(fisher[name].double(), everything[name], rtol=1e-5, atol=1e-12)
-    assert set(fisher_diagonal(model, retain, units)) == {"one.weight", "two.weight"}
-
-    scores = fisher_scores(model, x, y, units, fisher, damping=0.2)
-    together = torch.cat([fisher["one.weight"].flatten(), fisher["two.weight"].flatten()]).double()
-    for b in range(2):
-        loss = F.cross_entropy(model(x[b : b + 1]), y[b : b + 1])
-        gradients = dict(zip(everything, torch.autograd.grad(loss, list(model.parameters())), strict=True))
-        for unit in range(len(units)):
-            number, j = units.locate(unit)
-            name, index = units.layers[number].parameter, units.layers[number].index(j)
-            expected = (gradients[name][index] ** 2 / (fisher[name][index].double() + 0.2 * together.mean())).sum()
-            torch.testing.assert_close(scores[b, unit], expected, rtol=1e-6, atol=0)
-    assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
-
-
-def test_digest_is_of_the_bytes_whatever_their_type():
-    x = torch.arange(6.0).reshape(2, 3)
-    assert digest(x) == hashlib.sha256(x.numpy().tobytes()).hexdigest() == digest(x.T.contiguous().T)
-    assert digest(x.bfloat16()) == digest(x.bfloat16().clone()) != digest((x + 1).bfloat16())
-    assert digest(x[0, 0].bfloat16()) == digest(torch.zeros((), dtype=torch.bfloat16))
-
-
-def test_fisher_file_is_read_again_and_only_for_the_same_thing(net, tmp_path):
-    model, x, y, retain = net
-    path = tmp_path / "deep" / "fisher.safetensors"
-    path.parent.mkdir()
-    first = fisher_diagonal(model, retain, path=path)
-    assert [f.name for f in path.parent.iterdir()] == [path.name]  # nothing left beside it
-    again = fisher_diagonal(model, retain, path=path)
-    assert set(first) == set(again) and all(torch.equal(first[n], again[n]) for n in first)
-    with pytest.raises(ValueError, match="another n, images, labels"):
-        fisher_diagonal(model, (x, y), path=path)
-    with torch.no_grad():
-        model.head.bias.add_(1)
-    with pytest.raises(ValueError, match="another model"):
-        fisher_diagonal(model, retain, path=path)
-
-
-def test_fisher_says_what_is_wrong(net):
-    model, x, y, retain = net
-    units = Units.of(model)
-    fisher = fisher_diagonal(model, retain, units)
-    with pytest.raises(ValueError, match="damping"):
-        fisher_scores(model, x, y, units, fisher, damping=-1)
-    with pytest.raises(ValueError, match=r"lacks 'two.weight'"):
-        fisher_scores(model, x, y, units, {"one.weight": fisher["one.weight"]})
-    with pytest.raises(ValueError, match="no images"):
-        fisher_diagonal(model, (x[:0], y[:0]))
-
-
-def test_reached_beside_repair():
-    assert pss.editing.smallest_correction is smallest_correction is pss.smallest_correction
-    with pytest.raises(AttributeError, match="no attribute"):
-        pss.editing.nothing  # noqa: B018
-
-
-def test_fisher_file_that_cannot_be_trusted_is_refused(net, tmp_path):
-    model, *_, retain = net
-    path = tmp_path / "fisher.safetensors"
-    with pytest.raises(ValueError, match="a lambda has no name"):
-        fisher_diagonal(model, retain, loss=lambda z, y: z.sum(dim=1), path=path)
-    fisher_diagonal(model, retain, path=path, progress=False)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="is damaged"):
-        fisher_diagonal(model, retain, path=path)
->>>>>>> main

@@ -112,7 +112,7 @@ def test_the_notebook_offers_every_ranking_that_it_can_make(root):
     offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
     units = pss.Units.of(zoo.load("digits", "random").model)
     saliency, reference = torch.rand(30, len(units)), pss.Reference.fit(torch.rand(30, len(units)))
-    assert set(pss.METHODS) - set(offered) == {"fisher", "random_last_stage"}  # for gradients, for a few units
+    assert set(pss.METHODS) - set(offered) == {"random_last_stage"}  # of a few units
     for method in offered:
         assert len(explain.ranked(saliency[:1], reference, method, units)) == len(units)
 
@@ -128,5 +128,3 @@ def test_table_of_units_and_a_reference_without_tail():
     assert "cannot" in explain.caution(reference)[0]
     with pytest.raises(ValueError, match="'pot' needs tail probabilities"):
         explain.ranked(saliency, reference, "pot", units)
-    with pytest.raises(ValueError, match="'fisher' ranks by gradients"):
-        explain.ranked(saliency, reference, "fisher", units)

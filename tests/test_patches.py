@@ -272,28 +272,28 @@ def test_what_fails_half_way_is_undone(case, patch, monkeypatch):
 
 def test_goes_as_far_as_the_budget_allows(case):
     bounds = []
-    for budget in (0.02, 0.05, 0.2):
+    for budget in (0.002, 0.004, 0.2):
         patch = fitted(case, slice(0, 3), budget=budget, margin=None)
         held = patch.evidence.set_index("part").loc["retain held out"]
         tried = patch.tried.set_index("price")
         assert held["kl_mean"] < held["kl_upper"] <= budget
-        assert tried["kl_upper"].iloc[:-1].max() <= budget or tried["corrected"].max() < 3
+        assert tried["kl_upper"].max() > budget or len(patch.left) == 0
         bounds.append(held["kl_upper"])
     assert bounds[0] < bounds[1] < bounds[2]
 
 
 def test_corrects_what_it_can_and_names_the_rest(case):
     model, (x, y), _ = case
-    patch = fitted(case, slice(0, 12), budget=0.05)
+    patch = fitted(case, slice(0, 12), budget=0.0012)
     assert 0 < len(patch.left) < 12
     right = by_hand(model, patch)(x).argmax(dim=1) == y
     assert tuple((~right).nonzero()[:, 0].tolist()) == patch.left
-    most = patch.tried.loc[patch.tried["kl_upper"].cummax() <= 0.05, "corrected"].max()
+    most = patch.tried.loc[patch.tried["kl_upper"].cummax() <= 0.0012, "corrected"].max()
     assert right.sum() == most
     assert "of 12 mistakes costs a KL of" in patch.reason and "a budget of that would do" in patch.reason
-    more = fitted(case, slice(0, 12), budget=0.05, over_budget=True)
+    more = fitted(case, slice(0, 12), budget=0.0012, over_budget=True)
     assert len(more.left) < len(patch.left)
-    assert more.evidence.set_index("part").loc["retain held out", "kl_upper"] > 0.05
+    assert more.evidence.set_index("part").loc["retain held out", "kl_upper"] > 0.0012
 
 
 def test_a_patch_that_breaks_the_budget_is_given_only_if_asked_for_by_name(case, tmp_path):
@@ -319,7 +319,10 @@ def test_the_margin_is_by_default_as_usual(case):
         z = by_hand(model, patch)(x[:1])[0].detach()
         return float(z[y[0]] - z[torch.arange(3) != y[0]].max())
 
-    assert 0.045 < lead(fitted(case)) < 0.2 < lead(fitted(case, margin=None, budget=10.0))
+    with torch.no_grad():
+        z = model(case[2][0]).topk(2).values
+    usual = float((z[:, 0] - z[:, 1]).median())
+    assert 0.049 < lead(fitted(case)) < 0.06 < 0.9 * usual < lead(fitted(case, margin=None, budget=10.0)) < 1.1 * usual
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def unit_maps(units: Units) -> dict[str, Tensor]:
 
 
 def gain_jacobian(
-    model: nn.Module, images: Tensor, units: Units, weights: Tensor | None = None, steps: Tensor | None = None
+    model: nn.Module, images: Tensor, units: Units, combinations: Tensor | None = None, steps: Tensor | None = None
 ) -> Tensor:
     r"""Derivative of every logit to the gain of every unit, for each image.
 
@@ -66,8 +67,8 @@ def gain_jacobian(
     Parameters
     ----------
     images : (B, …)
-    weights : (B, M, C), optional
-        Take these combinations of the logits instead.
+    combinations : (B, M, C), optional
+        Weights of sums of logits that are taken instead.
     steps : (U,), optional
         Differentiate at gains of 1 plus these.
 
@@ -75,37 +76,32 @@ def gain_jacobian(
     -------
     Tensor, shape (B, C, U) or (B, M, U)
     """
-    maps, start = unit_maps(units), torch.ones(len(units)) if steps is None else 1 + steps
-    start = start.to(images)
+    maps, start = unit_maps(units), (torch.ones(len(units)) if steps is None else 1 + steps).to(images)
 
-    def rows(forward: Callable[[Tensor], Tensor], count: int, chosen: Tensor | None) -> Tensor:
-        gains = start.repeat(count, 1).requires_grad_()
-        logits = forward(gains)
-        chosen = torch.eye(logits.shape[1]).expand(count, -1, -1) if chosen is None else chosen
-        totals = (chosen.to(logits) * logits[:, None]).sum(dim=(0, 2))
-        if not totals.requires_grad:
-            return gains.new_zeros(count, len(totals), len(units))
-        grad = lambda total: torch.autograd.grad(total, gains, retain_graph=True, materialize_grads=True)[0]  # noqa: E731
-        return torch.stack([grad(total) for total in totals], dim=1)
+    def by_definition(x: Tensor, gains: Tensor) -> Tensor:  # of one image
+        return functional_call(model, gained(model, maps, gains[0] - 1), (x,))
 
-    def alone(b: int) -> Tensor:  # by the definition, one image at a time
-        part = slice(b, b + 1)
-        of = lambda gains: functional_call(model, gained(model, maps, gains[0] - 1), (images[part],))  # noqa: E731
-        return rows(of, 1, None if weights is None else weights[part])
+    def by_layers(x: Tensor, gains: Tensor) -> Tensor:
+        return _with_gains(model, x, maps, gains)
 
-    def together(part: slice) -> Tensor:
-        x = images[part]
-        with_gains = lambda gains: _with_gains(model, x, maps, gains)  # noqa: E731
-        return rows(with_gains, len(x), None if weights is None else weights[part])
+    def rows(part: slice, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        gains = start.repeat(len(images[part]), 1).requires_grad_()
+        logits = forward(images[part], gains)
+        sums = logits if combinations is None else (combinations[part].to(logits) * logits[:, None]).sum(dim=2)
+        if not sums.requires_grad:
+            return gains.new_zeros(*sums.shape, len(units))
+        grad = partial(torch.autograd.grad, inputs=gains, retain_graph=True, materialize_grads=True)
+        return torch.stack([grad(total)[0] for total in sums.sum(dim=0)], dim=1)
 
     with torch.inference_mode(False), preserved(model), torch.enable_grad():
         model.requires_grad_(False)
         images = images.clone() if images.is_inference() else images
-        first, expected = together(slice(0, 1)), alone(0)
+        one = slice(0, 1)
+        first, expected = rows(one, by_layers), rows(one, by_definition)
         slack = torch.finfo(first.dtype).eps ** 0.5 * float(expected.abs().max())
         if torch.allclose(first, expected, rtol=0, atol=slack):
-            return torch.cat([together(part) for part in _parts(images)])
-        return torch.cat([alone(b) for b in range(len(images))])
+            return torch.cat([rows(part, by_layers) for part in _parts(images)])
+        return torch.cat([rows(slice(b, b + 1), by_definition) for b in range(len(images))])
 
 
 def gained(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict[str, Tensor]:
@@ -350,10 +346,12 @@ def smallest_correction(
                 if (way, ids) not in found:
                     line = search.by_gains(x, y, ids, curvature) if way == "gains" else search.by_gradient(x, y, ids)
                     found[way, ids] = search.measure(*line)
-                rows.append({"image": image_id, "ranking": name, "k": count, "through": way} | found[way, ids])
+                rows.append(
+                    {"image": image_id, "label": int(y), "ranking": name, "k": count, "through": way} | found[way, ids]
+                )
             for name, whole in (parameters or {}).items():
                 cost = search.measure(*search.by_gradient(x, y, (), whole))
-                rows.append({"image": image_id, "ranking": name, "k": 0, "through": "weights"} | cost)
+                rows.append({"image": image_id, "label": int(y), "ranking": name, "k": 0, "through": "weights"} | cost)
     return pd.DataFrame(rows)
 
 
@@ -388,11 +386,12 @@ class _Search:
 
     def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int], curvature: Curvature) -> tuple:
         """Line of least curvature that closes the margins, linear at its start, then at its own end; and the size."""
-        own, steps = Curvature(curvature.rows[:, list(ids)]), torch.zeros(len(self.units), dtype=torch.double)
+        own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, list(ids)])
+        steps = torch.zeros(len(self.units), dtype=torch.double, device=x.device)
         mask, best, least = self._mask(ids), ({}, 0.0, np.inf), np.inf
         for _ in range(_ROUNDS):
             gaps, slopes = (values[0] for values in margins(self.model, x, y, self.units, steps))
-            needs, steps = slopes @ steps.to(slopes) - gaps, torch.zeros_like(slopes[0])
+            needs, steps = slopes @ steps - gaps, torch.zeros_like(steps)
             steps[list(ids)] = own.correction(slopes[:, list(ids)], needs)
             delta = changes(self.model, self.maps, steps)
             line, length = self._line(delta, mask)

@@ -32,7 +32,7 @@ from pss.storage.tensors import bytes_of
 from pss.units import Units
 
 DAMPING = 0.01  # added to F, as a multiple of the mean of its diagonal
-_ROUNDS = 3  # how often the margins are taken to be linear anew
+_CAUTION = (1, 10, 100)  # factors of the damping that are tried
 _RIVALS = 5  # classes that a mistake must pass
 _EXACT = 2**26  # numbers in the factor of F up to which it is taken over all classes
 _DRAWS = 3  # labels drawn for each image beyond
@@ -173,10 +173,6 @@ class Curvature:
         along = (vectors @ self._axes.mT) * (self._values / (self._values + damping))
         return (vectors - along @ self._axes) / damping
 
-    def cost(self, steps: Tensor) -> float:
-        r""":math:`\tfrac12 d^\top(F + \lambda I)\,d`."""
-        return 0.5 * float((self.rows @ steps).square().sum() + self.damping * steps.square().sum())
-
     def correction(self, slopes: Tensor, needs: Tensor, price: float = np.inf, damping: float | None = None) -> Tensor:
         r"""Steps (U,) of least :math:`\tfrac12 d^\top(F+\lambda I)d` with ``slopes @ d >= needs``.
 
@@ -233,6 +229,12 @@ def _parts(images: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(images), size)]
 
 
+def divergences(before: Tensor, after: Tensor) -> Tensor:
+    """KL of each image in nats, float64, from the logits before and after."""
+    p, q = before.double().log_softmax(dim=1), after.double().log_softmax(dim=1)
+    return (p.exp() * (p - q)).sum(dim=1)
+
+
 def predicts(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the label is predicted, over the last dimension; never where a number overflowed."""
     return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)
@@ -270,8 +272,7 @@ def smallest_correction(
     r"""Smallest step that corrects each image, and what it does to the retain images.
 
     Through ``gains`` the step is the :math:`d` of least :math:`d^\top F d` (see the module) that closes the margins,
-    found in up to three rounds of linear margins; through ``weights`` it is along the gradient of the loss. Then the
-    first of 25 sizes, over six decades, that makes the label the predicted class is refined to ``tolerance``.
+    taken to be linear; through ``weights`` it is along the gradient of the loss. Then the first of 25 sizes, over six decades, that makes the label the predicted class is refined to ``tolerance``.
 
     Parameters
     ----------
@@ -344,7 +345,11 @@ def smallest_correction(
             for name, count, way in jobs:
                 ids = tuple(range(count)) if count == len(units) else tuple(rankings[name][b, :count].tolist())
                 if (way, ids) not in found:
-                    line = search.by_gains(x, y, ids, curvature) if way == "gains" else search.by_gradient(x, y, ids)
+                    line = (
+                        search.by_gains(x, y, ids, curvature, usual)
+                        if way == "gains"
+                        else search.by_gradient(x, y, ids)
+                    )
                     found[way, ids] = search.measure(*line)
                 rows.append(
                     {"image": image_id, "label": int(y), "ranking": name, "k": count, "through": way} | found[way, ids]
@@ -384,25 +389,29 @@ class _Search:
         line, length = self._line(delta, mask)
         return line, length, self._smallest(x, y, line)
 
-    def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int], curvature: Curvature) -> tuple:
-        """Line of least curvature that closes the margins, linear at its start, then at its own end; and the size."""
-        own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, list(ids)])
-        steps = torch.zeros(len(self.units), dtype=torch.double, device=x.device)
-        mask, best, least = self._mask(ids), ({}, 0.0, np.inf), np.inf
-        for _ in range(_ROUNDS):
-            gaps, slopes = (values[0] for values in margins(self.model, x, y, self.units, steps))
-            needs, steps = slopes @ steps - gaps, torch.zeros_like(steps)
-            steps[list(ids)] = own.correction(slopes[:, list(ids)], needs)
+    def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int], curvature: Curvature, usual: Tensor) -> tuple:
+        """Line of least curvature that closes the margins, and the size on it.
+
+        Of lines for several dampings, and one with the margins linear at the end of the best, that of least KL on the
+        usual images: where the curvature is nearly zero, it does not hold for long.
+        """
+        ids, mask, before = list(ids), self._mask(ids), logits_of(self.model, usual)
+        own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, ids])
+        found: list[tuple] = [(np.inf, ({}, 0.0, np.inf), 1, torch.zeros(len(self.units)).to(own.rows))]
+        for factor in (*_CAUTION, None):
+            _, _, again, start = min(found, key=lambda each: each[0])
+            gaps, slopes = (values[0] for values in margins(self.model, x, y, self.units, start * (factor is None)))
+            needs = (slopes @ start) * (factor is None) - gaps
+            factor, steps = factor or again, torch.zeros_like(start)
+            steps[ids] = own.correction(slopes[:, ids], needs, damping=factor * own.damping)
             delta = changes(self.model, self.maps, steps)
             line, length = self._line(delta, mask)
             size = self._smallest(x, y, line)
             if np.isfinite(size):
-                steps = steps * (size * length / _norm(delta))
-                cost = own.cost(steps[list(ids)])
-                if cost > 0.99 * least:
-                    break
-                best, least = (line, length, size), cost
-        return best
+                with shifted(self.model, line, size):
+                    kl = float(divergences(before, logits_of(self.model, usual)).mean())
+                found.append((kl, (line, length, size), factor, steps * (size * length / _norm(delta))))
+        return min(found, key=lambda each: each[0])[1]
 
     def _mask(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Where the units lie in their parameters."""

@@ -408,7 +408,7 @@ CASES = {
     "cost with other units": (lambda w: cost(w, model=w.wide, retain=(w.retain[0], w.wide(w.retain[0]).argmax(1))), ValueError, r"the units are not of this model"),
     "cost of fewer retain labels": (lambda w: cost(w, retain=(w.retain[0], w.retain[1][:3])), ValueError, r"labels are \(3,\) for retain images \(12, 3, 8, 8\)"),
     "patch of what is right": (lambda w: patch(w, mistakes=(w.x, w.right)), ValueError, r"are classified correctly: there is nothing to correct"),
-    "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"no mistakes"),
+    "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"mistakes are \(0, 3, 8, 8\): expected .* B >= 1"),
     "patch with one retain": (lambda w: patch(w, retain=(w.retain[0][:1], w.retain[1][:1])), ValueError, r"1 of 1 retain images are read correctly: give at least four"),
     "patch with a negative budget": (lambda w: patch(w, budget=-1), ValueError, r"budget must be positive and finite, not -1"),
     "patch with a margin of NaN": (lambda w: patch(w, margin=NAN), ValueError, r"margin must be positive and finite, not nan"),

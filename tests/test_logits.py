@@ -120,7 +120,7 @@ def test_the_wrapped_network_goes_the_fast_ways(pair):
 
 def test_it_is_the_network_itself_which_stays_as_it_is():
     network = Object().double()
-    images = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    images = torch.randn(9, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     model = pss.models.logits_of(network)
     assert isinstance(model(images), torch.Tensor) and isinstance(network(images), SimpleNamespace)
     assert pss.models.fingerprint(model) == pss.models.fingerprint(network)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 import pss
 from pss.correction import unit_maps
 from pss.models.builtin import fingerprint
-from pss.patches import Patch, applied_to, bake, fit_patch
+from pss.patches import Patch, applied_to, bake, fit_patch, upper_bound
 from pss.units import Units
 
 
@@ -272,7 +272,7 @@ def test_what_fails_half_way_is_undone(case, patch, monkeypatch):
 
 def test_goes_as_far_as_the_budget_allows(case):
     bounds = []
-    for budget in (0.002, 0.004, 0.2):
+    for budget in (0.004, 0.008, 0.2):
         patch = fitted(case, slice(0, 3), budget=budget, margin=None)
         held = patch.evidence.set_index("part").loc["retain held out"]
         tried = patch.tried.set_index("price")
@@ -284,16 +284,16 @@ def test_goes_as_far_as_the_budget_allows(case):
 
 def test_corrects_what_it_can_and_names_the_rest(case):
     model, (x, y), _ = case
-    patch = fitted(case, slice(0, 12), budget=0.0012)
+    patch = fitted(case, slice(0, 12), budget=0.0024)
     assert 0 < len(patch.left) < 12
     right = by_hand(model, patch)(x).argmax(dim=1) == y
     assert tuple((~right).nonzero()[:, 0].tolist()) == patch.left
-    most = patch.tried.loc[patch.tried["kl_upper"].cummax() <= 0.0012, "corrected"].max()
+    most = patch.tried.loc[patch.tried["kl_upper"].cummax() <= 0.0024, "corrected"].max()
     assert right.sum() == most
     assert "of 12 mistakes costs a KL of" in patch.reason and "a budget of that would do" in patch.reason
-    more = fitted(case, slice(0, 12), budget=0.0012, over_budget=True)
+    more = fitted(case, slice(0, 12), budget=0.0024, over_budget=True)
     assert len(more.left) < len(patch.left)
-    assert more.evidence.set_index("part").loc["retain held out", "kl_upper"] > 0.0012
+    assert more.evidence.set_index("part").loc["retain held out", "kl_upper"] > 0.0024
 
 
 def test_a_patch_that_breaks_the_budget_is_given_only_if_asked_for_by_name(case, tmp_path):
@@ -309,7 +309,7 @@ def test_a_patch_that_breaks_the_budget_is_given_only_if_asked_for_by_name(case,
     asked = fitted(case, budget=1e-6, over_budget=True)
     assert asked.left == () and asked.evidence.set_index("part").loc["retain held out", "kl_upper"] > 1e-6
     would_do = float(none.reason.split("up to ")[1].split(" ")[0])
-    assert fitted(case, budget=1.5 * would_do).left == ()
+    assert fitted(case, budget=1.1 * would_do).left == ()
 
 
 def test_the_margin_is_by_default_as_usual(case):
@@ -372,3 +372,10 @@ def test_units_of_other_kinds_and_transposed_groups_are_patched():
         with patch.applied(model):
             torch.testing.assert_close(model(x), expected)
     assert set(unit_maps(units)["weight"].flatten().tolist()) == set(range(6))
+
+
+def test_the_bound_holds_for_divergences_that_a_few_images_carry():
+    rng = np.random.default_rng(0)
+    whole = torch.from_numpy(np.exp(rng.normal(-7, 2, 20_000)))  # skewness as of patches of digits
+    draws = [whole[torch.from_numpy(rng.integers(len(whole), size=100))] for _ in range(400)]
+    assert np.mean([upper_bound(draw) >= float(whole.mean()) for draw in draws]) > 0.93

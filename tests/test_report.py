@@ -112,7 +112,7 @@ def test_the_notebook_offers_every_ranking_that_it_can_make(root):
     offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
     units = pss.Units.of(zoo.load("digits", "random").model)
     saliency, reference = torch.rand(30, len(units)), pss.Reference.fit(torch.rand(30, len(units)))
-    assert set(pss.METHODS) - set(offered) == {"random_last_stage"}  # of a few units
+    assert set(pss.RANKINGS) - set(offered) == {"random_last_stage"}  # of a few units
     for method in offered:
         assert len(explain.ranked(saliency[:1], reference, method, units)) == len(units)
 

@@ -40,6 +40,7 @@ def profile_dataset(
     preprocessing: str = "",
     data_name: str | None = None,
     rebuild: bool = False,
+    verify: bool = True,
     **options: Any,
 ) -> ProfileStore:
     """Profile every image of a data set into a folder; resume what is there, and reopen what is finished.
@@ -80,6 +81,8 @@ def profile_dataset(
     rebuild : bool
         Throw away the store in the folder (also if it is damaged, or of another model) and compute it anew. Killed in
         between, a call without it goes on.
+    verify : bool
+        Compare an image of the first batch, and one of the last, with plain autograd of it alone, as `profile` does.
     **options
         Passed on to `profile`.
 
@@ -114,8 +117,9 @@ def profile_dataset(
     if path is None:
         path = cache_folder() / "profiles" / key_of([FORMAT, length_of(dataset), provenance, computed_with])
 
-    def compute(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return _profile_batch(model, images.to(device), labels.to(device), units, loss, signed, options)
+    def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        how = {**options, "verify": verify, "verify_again": last}
+        return _profile_batch(model, images.to(device), labels.to(device), units, loss, signed, how)
 
     size = batch_size if batch_size is not None else lambda image: choose_batch_size(model, image.to(device))
     made_of = (len(units), provenance, computed_with)

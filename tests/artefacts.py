@@ -22,7 +22,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_profiles import make_data, make_model
 
-from pss.apps import execution
+from pss.apps.execution import write_figures
 from pss.apps.sweep import Run, Sweep
 from pss.data import builtin
 from pss.fisher import fisher_diagonal
@@ -197,13 +197,14 @@ KINDS = [
 
 
 def _write_sweep(folder: Path, version: int) -> None:
-    runs = [Run({"k": k}, f"{k:012d}", folder / "sweep" / f"k={k}-{k:012d}", {"k": k}) for k in range(3)]
+    places = [folder / "sweep" / f"k={k}-{k:012d}" for k in range(3)]
+    runs = [Run(Path("06_repair.ipynb"), p, {"k": k}, {"k": k}, f"{k:012d}") for k, p in enumerate(places)]
     for run in runs[: 2 + version]:
         run.folder.mkdir(parents=True, exist_ok=True)
         plain = {"key": run.key, "status": "finished", "seconds": 1.5, "error": "", "source": "x", "pss": "x"}
         record = plain | {"parameters": run.parameters, "results": {"accuracy": run.parameters["k"] + version}}
         write_whole(run.folder / "run.json", json.dumps(record))
-    Sweep(Path("06_repair.ipynb"), folder / "sweep", tuple(runs[: 2 + version])).write_summary()
+    Sweep("06_repair", folder / "sweep", tuple(runs[: 2 + version])).write_summary()
 
 
 def _write_figures(folder: Path, version: int) -> None:
@@ -212,14 +213,14 @@ def _write_figures(folder: Path, version: int) -> None:
     outputs = [new_output("display_data", {"image/png": picture}) for picture in pictures]
     book = new_notebook(cells=[new_code_cell("plot()", outputs=outputs, id="plot")])
     write_whole(folder / "executed.ipynb", nbformat.writes(book))
-    execution._write_figures(folder / "executed.ipynb")
+    write_figures(folder / "executed.ipynb")
 
 
 def _read_files(folder: Path) -> dict:
     return {name: content.hex() for name, content in contents(folder).items()}
 
 
-FIGURES = ("executed.ipynb", "executed/01.png", "executed/02.png")
+FIGURES = ("executed.ipynb", "figures/01.png", "figures/02.png")
 SHOWN = [
     Kind("sweep", ("sweep/summary.csv", "sweep/index.html"), _write_sweep, _read_files),
     Kind("figures", FIGURES, _write_figures, _read_files),

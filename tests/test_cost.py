@@ -524,13 +524,6 @@ def test_reached_beside_repair():
         pss.editing.nothing  # noqa: B018
 
 
-def test_cost_curve_counts_what_is_not_corrected():
-    table = pd.DataFrame({"ranking": ["a"] * 4, "kl_mean": [0.3, np.inf, 0.1, np.inf]})
-    line = pss.plots.cost_curves(table).lines[0]
-    np.testing.assert_allclose(line.get_xdata(), [0.1, 0.3])
-    np.testing.assert_allclose(line.get_ydata(), [0.25, 0.5])
-
-
 def test_fisher_file_that_cannot_be_trusted_is_refused(net, tmp_path):
     model, *_, retain = net
     path = tmp_path / "fisher.safetensors"

@@ -10,11 +10,9 @@ and see how it does on the built-in sets with ``python -m pss evaluate my.safete
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +31,8 @@ from pss.engine.process import thread_count
 from pss.engine.state import preserved
 from pss.saliency import check_labels
 from pss.storage import places
-from pss.storage.fingerprints import fingerprint, hash_state
+from pss.storage.fingerprints import fingerprint as fingerprint
+from pss.storage.fingerprints import hash_state
 from pss.storage.tensors import load_tensors, pack, unpack
 from pss.storage.whole import write_whole
 
@@ -425,9 +424,6 @@ def accuracy(model: nn.Module, dataset: Dataset) -> float:
     return 1 - len(misclassified(model, dataset)) / len(dataset)
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
 def evaluate(model: nn.Module) -> pd.DataFrame:
     """Accuracy of a model of the built-in digits on every built-in set and split."""
     rows = []
@@ -437,36 +433,3 @@ def evaluate(model: nn.Module) -> pd.DataFrame:
             wrong = misclassified(model, dataset)
             rows.append((name, split, len(dataset), len(wrong), 1 - len(wrong) / len(dataset)))
     return pd.DataFrame(rows, columns=["set", "split", "images", "misclassified", "accuracy"])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run ``python -m pss``."""
-    parser = argparse.ArgumentParser(prog="python -m pss", description="Train and evaluate the built-in model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    trains = commands.add_parser("train", help="train a ResNet-18 on the built-in MNIST digits")
-    trains.add_argument("--out", required=True, type=Path, help="file to write, .safetensors")
-    trains.add_argument("--seed", type=int, default=0)
-    trains.add_argument("--width", type=int, default=WIDTH, help="64 is torchvision's ResNet-18 (default: %(default)s)")
-    trains.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
-    trains.add_argument(
-        "--threads", type=int, default=1, help="other weights for another number (default: %(default)s)"
-    )
-    evaluates = commands.add_parser("evaluate", help="print the accuracy on every built-in set")
-    evaluates.add_argument("weights", type=Path, nargs="?", help="a file that train wrote (default: the shipped one)")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "train":
-        if chosen.out.suffix != ".safetensors":
-            parser.error(f"--out {chosen.out}: expected a name that ends in .safetensors")
-        model, record = train(chosen.seed, chosen.width, chosen.epochs, threads=chosen.threads)
-        save_weights(model, chosen.out, record)
-        record = {**record, "sha256": fingerprint(model), "file": chosen.out}
-        print("\n".join(f"{key}={value}" for key, value in record.items()))
-        return 0
-    path = chosen.weights or _committed()
-    width = int(read_record(path).get("width", WIDTH))
-    print(evaluate(load_weights(resnet18(width), path)).to_string(index=False, float_format="{:.3f}".format))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ whole batches and writes the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import threading
@@ -31,7 +32,7 @@ from pss.storage.whole import write_whole
 
 log = logging.getLogger(__name__)
 
-Compute = Callable[[Tensor, Tensor], tuple[np.ndarray, np.ndarray]]  # images and labels to rows and records
+Compute = Callable[..., tuple[np.ndarray, np.ndarray]]  # of images, labels and last: rows and records
 
 
 def store_rows(
@@ -55,8 +56,8 @@ def store_rows(
         Folder of the store.
     dataset : Dataset
     compute : function
-        Images (B, …) and labels to rows (B, ``n_units``) and their records (see `folder.empty_rows`). A ValueError is
-        the fault of an image, if one of them alone raises it too.
+        Images (B, …), labels, and whether it is the last batch, to rows (B, ``n_units``) and their records (see
+        `folder.empty_rows`). A ValueError is the fault of an image, if one of them alone raises it too.
     n_units : int
         Length of a row.
     provenance, computed_with : dict of str to plain values
@@ -137,8 +138,9 @@ def _fill(
             if ids:
                 at = np.asarray(ids) - batch.start
                 try:
+                    this = functools.partial(compute, last=batch is pending[-1])
                     with _deaf_to_workers():
-                        rows[at], records[at], refused = _compute_good(compute, images, labels, manifest["n_units"])
+                        rows[at], records[at], refused = _compute_good(this, images, labels, manifest["n_units"])
                 except Exception as error:
                     error.add_note(f"this happened while profiling items {ids[0]} to {ids[-1]} of the data set")
                     raise

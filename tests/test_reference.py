@@ -170,25 +170,28 @@ def test_check_compares_records_as_text():
     assert reference.check(Units.of(nn.Conv2d(1, 8, 3)), seed=3, unrecorded="anything") is reference
 
 
-@pytest.mark.parametrize(
-    ("change", "plain", "message"),
-    [
-        ({"mean": None}, {}, "argument: 'mean'"),
-        ({"xi": None}, {}, r"lacks \['xi'\]"),
-        ({"other": torch.ones(7)}, {}, "argument 'other'"),
-        ({"xi": torch.ones(3)}, {}, r"'xi' is \(3,\), expected one number for each unit"),
-        ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
-        ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
-        ({}, {"n": 0}, "n = 0; expected"),
-        ({}, {"provenance": None}, "expected n, level, scale_free, provenance in its header"),
-        ({}, {"more": 1}, "expected n, level, scale_free, provenance in its header"),
-        ({}, "[1]", "expected n, level, scale_free, provenance in its header"),
-        ({}, "{", "damaged"),
-    ],
-)
+# tensors and plain values of a file, changed, and what is said of it
+BAD = [
+    ({"mean": None}, {}, "argument: 'mean'"),
+    ({"xi": None}, {}, r"lacks \['xi'\]"),
+    ({"other": torch.ones(7)}, {}, "argument 'other'"),
+    ({"std": torch.ones(4)}, {}, r"'std' is \(4,\), expected one number for each unit"),
+    ({"mean": torch.ones(7, 1)}, {}, r"'mean' is \(7, 1\)"),
+    ({"mean": torch.tensor(1.0)}, {}, r"'mean' is \(\)"),
+    ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
+    ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
+    ({}, {"n": 0}, "n = 0; expected"),
+    ({}, {"n": "many"}, "no reference that can be used"),
+    ({}, {"provenance": None}, "expected n, level, scale_free, provenance in its header"),
+    ({}, {"more": 1}, "expected n, level, scale_free, provenance in its header"),
+    ({}, "[1]", "expected n, level, scale_free, provenance in its header"),
+    ({}, "{", "damaged"),
+]
+
+
+@pytest.mark.parametrize(("change", "plain", "message"), BAD)
 def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain, message):
-    names = ("mean", "std", *TAIL)
-    tensors = {name: getattr(reference, name).contiguous() for name in names} | change
+    tensors = {name: getattr(reference, name).contiguous() for name in ("mean", "std", *TAIL)} | change
     header = {"n": 300, "level": 0.9, "scale_free": False, "provenance": {}}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if isinstance(plain, dict):
@@ -199,33 +202,14 @@ def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain
         Reference.load(tmp_path / "r.safetensors")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
-@pytest.mark.parametrize("published", [False, True])
-def test_refuses_truncated_files(tmp_path, reference, kept, published):
-    path = tmp_path / ("r.pth" if published else "r.safetensors")
-    if published:
-        torch.save({"mean": torch.rand(900), "std": torch.rand(900)}, path)
-    else:
-        reference.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match="is damaged"):
+def test_refuses_damaged_published_statistics(tmp_path):
+    path = tmp_path / "stat.pth"
+    torch.save({"mean": [1.0], "std": [1.0]}, path)
+    with pytest.raises(ValueError, match=r"stat.pth holds no reference that can be used: 'mean' is list"):
         Reference.load(path)
-    with pytest.raises(FileNotFoundError, match="no reference at"):
-        Reference.load(tmp_path / "absent.pth")
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "message"),
-    [
-        (torch.ones(5), torch.ones(4), r"'std' is \(4,\)"),
-        (torch.ones(5, 1), torch.ones(5, 1), r"'mean' is \(5, 1\)"),
-        (torch.tensor(1.0), torch.tensor(1.0), "'mean' is"),
-        ([1.0], [1.0], "'mean' is list"),
-        (torch.full((5,), torch.nan), torch.ones(5), "'mean' is not finite for 5 units"),
-    ],
-)
-def test_refuses_published_statistics_of_wrong_shapes(tmp_path, mean, std, message):
-    torch.save({"mean": mean, "std": std}, tmp_path / "stat.pth")
-    with pytest.raises(ValueError, match=message):
-        Reference.load(tmp_path / "stat.pth")
+    torch.save({"mean": torch.rand(900), "std": torch.rand(900)}, path)
+    whole = path.read_bytes()
+    for kept in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="is damaged"):
+            Reference.load(path)

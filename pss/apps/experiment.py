@@ -138,7 +138,7 @@ def statistics(
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
         reference = _read_reference(Path(path), units, provenance)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:

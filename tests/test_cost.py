@@ -171,6 +171,24 @@ def test_the_step_corrects_and_a_slightly_shorter_one_does_not(net):
         np.testing.assert_allclose(row["relative"], row["step"] / model.one.weight[:4].detach().norm())
 
 
+def test_images_of_several_chunks_are_each_their_own(net, monkeypatch):
+    model, x, y, guard = net
+    units, names = Units.of(model), list("uvwxyz")
+    ids = torch.stack([torch.randperm(len(units), generator=torch.Generator().manual_seed(i))[:3] for i in range(6)])
+    how = {"k": 3, "guard": guard, "cap": 30, "progress": False}
+    one_by_one = [
+        cost_of_correction(model, x[i : i + 1], y[i : i + 1], units, ids[i : i + 1], image_ids=names[i : i + 1], **how)
+        for i in range(6)
+    ]
+    expected = pd.concat(one_by_one, ignore_index=True)
+    assert expected["corrected"].sum() > 1 and expected["step"].nunique() > 2
+    monkeypatch.setattr("pss.fisher._GRADIENTS", 2 * sum(p.numel() for p in model.parameters()))  # two images a chunk
+    monkeypatch.setattr("pss.repair._CHUNK", 1)  # one
+    found = cost_of_correction(model, x, y, units, ids, image_ids=names, **how)
+    assert found["image"].tolist() == names and found["label"].tolist() == y.tolist()
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
+
+
 def test_growing_batch_carries_points_on_a_line(net):
     model, x, *_ = net
     delta = {n: torch.randn_like(p) for n, p in model.named_parameters() if n in ("one.weight", "two.weight")}
@@ -415,8 +433,11 @@ def test_right_images_are_refused(net):
     units = Units.of(model)
     y = y.clone()
     y[1] = model(x).argmax(dim=1)[1]
+    args = (model, x, y, units, rows_in_order(x, units), 2)
     with pytest.raises(ValueError, match=r"images \[1\] are classified correctly"):
-        cost_of_correction(model, x, y, units, rows_in_order(x, units), 2, guard=guard, progress=False)
+        cost_of_correction(*args, guard=guard, progress=False)
+    with pytest.raises(ValueError, match=r"images \['v'\] are classified correctly"):  # by the names given
+        cost_of_correction(*args, guard=guard, image_ids=list("uvwxyz"), progress=False)
 
 
 # ---------------------------------------------------------------------------------------------- Fisher information

@@ -65,6 +65,26 @@ def test_tail_probability_above_and_below_the_threshold(profiles, reference):
         np.testing.assert_allclose(log_p[~above, unit].exp(), share, atol=0.012)
 
 
+def test_mass_of_the_tail_is_the_share_above_not_one_less_the_level():
+    values = np.random.default_rng(2).exponential(size=(22, 3))  # three of 22 lie above the 90th percentile: 0.136
+    u = np.quantile(values, 0.9, axis=0)
+    over = values > u
+    new = u + np.array([[1e-9], [0.7], [3.0]])
+    p = over.sum(axis=0) / 22 * np.exp(-(new - u) / np.where(over, values - u, 0).sum(axis=0) * over.sum(axis=0))
+    assert over.sum(axis=0).tolist() == [3, 3, 3]  # too few for more than an exponential tail
+    np.testing.assert_allclose(Reference.fit(values).log_tail_probability(torch.from_numpy(new)).exp(), p, rtol=1e-8)
+
+
+def test_values_at_the_threshold_are_no_excesses():
+    values = np.random.default_rng(3).geometric(0.4, size=(201, 40)).astype(float)  # whole numbers: many at it
+    u = np.quantile(values, 0.9, axis=0)
+    reference, over = Reference.fit(values), values > u
+    assert ((values == u).sum(axis=0) >= 5).all() and len(set(over.sum(axis=0))) > 3
+    assert reference.n_excess.tolist() == over.sum(axis=0).tolist()
+    mean = [(values[o, unit] - u[unit]).mean() for unit, o in enumerate(over.T)]
+    np.testing.assert_allclose(reference.mean_excess, mean, rtol=1e-12)
+
+
 def test_zero_saliency_is_never_unusual(profiles, reference):
     zero = reference.log_tail_probability(torch.zeros(1, U))
     assert (zero == 0).all()

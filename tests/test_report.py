@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,7 +25,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.texts = [], "", defaultdict(list)
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -32,6 +33,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.tags and data.strip():
+            self.texts[self.tags[-1][0]].append(data)
 
     def named(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -75,6 +78,7 @@ def test_both_languages_each_with_its_own_texts(filled):
     assert page.named("html") == [{"lang": "en"}]
     assert [(a["id"], a["lang"]) for a in page.named("article")] == [("en", "en"), ("ja", "ja")]
     assert [a["alt"] for a in page.named("img")] == [EVIL, "図"]
+    assert page.texts["title"] == [EVIL] and page.texts["h1"] == [EVIL, EVIL + "の説明"]
     assert "ユニット" in page.text and "見出し" in page.text
     assert filled.files == ["bars.png", "report.html"]
 
@@ -84,6 +88,7 @@ def test_one_language(tmp_path, capsys):
     report.say("sentence", "文")
     page = read(report.write())
     assert page.named("html") == [{"lang": "ja"}] and not page.named("nav") and "sentence" not in page.text
+    assert page.texts["title"] == page.texts["h1"] == ["題"]
     assert capsys.readouterr().out == "文\n"
     with pytest.raises(ValueError, match="'fr': expected one of en, ja, both"):
         Report(tmp_path, "title", "題", language="fr")
@@ -142,6 +147,18 @@ def test_table_of_units_and_a_reference_without_tail():
         explain.ranked(saliency, reference, "fisher", units)
 
 
+def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
+    evidence = pd.DataFrame({"part": ["mistakes", "guard", "guard held out"], "kl_mean": [9.0, 0.25, 0.034]})
+    tried = pd.DataFrame({"k": [1, 2], "kl": [0.7, 0.0012]})
+    step = (torch.zeros(1), torch.ones(1))
+    patch = pss.Patch(
+        "0" * 64, (1, 2), ("a", "b"), ((), ()), step, (step[1] + 1, step[1] + 2), True, evidence=evidence, tried=tried
+    )
+    english, japanese = explain.verdict(patch)
+    assert "2 units" in english and "KL of 0.0012 on the guard images that chose it and 0.034 on those held" in english
+    assert "2個" in japanese and re.search("選択に使ったガード画像で0.0012，取り分けておいた画像で0.034", japanese)
+
+
 MODULE = """
 import torch
 
@@ -180,6 +197,16 @@ def workshop(tmp_path, monkeypatch):
             pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"<img src=x onerror=1> {n}.png")
     return tmp_path
+
+
+def test_the_guard_is_without_the_explained_image(workshop):
+    network, root = zoo.load(str(workshop / "net.yaml")), str(workshop / "photos")
+    case = explain.take_image(network, data_root=root, index=7)
+    guard, labels = explain.guard_images(network, case, root, count=30)
+    assert len(guard) == len(labels) == 29 and not any(torch.equal(x, case.image[0]) for x in guard)
+    tree = zoo.reference_set(network, root)
+    others = [int(tree[i][1]) for i in range(30) if i != 7]
+    assert sorted(labels.tolist()) == sorted(others)
 
 
 def test_a_network_and_pictures_of_ones_own(workshop, root):

@@ -15,7 +15,7 @@ test test-faults test-lowest test-newest: export OMP_NUM_THREADS := 1
 .PHONY: run test test-faults test-lowest test-newest lab notebooks site bench lint clean
 
 run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
-	@$(PY) -m pss.batch --out runs notebooks
+	@$(PY) -m pss run --out runs notebooks
 
 test: $(STAMP) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
 	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=90 tests
@@ -43,7 +43,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(PY) -m jupyterlab notebooks
 
 notebooks: $(STAMP)  ## run the committed notebooks again, in place
-	@$(PY) -m pss.batch --in-place notebooks
+	@$(PY) -m pss run --in-place notebooks
 
 site: $(STAMP)  ## the pages of the notebooks, English and Japanese, into site/
 	@$(PY) docs/build.py site

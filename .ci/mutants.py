@@ -2,8 +2,9 @@
 
     python .ci/mutants.py pss/ranking.py pss/evt.py
 
-Each file has a folder of its own in runs/mutants, where mutmut works on copies: it can be stopped at any moment
-and goes on where it was, anew for functions that have changed. What survived is listed in survivors.txt there. Texts of errors are left as they are, and so are functions with decorators, which mutmut cannot exchange.
+Each file has a folder of its own in runs/mutants, where mutmut works on copies. It can be stopped at any time and goes
+on where it was, anew for functions that have changed. What survived is listed in survivors.txt there. Texts of errors
+are left as they are, and so are functions with decorators, which mutmut cannot exchange.
 """
 
 import json
@@ -21,11 +22,12 @@ TESTS = {
     "evt": ("evt", "statistics"),
     "neighbors": ("neighbors",),
     "input_space": ("input_space",),
-    "repair": ("repair",),
-    "cost": ("cost",),
+    "editing": ("repair",),
+    "lines": ("cost",),
+    "correction": ("cost",),
     "patches": ("patches",),
     "fisher": ("cost",),
-    "gradients": ("gradients",),
+    "saliency": ("gradients",),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show
 CONFIG = """

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from bench import bench_evt, bench_kernel, bench_profiles, bench_repair
-from pss._vision import torchvision
+from pss.data.vision import torchvision
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -59,7 +59,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> None:
     """Every ratio to a plain loop in one picture: longer is faster."""
     import matplotlib.pyplot as plt
 
-    from pss import plots
+    from pss.plots import figures as plots
 
     plots.use_style()
     bars = [

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pss
-from pss._vision import torchvision
+from pss.data.vision import torchvision
 
 # Model, kind of units, pixels, batch
 CASES = [
@@ -117,7 +117,7 @@ def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) 
         for label, options in OURS.items():
             if label != "profile, BatchNorm unfolded" or ("vit" not in name and "vgg" not in name):
                 contestants[label] = lambda m=model, x=images, y=labels, u=units, o=options: pss.profile(
-                    m, x, y, u, path="fast", **o
+                    m, x, y, u, strategy="fast", **o
                 )
         times = in_turns(contestants, repeats, device)
         times["one image at a time"] *= batch / few
@@ -185,7 +185,7 @@ def _peak_mib(task: tuple[str, int, int, str]) -> float:
     if what == "plain":
         plain_pass(model, images, labels)
     else:
-        pss.profile(model, images, labels, units, path="fast")
+        pss.profile(model, images, labels, units, strategy="fast")
     return (_peak_kib() - before) / 1024
 
 
@@ -206,7 +206,7 @@ def check(device: str) -> pd.DataFrame:
     ]:
         model, images, labels, units = make(name, kind, pixels, 3, device, torch.float64)
         expected = one_by_one(model, images, labels, units)
-        for options in ({"path": "fast"}, {"path": "fast", "fold": False}, {"path": "vmap"}):
+        for options in ({"strategy": "fast"}, {"strategy": "fast", "fold": False}, {"strategy": "vmap"}):
             got = pss.profile(model, images, labels, units, **options)
             spans = [units.span(i) for i in range(len(units.layers))]
             error = max(float((got - expected)[:, s].abs().max() / expected[:, s].abs().max()) for s in spans)

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 import pss
-from pss import store as folder
+from pss.storage import folder
 
 
 def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None:

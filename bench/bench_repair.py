@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pss._vision import torchvision
-from pss.repair import edit_curves
+from pss.data.vision import torchvision
+from pss.editing import edit_curves
 from pss.units import Units
 
 # name, side of the image, images of one repetition

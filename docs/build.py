@@ -58,7 +58,7 @@ def gather(folder: Path, language: str) -> None:
 def build(site: Path, work: Path, *explorer: str) -> None:
     """Make ``site``, replaced only when all of it has been built without a warning; ``explorer`` are its options."""
     shutil.rmtree(work / "explorer", ignore_errors=True)
-    running = {"explorer": subprocess.Popen([sys.executable, "-m", "pss.explorer", work / "explorer", *explorer])}
+    running = {"explorer": subprocess.Popen([sys.executable, "-m", "pss", "explorer", work / "explorer", *explorer])}
     for language in LANGUAGES:
         sources, html = work / language / "sources", work / language / "html"
         shutil.rmtree(html, ignore_errors=True)
@@ -79,7 +79,7 @@ def build(site: Path, work: Path, *explorer: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python docs/build.py SITE [WORK [options of pss.explorer]]; SITE is replaced")
+        raise SystemExit("usage: python docs/build.py SITE [WORK [options of pss.apps.explorer]]; SITE is replaced")
     site, *others = sys.argv[1:]
     work, *options = others or [ROOT / "build" / "site"]
     build(Path(site).resolve(), Path(work).resolve(), *options)

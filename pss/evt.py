@@ -21,7 +21,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from pss._gpd import chunk_elements, count, covariance, maximize
+from pss.engine.likelihood import chunk_elements, count, covariance, maximize
 
 __all__ = [
     "REASONS",
@@ -181,8 +181,8 @@ def fit_gpd(excesses, min_excesses: int = 10) -> GPDFit:
     Notes
     -----
     Maximizes :math:`-n\log\beta-(1+1/\xi)\sum_i\log(1+\xi x_i/\beta)` over its interior, :math:`\xi>-1` (below, it is
-    unbounded); `pss._gpd` says how. A maximum within 0.01 of -1 can be missed, and is then reported as none. Rows whose
-    excesses lie more than 16 decades apart may have one that is out of reach, and say so.
+    unbounded); `pss.engine.likelihood` says how. A maximum within 0.01 of -1 can be missed, and is then reported
+    as none. Rows whose excesses lie more than 16 decades apart may have one that is out of reach, and say so.
 
     References
     ----------

@@ -25,11 +25,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss._files import bytes_of, pack, unpack
-from pss._whole import write_whole
-from pss.gradients import Loss, parameter_saliency
-from pss.models import fingerprint
-from pss.profiles import name_of
+from pss.saliency import Loss, parameter_saliency
+from pss.storage.fingerprints import fingerprint, name_of
+from pss.storage.tensors import bytes_of, pack, unpack
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 if TYPE_CHECKING:

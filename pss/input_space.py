@@ -22,9 +22,10 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
+from pss.engine.state import preserved
 from pss.ranking import rank
 from pss.reference import Reference
+from pss.saliency import Loss, check_inputs, get_loss, profile
 from pss.units import Units
 
 METHODS = ("zscore", "abs_zscore", "pot", "exponential", "raw")
@@ -213,11 +214,11 @@ def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8
 
 @contextmanager
 def _twice_differentiable(model: nn.Module, units: Units, images: Tensor) -> Iterator[None]:
-    """Gradients on, to the parameters of the units only; the model is left undisturbed.
+    """Gradients on, to the parameters of the units only; the model is left preserved.
 
     Fused attention kernels can be differentiated once only, PyTorch's plain one as often as wanted.
     """
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), undisturbed(model):
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), preserved(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for layer in units.layers:

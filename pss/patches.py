@@ -1,7 +1,7 @@
 """Patches: the repair of a mistake through a few units, kept in a small file, applied to one model and removed again.
 
 `fit_patch` looks for the smallest step through as few units as will do that corrects the mistakes within a damage
-budget on guard images, and says so when there is none. A part of the guard images, and of several mistakes, is held
+budget on retain images, and says so when there is none. A part of the retain images, and of several mistakes, is held
 out: the step and its length are chosen without them, so that what the patch does to them is evidence.
 """
 
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pss
-from pss._files import pack, unpack
-from pss._lines import line_of, moved, says, smallest, unit_mask
-from pss._whole import write_whole
-from pss.cost import Search, refuse_overlap
+from pss.correction import Search, refuse_overlap
+from pss.editing import _damage, predicted
+from pss.engine.state import preserved
 from pss.fisher import DAMPING, Weights, damped, digest, fisher_scores
-from pss.gradients import Loss, check_inputs, get_loss, profile, undisturbed
-from pss.models import fingerprint
+from pss.lines import line_of, predicts, shifted, smallest, unit_mask
 from pss.ranking import score
 from pss.reference import Reference
-from pss.repair import _damage, predicted
+from pss.saliency import Loss, check_inputs, get_loss, profile
+from pss.storage.fingerprints import fingerprint
+from pss.storage.tensors import pack, unpack
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 Images = tuple[Tensor, Tensor]
@@ -60,7 +61,7 @@ class Patch:
     reason : str
         Why not.
     evidence : DataFrame
-        Before and after on each ``part``: mistakes, guard, and what was held out of both.
+        Before and after on each ``part``: mistakes, retain, and what was held out of both.
     tried : DataFrame
         What was tried before, per number of units.
     about : dict of str to str
@@ -228,7 +229,7 @@ class Patch:
 def fit_patch(
     model: nn.Module,
     mistakes: Images,
-    guard: Images,
+    retain: Images,
     units: Units,
     reference: Reference | None = None,
     budget: float = 0.01,
@@ -241,24 +242,24 @@ def fit_patch(
     rounds: int = 5,
     held_out: float = 0.3,
     loss: str | Loss = "cross_entropy",
-    cap: float = 10.0,
+    max_relative_step: float = 10.0,
     seed: int = 0,
     progress: bool = True,
 ) -> Patch:
     r"""Find a few units and a step that correct the mistakes within a damage budget, or say that there are none.
 
-    For k = 1, 2, 5, … units: the smallest step that corrects all mistakes, as in `pss.cost_of_correction`, along the
+    For k = 1, 2, 5, … units: the smallest step that corrects all mistakes, as in `pss.smallest_correction`, along the
     mean gradient of the mistakes, and where one line does not correct them all, along a line from its best point, up
-    to ``rounds`` times. The first k whose damage on the guard images is within the budget is taken.
+    to ``rounds`` times. The first k whose damage on the retain images is within the budget is taken.
 
     Parameters
     ----------
-    mistakes, guard : (images, labels)
+    mistakes, retain : (images, labels)
         Misclassified images, and images that are to stay as they are. They may not overlap.
     reference : Reference, optional
         For the ranking; every method but ``raw`` and ``fisher`` needs it. Dead units come last.
     budget : float
-        Most damage allowed, mean over guard images.
+        Most damage allowed, mean over retain images.
     measure : {"kl", "accuracy"}
         ``kl``: :math:`\mathrm{KL}(p_\text{before}\,\|\,p_\text{after})` in nats over those that were right;
         ``accuracy``: share of accuracy lost.
@@ -268,11 +269,11 @@ def fit_patch(
     direction : {"gradient", "fisher"}, optional
         By default ``fisher`` where there is Fisher information.
     fisher, damping
-        As in `pss.cost_of_correction`; by default that of the reference, if it has any.
+        As in `pss.smallest_correction`; by default that of the reference, if it has any.
     ks : sequence of int, optional
         Numbers of units to try: 1, 2, 5, 10, 25, 50 by default.
     held_out : float
-        Share of the guard images, and of four or more mistakes, that only the evidence sees.
+        Share of the retain images, and of four or more mistakes, that only the evidence sees.
     seed : int
         Of the choice of what is held out.
 
@@ -284,40 +285,40 @@ def fit_patch(
     Raises
     ------
     ValueError
-        If a mistake is none, is among the guard images, none of these is right, the reference is of another model,
+        If a mistake is none, is among the retain images, none of these is right, the reference is of another model,
         units or loss, or an option is not one of those above.
     """
     ks = [k for k in KS if k <= len(units)] if ks is None else ks
     fisher = reference.fisher if fisher is None and reference is not None else fisher
     method = method or ("zscore" if fisher is None else "fisher")
     direction = direction or ("gradient" if fisher is None else "fisher")
-    _check_fit(mistakes, guard, units, budget, measure, direction, fisher, held_out, ks, rounds, cap)
+    _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
     check_inputs(model, *mistakes, units, "mistakes")
     if reference is not None:
         reference.check_for(model, units, loss)
-    refuse_overlap(mistakes[0], guard[0])
+    refuse_overlap(mistakes[0], retain[0])
     rng = np.random.default_rng(seed)
     parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))
-    parts |= dict(zip(("guard", "guard held out"), _split(guard, held_out, rng, 2), strict=True))
+    parts |= dict(zip(("retain", "retain held out"), _split(retain, held_out, rng, 2), strict=True))
     (images, labels), loss = parts["mistakes"], get_loss(loss)
     tried, found = [], None
-    with undisturbed(model):
-        Search(model, guard, cap, 0.05).check_wrong(*mistakes, list(range(len(mistakes[0]))))
+    with preserved(model):
+        Search(model, retain, max_relative_step, 0.05).check_wrong(*mistakes, list(range(len(mistakes[0]))))
         order = _order(model, images, labels, units, reference, method, fisher, damping, loss)
         names = [layer.parameter for layer in units.layers]
         curvature = damped(fisher, names, damping) if direction == "fisher" else None
-        before = _log_probabilities(model, parts["guard"][0])
-        if not says(before, parts["guard"][1]).any():
-            raise ValueError("none of the guard images is classified correctly: there is nothing to keep, give others")
+        before = _log_probabilities(model, parts["retain"][0])
+        if not predicts(before, parts["retain"][1]).any():
+            raise ValueError("none of the retain images is classified correctly: there is nothing to keep, give others")
         for k in tqdm(sorted(set(ks)), unit="k", delay=2, disable=not progress):
             mask = unit_mask(model, units, order[:k])
-            delta = _correct(model, images, labels, mask, curvature, loss, rounds, cap)
-            tried.append({"k": k, "corrected": delta is not None, **_damage_of(model, delta, before, *parts["guard"])})
+            delta = _correct(model, images, labels, mask, curvature, loss, rounds, max_relative_step)
+            tried.append({"k": k, "corrected": delta is not None, **_damage_of(model, delta, before, *parts["retain"])})
             if delta is not None and tried[-1][measure] <= budget:
                 found = (order[:k], delta)
                 break
     about = _about(model, units, budget, measure, method, direction, damping, seed)
-    about |= {"mistakes": _digest(mistakes), "guard": _digest(guard)}
+    about |= {"mistakes": _digest(mistakes), "retain": _digest(retain)}
     base = Patch(about.pop("model"), tried=pd.DataFrame(tried), about=about)
     if found is None:
         return replace(base, reason=_reason(tried, measure, budget, len(images)))
@@ -333,12 +334,12 @@ def _correct(
     curvature: Weights | None,
     loss: Loss,
     rounds: int,
-    cap: float,
+    max_relative_step: float,
 ) -> dict[str, Tensor] | None:
     """Change of the masked parameters that corrects all images, None if none is found."""
     total = {name: torch.zeros_like(model.get_parameter(name)) for name in mask}
     for _ in range(rounds):
-        with moved(model, total), torch.no_grad():
+        with shifted(model, total), torch.no_grad():
             line = line_of(model, _mean_gradient(model, images, labels, mask, loss), 0, mask, curvature)
             if line is None:
                 return None
@@ -347,13 +348,13 @@ def _correct(
             def corrected(sizes: Tensor, line=line, losses=losses) -> Tensor:  # (1, S)
                 hits = []
                 for size in sizes[0].tolist():
-                    with moved(model, line.delta, size):
+                    with shifted(model, line.delta, size):
                         logits = model(images)
                     losses[size] = float(loss(logits, labels).mean())
-                    hits.append(bool(says(logits, labels).all()))
+                    hits.append(bool(predicts(logits, labels).all()))
                 return torch.tensor([hits])
 
-            size = smallest(corrected, 1, cap)[0]
+            size = smallest(corrected, 1, max_relative_step)[0]
             done = np.isfinite(size)
             if done:
                 size = size * BEYOND if bool(corrected(torch.tensor([[size * BEYOND]])).all()) else size
@@ -362,14 +363,14 @@ def _correct(
         total = {name: t + size * line.delta[name] for name, t in total.items()}
         if done:
             break
-    with moved(model, total), torch.no_grad():
-        return total if bool(says(model(images), labels).all()) else None
+    with shifted(model, total), torch.no_grad():
+        return total if bool(predicts(model(images), labels).all()) else None
 
 
 def _mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[str], loss: Loss) -> Weights:
     """Of the images that are wrong now, (1, *shape) by parameter name."""
     wrong = predicted(model(images)) != labels
-    with undisturbed(model), torch.enable_grad():
+    with preserved(model), torch.enable_grad():
         model.requires_grad_(False)
         parameters = [model.get_parameter(name).requires_grad_() for name in names]
         total = loss(model(images[wrong]), labels[wrong]).mean()
@@ -418,10 +419,10 @@ def _weights(model: nn.Module, units: Units, ids: Sequence[int], delta: Weights)
 def _damage_of(
     model: nn.Module, delta: Weights | None, before: Tensor, images: Tensor, labels: Tensor
 ) -> dict[str, float]:
-    """Damage to the guard images, under the names that ``measure`` takes; infinite without a step."""
+    """Damage to the retain images, under the names that ``measure`` takes; infinite without a step."""
     if delta is None:
         return {"kl": np.inf, "accuracy": np.inf}
-    with moved(model, delta):
+    with shifted(model, delta):
         found = _damage(before, _log_probabilities(model, images), labels)
     return {"kl": found["kl_mean"], "accuracy": found["accuracy_before"] - found["accuracy_after"]}
 
@@ -433,7 +434,7 @@ def _evidence(part: str, before: Tensor, after: Tensor, labels: Tensor) -> dict:
 
 
 def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    with undisturbed(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(256)])
 
 
@@ -470,7 +471,7 @@ def _digest(images: Images) -> str:
 
 def _check_fit(
     mistakes: Images,
-    guard: Images,
+    retain: Images,
     units: Units,
     budget: float,
     measure: str,
@@ -479,9 +480,9 @@ def _check_fit(
     held_out: float,
     ks: Sequence[int],
     rounds: int,
-    cap: float,
+    max_relative_step: float,
 ) -> None:
-    for what, (images, labels), least in (("mistakes", mistakes, 1), ("guard images", guard, 2)):
+    for what, (images, labels), least in (("mistakes", mistakes, 1), ("retain images", retain, 2)):
         if len(images) != len(labels) or len(images) < least:
             raise ValueError(f"{len(images)} {what} and {len(labels)} labels: give as many, and at least {least}")
     if measure not in ("kl", "accuracy"):
@@ -491,11 +492,11 @@ def _check_fit(
             f"direction {direction!r}: expected 'gradient', or 'fisher' with fisher= from pss.fisher_diagonal"
         )
     if not (np.isfinite(budget) and budget >= 0):
-        raise ValueError(f"budget must be zero or positive, not {budget}: it is the {measure} allowed on guard images")
+        raise ValueError(f"budget must be zero or positive, not {budget}: it is the {measure} allowed on retain images")
     if rounds < 1:
         raise ValueError(f"rounds = {rounds}: expected at least 1")
-    if not (np.isfinite(cap) and cap > 0):
-        raise ValueError(f"cap must be positive and finite, not {cap}")
+    if not (np.isfinite(max_relative_step) and max_relative_step > 0):
+        raise ValueError(f"max_relative_step must be positive and finite, not {max_relative_step}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out = {held_out} is outside [0, 1): it is the share of images only the evidence sees")
     if not ks or not all(1 <= k <= len(units) for k in ks):

@@ -1,21 +1,20 @@
 r"""Saliency profiles of a whole data set, on disk.
 
 One pass writes the profile of every image, :math:`\bar s(x, y) \in R^U`, as a row of a ``.npy`` file: the matrix from
-which a reference is fitted (Levin et al. 2022, section 2.1; Wang and Sato 2023, section 3). `pss.store` describes
-the folder.
+which a reference is fitted (Levin et al. 2022, section 2.1; Wang and Sato 2023, section 3).
+`pss.storage.folder` describes the folder.
 
 A pass may be killed at any moment, and goes on where it was. Batches have fixed boundaries, since in float32 the last
 bit of a row depends on the batch it was computed in: a pass that is resumed, or shared by several processes, takes
-whole batches and writes the same bytes as an undisturbed one.
+whole batches and writes the same bytes as an preserved one.
 
-    python -m pss.profiles --model pss.models:digits --data pss.data:digits split=test --out runs/digits
-    torchrun --nproc-per-node 2 -m pss.profiles --model … --data … --out …
+    python -m pss profile --model pss.models:digits --data pss.data:digits split=test --out runs/digits
+    torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import logging
@@ -36,11 +35,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import pss
-from pss import store as folder
-from pss.data import cache_folder
-from pss.gradients import Loss, check_units, profile_and_outputs, undisturbed
-from pss.models import fingerprint, keep_freed_memory, thread_count
-from pss.store import ProfileStore, blocks
+from pss.engine.process import keep_freed_memory, thread_count
+from pss.engine.state import preserved
+from pss.saliency import Loss, check_units, profile_and_outputs
+from pss.storage import folder
+from pss.storage.fingerprints import fingerprint, name_of, name_of_data
+from pss.storage.folder import ProfileStore, blocks
+from pss.storage.places import cache_folder
 from pss.units import Units
 
 __all__ = ["ProfileStore", "blocks", "choose_batch_size", "profile_dataset"]
@@ -293,7 +294,7 @@ def choose_batch_size(model: nn.Module, image: Tensor) -> int:
     image = image.detach()[None].clone()  # a view would count the whole data set that it is a view of
     if image.is_floating_point():
         image = image.to(dtype).requires_grad_()
-    with undisturbed(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with preserved(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         outputs = model(image)
         for parameter in model.parameters():
             held.pop(parameter.untyped_storage().data_ptr(), None)
@@ -364,36 +365,6 @@ def _deaf_to_workers() -> Iterator[None]:
 # --- what the rows are made of ----------------------------------------------------------------------------------------
 
 
-def name_of(value: Any) -> Any:
-    """A value as it stands in the manifest: functions by their qualified name."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, functools.partial):
-        return f"{name_of(value.func)} with {value.args} {value.keywords}"
-    if hasattr(value, "__qualname__"):
-        if "<lambda>" in value.__qualname__:
-            raise ValueError("a lambda has no name to know the profiles by: write it as a function with def")
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value) if " at 0x" not in repr(value) else f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def name_of_data(dataset: Dataset) -> str:
-    """What the record of profiles calls a data set: its ``fingerprint``, or its length and a sample of its items."""
-    return getattr(dataset, "fingerprint", None) or _sampled_fingerprint(dataset)
-
-
-def _sampled_fingerprint(dataset: Dataset) -> str:
-    """Name a data set that does not name itself: its length and 16 of its items."""
-    digest = hashlib.sha256(f"{len(dataset)}".encode())
-    for index in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)):
-        try:
-            for part in dataset[int(index)][:2]:
-                digest.update(np.ascontiguousarray(part).tobytes())
-        except Exception as error:  # a bad image: met again, and dealt with, when its turn comes
-            digest.update(f"{index} {type(error).__name__}".encode())
-    return f"{len(dataset)} items, sample {digest.hexdigest()[:16]}"
-
-
 def _first_image(dataset: Dataset) -> Tensor:
     for index in range(len(dataset)):
         try:
@@ -452,8 +423,8 @@ def _named(text: str) -> str | Callable:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``python -m pss.profiles``; under torchrun every process takes its share."""
-    parser = argparse.ArgumentParser(prog="python -m pss.profiles", description="Profile a data set into a folder.")
+    """``python -m pss profile``; under torchrun every process takes its share."""
+    parser = argparse.ArgumentParser(prog="python -m pss profile", description="Profile a data set into a folder.")
     what = {"nargs": "+", "required": True, "metavar": ("MODULE:CALLABLE", "KEY=VALUE")}
     parser.add_argument("--model", **what, help="gives the model, as pss.models:digits")
     parser.add_argument("--data", **what, help="gives the data set, as pss.data:digits split=test")

@@ -25,12 +25,12 @@ METHODS = (
     "ratio",
     "raw",
     "fisher",
-    "stage",
+    "random_last_stage",
     "random",
     "layer_matched_random",
-    "least",
+    "lowest_zscore",
 )
-_NEEDS_UNITS = ("stage", "layer_matched_random")
+_NEEDS_UNITS = ("random_last_stage", "layer_matched_random")
 
 
 def rank(
@@ -50,23 +50,24 @@ def rank(
     ----------
     profiles : Tensor, shape (B, U)
     reference : Reference, optional
-        Needed by every method but ``raw``, ``fisher``, ``random`` and ``stage``; where given, dead units come last.
+        Needed by every method but ``raw``, ``fisher``, ``random`` and ``random_last_stage``; where given, dead units
+        come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
         (POT with the shape held at zero), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
-        (gain over cost: ``gains``), ``stage`` (the papers' conv5 heuristic: random units of the last stage),
-        ``random``, ``layer_matched_random`` (random units with as many in each layer as the top k by ``match``),
-        ``least`` (the lowest z-scores first).
+        (gain over cost: ``gains``), ``random_last_stage`` (the papers' conv5 heuristic: random units of the last
+        stage), ``random``, ``layer_matched_random`` (random units with as many in each layer as the top k by
+        ``match``), ``lowest_zscore`` (the lowest z-scores first).
     k : int, optional
         How many; all units by default.
     units : Units, optional
-        Needed by ``stage`` and ``layer_matched_random``.
+        Needed by ``random_last_stage`` and ``layer_matched_random``.
     generator : torch.Generator or int
         Source of randomness, or its seed.
     match : str
         Method whose layers ``layer_matched_random`` copies.
     stage : str, optional
-        Stage that ``stage`` draws from; the last by default.
+        Stage that ``random_last_stage`` draws from; the last by default.
     gains : Tensor, shape (B, U), optional
         Needed by ``fisher``: `pss.fisher_scores` of the same images. They are of gradients, and no profile has them.
 
@@ -95,7 +96,7 @@ def rank(
         raise ValueError(f"method {method!r} needs units=: pass the Units that the profiles were made with")
     if units is not None and len(units) != count:
         raise ValueError(f"profiles have {count} units, units= has {len(units)}: they are of different models")
-    if method == "stage":
+    if method == "random_last_stage":
         return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator), reference)
     if method == "layer_matched_random":
         base = rank(profiles, reference, match, k, units, gains=gains)
@@ -136,7 +137,7 @@ def score(
     if method in ("pot", "exponential"):
         tail = "gpd" if method == "pot" else "exponential"
         return reference.tail_score(profiles, tail)
-    if method == "least":
+    if method == "lowest_zscore":
         return -reference.zscore(profiles)
     return getattr(reference, method)(profiles)
 
@@ -187,7 +188,7 @@ def _layer_matched(base: Tensor, units: Units, generator: torch.Generator, refer
     return drawn.to(base.device)
 
 
-def significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tensor:
+def fdr_significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tensor:
     """Units whose tail probability is significant at false-discovery rate q; bool, (B, U).
 
     Benjamini and Hochberg (1995) over the units of each image; ``dependent`` takes Benjamini and Yekutieli (2001),

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss._files import load_tensors, pack, unpack
-from pss._whole import write_whole
-from pss.gradients import Loss
-from pss.models import fingerprint
-from pss.profiles import name_of
-from pss.store import blocks
+from pss.saliency import Loss
+from pss.storage.fingerprints import fingerprint, name_of
+from pss.storage.folder import blocks
+from pss.storage.tensors import load_tensors, pack, unpack
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%

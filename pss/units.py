@@ -31,7 +31,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
-class Layer:
+class UnitGroup:
     """Some units of equal shape in one parameter: unit ``j`` is ``rows`` slices of it from ``offset + j * rows`` on.
 
     Attributes
@@ -103,7 +103,7 @@ class Units:
     Use `Units.of`. Ids are ``0 .. len(units) - 1``.
     """
 
-    def __init__(self, layers: Sequence[Layer], stages: Sequence[str], kind: str = "own"):
+    def __init__(self, layers: Sequence[UnitGroup], stages: Sequence[str], kind: str = "own"):
         if not layers:
             raise ValueError("no units: give at least one layer (a model without convolutions has kind='rows')")
         if len(layers) != len(stages):
@@ -115,7 +115,7 @@ class Units:
         self.starts = tuple(int(s) for s in np.cumsum([0, *(layer.count for layer in layers)]))
 
     @classmethod
-    def of(cls, model: nn.Module, kind: str | Callable[[nn.Module], Iterable[Layer]] = "filters") -> Units:
+    def of(cls, model: nn.Module, kind: str | Callable[[nn.Module], Iterable[UnitGroup]] = "filters") -> Units:
         """List the units of a model.
 
         Parameters
@@ -167,7 +167,7 @@ class Units:
         return f"Units({len(self)} {self.kind} in {len(self.layers)} layers, stages {', '.join(self.stages)})"
 
     def locate(self, unit: int) -> tuple[int, int]:
-        """Layer number and index within the layer of a unit id."""
+        """UnitGroup number and index within the layer of a unit id."""
         try:
             unit = operator.index(unit)
         except TypeError:
@@ -247,9 +247,9 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
-def _refuse_overlap(layers: Sequence[Layer]) -> None:
+def _refuse_overlap(layers: Sequence[UnitGroup]) -> None:
     """Two units that share parameters would be edited twice."""
-    taken: dict[str, list[Layer]] = {}
+    taken: dict[str, list[UnitGroup]] = {}
     for layer in layers:
         for other in taken.setdefault(layer.parameter, []):
             first, second = sorted((layer, other), key=lambda x: x.offset)
@@ -258,21 +258,21 @@ def _refuse_overlap(layers: Sequence[Layer]) -> None:
         taken[layer.parameter].append(layer)
 
 
-def _filters(model: nn.Module) -> Iterable[Layer]:
+def _filters(model: nn.Module) -> Iterable[UnitGroup]:
     for name, module in _modules(model, _CONVOLUTIONS + _TRANSPOSED):
         shape, groups = tuple(module.weight.shape), module.groups
         if isinstance(module, _TRANSPOSED):  # weight: (in, out / groups, …)
-            yield Layer(f"{name}weight", shape, shape[1] * groups, dim=1, groups=groups)
+            yield UnitGroup(f"{name}weight", shape, shape[1] * groups, dim=1, groups=groups)
         else:
-            yield Layer(f"{name}weight", shape, shape[0])
+            yield UnitGroup(f"{name}weight", shape, shape[0])
 
 
-def _rows(model: nn.Module) -> Iterable[Layer]:
+def _rows(model: nn.Module) -> Iterable[UnitGroup]:
     for name, module in _modules(model, (nn.Linear,)):
-        yield Layer(f"{name}weight", tuple(module.weight.shape), module.out_features, label="row")
+        yield UnitGroup(f"{name}weight", tuple(module.weight.shape), module.out_features, label="row")
 
 
-def _heads(model: nn.Module) -> Iterable[Layer]:
+def _heads(model: nn.Module) -> Iterable[UnitGroup]:
     """Heads of ``nn.MultiheadAttention``, and of any module with ``num_heads`` and one linear layer ``qkv``.
 
     The latter is as timm and torchvision's Swin have it: all rows of q, then all of k, then all of v, head by head.
@@ -290,10 +290,10 @@ def _heads(model: nn.Module) -> Iterable[Layer]:
             shape = tuple(model.get_parameter(parameter).shape)
             width = shape[0] // len(labels)
             for part, label in enumerate(labels):
-                yield Layer(parameter, shape, heads, rows=width // heads, offset=part * width, label=label)
+                yield UnitGroup(parameter, shape, heads, rows=width // heads, offset=part * width, label=label)
 
 
-def _all(model: nn.Module) -> Iterable[Layer]:
+def _all(model: nn.Module) -> Iterable[UnitGroup]:
     order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted([*_filters(model), *_rows(model)], key=lambda layer: order[layer.parameter])
 

@@ -22,13 +22,15 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_profiles import make_data, make_model
 
-from pss import data, execution, models
-from pss._whole import write_whole
+from pss.apps import execution
+from pss.apps.sweep import Run, Sweep
+from pss.data import builtin as data
 from pss.fisher import fisher_diagonal
+from pss.models import builtin as models
 from pss.patches import Patch
 from pss.profiles import ProfileStore, profile_dataset
 from pss.reference import Reference
-from pss.sweep import Run, Sweep
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 
@@ -136,7 +138,7 @@ def patch(version: int) -> Patch:
     model = make_model()
     place = ("0.weight", ((1, 2), (None, None), (None, None), (None, None)))
     view = Units.of(model).view(model, 1).detach().clone()
-    about = {"pss": "x", "guard": str(version)}
+    about = {"pss": "x", "retain": str(version)}
     return Patch(
         models.fingerprint(model), (1,), ("0[1]",), (place,), (view,), (view * version + 1,), True, about=about
     )

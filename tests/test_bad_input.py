@@ -27,10 +27,15 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import pss
-from pss import batch, data, evt, execution, input_space, models, neighbors, patches, profiles, repair, zoo
+from pss import editing as repair
+from pss import evt, input_space, neighbors, patches, profiles
+from pss.apps import batch, execution
+from pss.data import builtin as data
+from pss.models import builtin as models
+from pss.models import zoo
 from pss.reference import Reference
-from pss.store import ProfileStore
-from pss.units import Layer, Units
+from pss.storage.folder import ProfileStore
+from pss.units import UnitGroup, Units
 
 NAN, INF = float("nan"), float("inf")
 
@@ -96,8 +101,8 @@ def w(tmp_path_factory):
     )
     world.store = profiles.profile_dataset(world.model, world.set, world.units, world.tmp / "store", progress=False)
     world.reference = Reference.fit(world.store)
-    guard = torch.randn(12, 3, 8, 8, generator=generator)
-    world.guard = (guard, world.model(guard).argmax(dim=1))
+    retain = torch.randn(12, 3, 8, 8, generator=generator)
+    world.retain = (retain, world.model(retain).argmax(dim=1))
     world.curves = repair.edit_curves(world.model, world.x, world.y, world.ids, world.units, progress=False)
     world.reference.save(world.tmp / "reference.safetensors")
     models.save_weights(world.model, world.tmp / "weights.safetensors")
@@ -181,18 +186,18 @@ def curves(w, **given):
     return pss.edit_curves(**given)
 
 
-def collateral(w, **given):
+def side_effects(w, **given):
     given = {"model": w.model, "units": w.units, "ids": w.ids, "images": w.x, "labels": w.y, "progress": False} | given
-    return repair.collateral(**given)
+    return repair.side_effects(**given)
 
 
 def cost(w, **given):
     given = {"model": w.model, "images": w.x, "labels": w.wrong, "units": w.units, "rankings": w.ids, "k": 2} | given
-    return pss.cost_of_correction(**{"guard": w.guard, "progress": False} | given)
+    return pss.smallest_correction(**{"retain": w.retain, "progress": False} | given)
 
 
 def patch(w, **given):
-    given = {"model": w.model, "mistakes": (w.x[:1], w.wrong[:1]), "guard": w.guard, "units": w.units} | given
+    given = {"model": w.model, "mistakes": (w.x[:1], w.wrong[:1]), "retain": w.retain, "units": w.units} | given
     return pss.fit_patch(**{"method": "raw", "progress": False} | given)
 
 
@@ -218,16 +223,16 @@ CASES = {
     "no layers": (lambda w: Units([], []), ValueError, r"no units: give at least one layer"),
     "layers without stages": (lambda w: Units(w.units.layers, ["a"]), ValueError, r"2 layers but 1 stages: give one stage per layer"),
     "duplicate units": (lambda w: Units(w.units.layers[:1] * 2, "ab"), ValueError, r"units overlap: one.weight is listed twice"),
-    "own units of no parameter": (lambda w: Units.of(w.model, lambda m: [Layer("x", (1, 1), 1)]), ValueError, r"parameter 'x' of shape \(1, 1\) is not in Small"),
-    "own units of another shape": (lambda w: Units.of(w.model, lambda m: [Layer("one.weight", (9, 1), 1)]), ValueError, r"one.weight.*there it is \(4, 3, 3, 3\)"),
-    "own units beyond their parameter": (lambda w: Units.of(w.model, lambda m: [Layer("one.weight", (4, 3, 3, 3), 5)]), ValueError, r"'one.weight' is listed with 5 units of 1 slices from 0 on, but has 4"),
+    "own units of no parameter": (lambda w: Units.of(w.model, lambda m: [UnitGroup("x", (1, 1), 1)]), ValueError, r"parameter 'x' of shape \(1, 1\) is not in Small"),
+    "own units of another shape": (lambda w: Units.of(w.model, lambda m: [UnitGroup("one.weight", (9, 1), 1)]), ValueError, r"one.weight.*there it is \(4, 3, 3, 3\)"),
+    "own units beyond their parameter": (lambda w: Units.of(w.model, lambda m: [UnitGroup("one.weight", (4, 3, 3, 3), 5)]), ValueError, r"'one.weight' is listed with 5 units of 1 slices from 0 on, but has 4"),
     "unit beyond the last": (lambda w: w.units.name(8), IndexError, r"unit 8 is outside 0\.\.7"),
     "negative unit": (lambda w: w.units.view(w.model, -1), IndexError, r"unit -1 is outside 0\.\.7"),
     "unit of 1.7": (lambda w: w.units.locate(1.7), TypeError, r"unit 1.7 is a float: expected an int"),
     # --- profiles of a batch: labels
     "label too large": (lambda w: saliency(w, labels=with_(w.y, 2, 3)), ValueError, r"label 3 is outside 0\.\.2 of this model"),
     "label negative": (lambda w: saliency(w, labels=with_(w.y, 0, -1)), ValueError, r"label -1 is outside 0\.\.2 of this model"),
-    "label of -100": (lambda w: saliency(w, labels=with_(w.y, 0, -100), path="loop"), ValueError, r"label -100 is outside 0\.\.2"),
+    "label of -100": (lambda w: saliency(w, labels=with_(w.y, 0, -100), strategy="loop"), ValueError, r"label -100 is outside 0\.\.2"),
     "labels float": (lambda w: saliency(w, labels=w.y.float()), ValueError, r"labels are torch.float32 .*expected class numbers, int64"),
     "labels int32": (lambda w: saliency(w, labels=w.y.int()), ValueError, r"labels are torch.int32 .*expected class numbers, int64"),
     "labels one-hot": (lambda w: saliency(w, labels=torch.eye(3)[w.y].long()), ValueError, r"labels are torch.int64 of shape \(6, 3\): expected class numbers"),
@@ -258,7 +263,7 @@ CASES = {
     "model that gives maps": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[..., None]), units=None), ValueError, r"outputs are \(6, 3, 1\): expected logits"),
     "model that gives other rows": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:4]), units=None), ValueError, r"outputs are \(4, 3\) for 6 images"),
     "model that gives NaN": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None), ValueError, r"the loss is not finite for samples \[0, 1, 2, 3, 4, 5\]"),
-    "model that gives NaN, loop": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None, path="loop"), ValueError, r"the loss is not finite for samples \[0\]"),
+    "model that gives NaN, loop": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None, strategy="loop"), ValueError, r"the loss is not finite for samples \[0\]"),
     "model that is a function": (lambda w: saliency(w, model=torch.sin), TypeError, r"model is a builtin_function_or_method: expected a torch.nn.Module"),
     "model without parameters": (lambda w: saliency(w, model=nn.ReLU()), ValueError, r"ReLU has no unit of kind|the model has None"),
     "units of another model": (lambda w: saliency(w, model=w.wide), ValueError, r"the units are not of this model: .*one.weight.*\(6, 3, 3, 3\); make them with Units.of"),
@@ -268,7 +273,7 @@ CASES = {
     "loss of many numbers": (lambda w: saliency(w, loss=lambda z, y: z), ValueError, r"the loss returned \(6, 3\) for 6 samples: expected \(6,\)"),
     "loss of NaN": (lambda w: saliency(w, loss=lambda z, y: z[:, 0] * NAN), ValueError, r"the loss is not finite"),
     "loss of nothing": (lambda w: saliency(w, loss=lambda z, y: None), ValueError, r"the loss returned NoneType for 6 samples"),
-    "unknown path": (lambda w: saliency(w, path="slow"), ValueError, r"unknown option 'slow': expected one of .*'fast'"),
+    "unknown path": (lambda w: saliency(w, strategy="slow"), ValueError, r"unknown option 'slow': expected one of .*'fast'"),
     "unknown precision": (lambda w: saliency(w, precision="fp16"), ValueError, r"unknown option 'fp16': expected one of .*'bf16'"),
     "parameter saliency of a wrong label": (lambda w: pss.parameter_saliency(w.model, w.x, w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
     # --- profiles of a data set
@@ -328,15 +333,15 @@ CASES = {
     "rank without a reference": (lambda w: pss.rank(w.s, None, "pot"), ValueError, r"method 'pot' needs a reference: pss.Reference.fit"),
     "rank with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
     "rank of raw with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain, "raw"), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
-    "rank without units": (lambda w: pss.rank(w.s, w.plain, "stage"), ValueError, r"method 'stage' needs units=: pass the Units"),
-    "rank with other units": (lambda w: pss.rank(w.s, w.plain, "stage", units=Units.of(w.wide)), ValueError, r"profiles have 8 units, units= has 12: they are of different models"),
-    "rank in an unknown stage": (lambda w: pss.rank(w.s, None, "stage", 1, w.units, stage="conv9"), ValueError, r"unknown stage 'conv9': this model has one, two"),
-    "rank beyond the stage": (lambda w: pss.rank(w.s, None, "stage", 5, w.units), ValueError, r"k = 5 is more than the 4 units of stage two"),
+    "rank without units": (lambda w: pss.rank(w.s, w.plain, "random_last_stage"), ValueError, r"method 'random_last_stage' needs units=: pass the Units"),
+    "rank with other units": (lambda w: pss.rank(w.s, w.plain, "random_last_stage", units=Units.of(w.wide)), ValueError, r"profiles have 8 units, units= has 12: they are of different models"),
+    "rank in an unknown stage": (lambda w: pss.rank(w.s, None, "random_last_stage", 1, w.units, stage="conv9"), ValueError, r"unknown stage 'conv9': this model has one, two"),
+    "rank beyond the stage": (lambda w: pss.rank(w.s, None, "random_last_stage", 5, w.units), ValueError, r"k = 5 is more than the 4 units of stage two"),
     "rank of NaN": (lambda w: pss.rank(with_(w.s, (1, 0), NAN), w.plain), ValueError, r"profiles \[1\] are not finite: leave them out"),
     "rank by an unfitted tail": (lambda w: pss.rank(w.s, Reference(torch.ones(8), torch.ones(8)), "pot"), ValueError, r"this reference has no tail, only mean and deviation: rank by 'zscore'"),
-    "significant at 0": (lambda w: pss.significant(-w.s, 0), ValueError, r"q = 0 is outside \(0, 1\): .*as 0\.05"),
-    "significant of NaN": (lambda w: pss.significant(w.s * NAN), ValueError, r"log_p has NaN entries: leave the images out"),
-    "significant of probabilities": (lambda w: pss.significant(w.s), ValueError, r"log_p has positive entries: expected logarithms"),
+    "significant at 0": (lambda w: pss.fdr_significant(-w.s, 0), ValueError, r"q = 0 is outside \(0, 1\): .*as 0\.05"),
+    "significant of NaN": (lambda w: pss.fdr_significant(w.s * NAN), ValueError, r"log_p has NaN entries: leave the images out"),
+    "significant of probabilities": (lambda w: pss.fdr_significant(w.s), ValueError, r"log_p has positive entries: expected logarithms"),
     "shares of unknown units": (lambda w: pss.stage_shares(torch.tensor([[8]]), w.units), ValueError, r"unit 8 is outside 0\.\.7"),
     "shares of one ranking": (lambda w: pss.stage_shares(torch.tensor([1, 2]), w.units), ValueError, r"ids have shape \(2,\): expected \(B, k\)"),
     # --- extreme values
@@ -369,20 +374,20 @@ CASES = {
     "curves of a NaN model": (lambda w: curves(w, model=Answers(w.model, lambda z: z * NAN), units=Units.of(Answers(w.model, None))), ValueError, r"outputs of the unedited model are NaN for images \[0"),
     "curves of float64": (lambda w: curves(w, images=w.x.double()), ValueError, r"images are torch.float64, the model torch.float32: convert"),
     "curves at rate 0": (lambda w: curves(w, lr=0), ValueError, r"lr must be positive and finite, not 0"),
-    "curves at an infinite norm": (lambda w: curves(w, norm=INF), ValueError, r"norm must be positive and finite, not inf"),
-    "curves on an unknown path": (lambda w: curves(w, path="fast"), ValueError, r"unknown path 'fast': expected 'auto', 'variants' or 'in_place'"),
+    "curves at an infinite norm": (lambda w: curves(w, step_norm=INF), ValueError, r"step_norm must be positive and finite, not inf"),
+    "curves on an unknown path": (lambda w: curves(w, strategy="fast"), ValueError, r"unknown strategy 'fast': expected 'auto', 'variants' or 'in_place'"),
     "curves with ids twice": (lambda w: curves(w, image_ids=[1] * 6), ValueError, r"image_ids must be 6 different ids"),
     "curves with other units": (lambda w: curves(w, model=w.wide), ValueError, r"the units are not of this model"),
     "one curve of two images": (lambda w: pss.edit_curve(w.model, w.x[:2], w.y[:2], [1], w.units), ValueError, r"2 images, 2 labels and 1 rows of ids"),
     "one curve of a wrong label": (lambda w: pss.edit_curve(w.model, w.x[0], 7, [1], w.units), ValueError, r"label 7 is outside 0\.\.2"),
     "steps of a negative rate": (lambda w: repair.unit_steps(w.model, w.x, w.y, w.units, w.ids, lr=-1), ValueError, r"lr must be positive and finite, not -1"),
-    "collateral of 0 edits": (lambda w: collateral(w, k=0), ValueError, r"k must be 1\.\.3 \(the ids given\), not 0"),
-    "collateral of no guard": (lambda w: collateral(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"0 guard images and 0 labels: .*at least one"),
-    "collateral of fewer labels": (lambda w: collateral(w, labels=w.y[:2]), ValueError, r"6 guard images and 2 labels"),
-    "collateral of a wrong label": (lambda w: collateral(w, labels=w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
-    "collateral in batches of 0": (lambda w: collateral(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
-    "collateral of a NaN image": (lambda w: collateral(w, images=w.x * NAN), ValueError, r"guard images \[0, 1, .*hold NaN"),
-    "collateral of other steps": (lambda w: collateral(w, edit="finetune", steps=[[]]), ValueError, r"steps of 1 images for ids of 6"),
+    "side_effects of 0 edits": (lambda w: side_effects(w, k=0), ValueError, r"k must be 1\.\.3 \(the ids given\), not 0"),
+    "side_effects of no retain": (lambda w: side_effects(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"0 retain images and 0 labels: .*at least one"),
+    "side_effects of fewer labels": (lambda w: side_effects(w, labels=w.y[:2]), ValueError, r"6 retain images and 2 labels"),
+    "side_effects of a wrong label": (lambda w: side_effects(w, labels=w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
+    "side_effects in batches of 0": (lambda w: side_effects(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
+    "side_effects of a NaN image": (lambda w: side_effects(w, images=w.x * NAN), ValueError, r"retain images \[0, 1, .*hold NaN"),
+    "side_effects of other steps": (lambda w: side_effects(w, edit="finetune", steps=[[]]), ValueError, r"steps of 1 images for ids of 6"),
     "summary at level 1": (lambda w: repair.summarize(w.curves, level=1), ValueError, r"level must be between 0 and 1, not 1"),
     "summary of other columns": (lambda w: repair.summarize(w.curves.drop(columns="k")), ValueError, r"the curves have no column 'k': they have"),
     "summary of doubles": (lambda w: repair.summarize(pd.concat([w.curves] * 2)), ValueError, r"two rows for .*name what tells them apart"),
@@ -390,18 +395,18 @@ CASES = {
     "difference without resamples": (lambda w: repair.paired_difference(w.curves.assign(method="a"), "a", "a", resamples=0), ValueError, r"resamples must be at least 1"),
     # --- cost, Fisher information, patches
     "cost of what is right": (lambda w: cost(w, labels=w.right), ValueError, r"are classified correctly: there is nothing to correct"),
-    "cost without a guard": (lambda w: cost(w, guard=None), ValueError, r"no guard images: give guard=\(images, labels\)"),
-    "cost on the mistakes": (lambda w: cost(w, guard=(w.x, w.right)), ValueError, r"6 of the guard images are among the mistakes: .*take them out"),
+    "cost without a retain": (lambda w: cost(w, retain=None), ValueError, r"no retain images: give retain=\(images, labels\)"),
+    "cost on the mistakes": (lambda w: cost(w, retain=(w.x, w.right)), ValueError, r"6 of the retain images are among the mistakes: .*take them out"),
     "cost of 0 units": (lambda w: cost(w, k=0), ValueError, r"k = 0 is outside 1\.\.3"),
     "cost of more units": (lambda w: cost(w, k=4), ValueError, r"k = 4 is outside 1\.\.3, the ids given, and is not 8"),
     "cost in an unknown direction": (lambda w: cost(w, direction="newton"), ValueError, r"unknown direction 'newton': expected one of gradient, fisher"),
     "cost without Fisher": (lambda w: cost(w, direction="fisher"), ValueError, r"direction 'fisher' needs fisher=: pss.fisher_diagonal"),
-    "cost at cap 0": (lambda w: cost(w, cap=0), ValueError, r"cap must be positive and finite, not 0"),
+    "cost at cap 0": (lambda w: cost(w, max_relative_step=0), ValueError, r"max_relative_step must be positive and finite, not 0"),
     "cost of a wrong label": (lambda w: cost(w, labels=w.wrong + 3), ValueError, r"label \d is outside 0\.\.2"),
-    "cost of NaN guards": (lambda w: cost(w, guard=(w.guard[0] * NAN, w.guard[1])), ValueError, r"guard images \[0, 1, .*hold NaN"),
+    "cost of NaN guards": (lambda w: cost(w, retain=(w.retain[0] * NAN, w.retain[1])), ValueError, r"retain images \[0, 1, .*hold NaN"),
     "cost of NaN": (lambda w: cost(w, images=w.x * NAN), ValueError, r"images \[0, 1, 2, 3, 4, 5\] hold NaN"),
-    "cost with other units": (lambda w: cost(w, model=w.wide, guard=(w.guard[0], w.wide(w.guard[0]).argmax(1))), ValueError, r"the units are not of this model"),
-    "cost of fewer guard labels": (lambda w: cost(w, guard=(w.guard[0], w.guard[1][:3])), ValueError, r"labels are \(3,\) for guard images \(12, 3, 8, 8\)"),
+    "cost with other units": (lambda w: cost(w, model=w.wide, retain=(w.retain[0], w.wide(w.retain[0]).argmax(1))), ValueError, r"the units are not of this model"),
+    "cost of fewer retain labels": (lambda w: cost(w, retain=(w.retain[0], w.retain[1][:3])), ValueError, r"labels are \(3,\) for retain images \(12, 3, 8, 8\)"),
     "Fisher of no images": (lambda w: pss.fisher_diagonal(w.model, (w.x[:0], w.y[:0])), ValueError, r"no images: .*at least one"),
     "Fisher of a wrong label": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y + 3), path=w.tmp / "f.safetensors"), ValueError, r"label \d is outside 0\.\.2"),
     "Fisher of other lengths": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y[:1])), ValueError, r"labels are \(1,\) for images \(6"),
@@ -411,11 +416,11 @@ CASES = {
     "scores without Fisher": (lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, {}), ValueError, r"the Fisher information lacks 'one.weight': make it with fisher_diagonal"),
     "patch of what is right": (lambda w: patch(w, mistakes=(w.x, w.right)), ValueError, r"are classified correctly: there is nothing to correct"),
     "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"0 mistakes and 0 labels: .*at least 1"),
-    "patch with one guard": (lambda w: patch(w, guard=(w.guard[0][:1], w.guard[1][:1])), ValueError, r"1 guard images and 1 labels: .*at least 2"),
+    "patch with one retain": (lambda w: patch(w, retain=(w.retain[0][:1], w.retain[1][:1])), ValueError, r"1 retain images and 1 labels: .*at least 2"),
     "patch with a negative budget": (lambda w: patch(w, budget=-1), ValueError, r"budget must be zero or positive, not -1"),
     "patch of 9 units": (lambda w: patch(w, ks=[9]), ValueError, r"ks = \(9,\): expected numbers of units in 1\.\.8"),
     "patch without rounds": (lambda w: patch(w, rounds=0), ValueError, r"rounds = 0: expected at least 1"),
-    "patch at cap -1": (lambda w: patch(w, cap=-1), ValueError, r"cap must be positive and finite, not -1"),
+    "patch at cap -1": (lambda w: patch(w, max_relative_step=-1), ValueError, r"max_relative_step must be positive and finite, not -1"),
     "patch without a reference": (lambda w: patch(w, method="pot"), ValueError, r"method 'pot' needs a reference"),
     "patch with another's reference": (lambda w: patch(w, method="zscore", model=w.other, mistakes=(w.x[:1], w.other(w.x[:1]).argmin(1)), reference=w.reference), ValueError, r"fitted with something else \(model: reference"),
     "patch from weights": (lambda w: patches.Patch.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no patch of pss"),
@@ -714,7 +719,7 @@ def test_columns_without_a_tail_are_reported_and_ranked():
     assert reference.fitted.tolist() == [fitted for _, _, fitted in COLUMNS.values()]
     new = torch.from_numpy(np.stack([kept.max(axis=0) * 3 + 1e-6, kept.min(axis=0)]))
     for method in pss.METHODS:
-        if method not in ("stage", "layer_matched_random"):
+        if method not in ("random_last_stage", "layer_matched_random"):
             ids = pss.rank(new, reference, method, gains=new)
             assert (ids.sort(dim=1).values == torch.arange(len(COLUMNS))).all(), method
             assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
@@ -747,7 +752,7 @@ def test_an_edit_that_overflows_predicts_no_class(w):
     logits = torch.tensor([[0.1, 0.2, 0.3], [NAN, NAN, NAN], [0.0, NAN, 1.0]])
     assert repair.predicted(logits).tolist() == [2, -1, -1]
     zeros, step = torch.zeros(6, dtype=torch.int64), torch.full((1, 4, 3, 3), NAN)
-    table = repair.collateral(w.other, w.units, [[5]], w.x, zeros, "finetune", [[step]], progress=False)
+    table = repair.side_effects(w.other, w.units, [[5]], w.x, zeros, "finetune", [[step]], progress=False)
     assert table["accuracy_after"].item() == 0
     curves = pss.edit_curve(w.other, w.x[0], 0, [5], w.units, loss=_steep, lr=1e30)
     assert curves["predicted"].tolist()[1:] == [-1] and not curves["corrected"].iloc[1]

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from pss import execution
-from pss.batch import find_notebooks, main, parameters_of, read_sweep, refresh, run_notebook, run_sweep
-from pss.execution import check_values, place, read_text, read_yaml
+from pss.apps import execution
+from pss.apps.batch import find_notebooks, main, parameters_of, read_sweep, refresh, run_notebook, run_sweep
+from pss.apps.execution import check_values, place, read_text, read_yaml
 
 PICTURE = """
 from IPython.display import display
@@ -101,7 +101,7 @@ def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, t
         (folder / "kernels" / "python3").mkdir(parents=True)
         (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
     environment = os.environ | {"HOME": str(tmp_path / "home"), "JUPYTER_PREFER_ENV_PATH": "1"}
-    command = [sys.executable, "-m", "pss.batch", "--out", str(tmp_path / "runs"), str(notebook)]
+    command = [sys.executable, "-m", "pss", "run", "--out", str(tmp_path / "runs"), str(notebook)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sys.executable in text_of(tmp_path / "runs" / "01_small.ipynb")
@@ -327,7 +327,7 @@ def test_finished_runs_are_known_by_code_parameters_and_version(sweep_file, tmp_
     nbformat.write(book, tmp_path / "books" / "task.ipynb")
     assert keys(path) == before == keys(sweep_file(grid={"k": [1, 2, 3]}))[:2]
     assert keys(sweep_file(grid={"k": [1, 2], "rate": [0.25]})) != before
-    monkeypatch.setattr("pss.sweep.__version__", "9")
+    monkeypatch.setattr("pss.apps.sweep.__version__", "9")
     assert not set(keys(sweep_file(grid={"k": [1, 2]}))) & set(before)
     monkeypatch.undo()
     book.cells[1].source += "\n1"
@@ -385,7 +385,7 @@ def test_tables_that_cannot_be_read(sweep_file, tmp_path, text, message):
 
 def test_twelve_runs_killed_half_way_and_run_again(sweep_file, tmp_path):
     path = sweep_file(grid={"k": [1, 2, 3, 4], "rate": [1, 2, 3]})
-    command = [sys.executable, "-m", "pss.batch", str(path)]
+    command = [sys.executable, "-m", "pss", "run", str(path)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     finished = lambda: {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/run.json")}  # noqa: E731
     deadline = time.monotonic() + 120
@@ -411,7 +411,7 @@ def test_twelve_runs_killed_half_way_and_run_again(sweep_file, tmp_path):
 def test_the_same_sweep_on_a_local_dask_cluster(sweep_file, tmp_path):
     pytest.importorskip("distributed")
     path = sweep_file(grid={"k": [1, 2]})
-    command = [sys.executable, "-m", "pss.batch", "--dask", "local", "--jobs", "2", str(path)]
+    command = [sys.executable, "-m", "pss", "run", "--dask", "local", "--jobs", "2", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "2 runs: 2 finished" in done.stdout, done.stderr
     assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [0.5, 1.0]

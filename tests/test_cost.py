@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import pss
-from pss import _variants
-from pss._lines import moved, smallest
-from pss.cost import cost_of_correction
+from pss.correction import smallest_correction
+from pss.engine import growing as _variants
 from pss.fisher import digest, fisher_diagonal, fisher_scores
+from pss.lines import shifted, smallest
 from pss.units import Units
 
 
@@ -40,15 +40,15 @@ class Centred(Net):
 
 @pytest.fixture
 def linear():
-    """Two classes, five inputs, a misclassified image and a guard set, float64."""
+    """Two classes, five inputs, a misclassified image and a retain set, float64."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     model = nn.Linear(5, 2, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(draw(2, 5))
-    images, guard = draw(4, 5), draw(30, 5)
+    images, retain = draw(4, 5), draw(30, 5)
     labels = 1 - model(images).argmax(dim=1)
-    return model, images, labels, (guard, (guard[:, 0] > 0).long())
+    return model, images, labels, (retain, (retain[:, 0] > 0).long())
 
 
 @pytest.fixture
@@ -69,10 +69,10 @@ def rows_in_order(images, units):
 
 
 def test_smallest_step_has_its_closed_form_on_a_linear_model(linear):
-    model, x, y, guard = linear
+    model, x, y, retain = linear
     units = Units.of(model, kind="rows")
     ids = torch.stack([y, 1 - y], dim=1)  # the row of the true class first
-    table = cost_of_correction(model, x, y, units, ids, [1, 2], guard=guard, cap=1, progress=False)
+    table = smallest_correction(model, x, y, units, ids, [1, 2], retain=retain, max_relative_step=1, progress=False)
     logits = model(x).detach()
     margin = logits.gather(1, 1 - y[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]  # what has to be made up
     for k, length in ((1, margin / x.norm(dim=1)), (2, margin / x.norm(dim=1) / 2**0.5)):
@@ -85,12 +85,23 @@ def test_smallest_step_has_its_closed_form_on_a_linear_model(linear):
 
 
 def test_fisher_step_has_its_closed_form_on_a_linear_model(linear):
-    model, x, y, guard = linear
+    model, x, y, retain = linear
     units = Units.of(model, kind="rows")
-    fisher = fisher_diagonal(model, guard, units)
+    fisher = fisher_diagonal(model, retain, units)
     damping = 0.3
-    table = cost_of_correction(
-        model, x, y, units, rows_in_order(x, units), 2, "fisher", guard, fisher, damping, cap=50, progress=False
+    table = smallest_correction(
+        model,
+        x,
+        y,
+        units,
+        rows_in_order(x, units),
+        2,
+        "fisher",
+        retain,
+        fisher,
+        damping,
+        max_relative_step=50,
+        progress=False,
     )
     for i, row in table.set_index("image").iterrows():
         p = model(x[i]).detach().softmax(dim=0)
@@ -99,18 +110,33 @@ def test_fisher_step_has_its_closed_form_on_a_linear_model(linear):
         need, rate = (model(x[i])[1 - y[i]] - model(x[i])[y[i]]).item(), ((d[y[i]] - d[1 - y[i]]) @ x[i]).item()
         length = need / rate * d.norm().item()
         assert length * (1 - 1e-9) <= row["step"] <= length * 1.05
-    free = cost_of_correction(
-        model, x, y, units, rows_in_order(x, units), 2, "fisher", guard, fisher, 1e9, cap=50, progress=False
+    free = smallest_correction(
+        model,
+        x,
+        y,
+        units,
+        rows_in_order(x, units),
+        2,
+        "fisher",
+        retain,
+        fisher,
+        1e9,
+        max_relative_step=50,
+        progress=False,
     )
-    plain = cost_of_correction(model, x, y, units, rows_in_order(x, units), 2, guard=guard, cap=50, progress=False)
+    plain = smallest_correction(
+        model, x, y, units, rows_in_order(x, units), 2, retain=retain, max_relative_step=50, progress=False
+    )
     np.testing.assert_allclose(free["kl_mean"], plain["kl_mean"], rtol=1e-6)  # all damping: the gradient itself
 
 
 def test_damage_has_its_closed_form_on_a_linear_model(linear):
-    model, x, y, guard = linear
+    model, x, y, retain = linear
     units = Units.of(model, kind="rows")
-    table = cost_of_correction(model, x, y, units, rows_in_order(x, units), 2, guard=guard, cap=9, progress=False)
-    v, labels = guard
+    table = smallest_correction(
+        model, x, y, units, rows_in_order(x, units), 2, retain=retain, max_relative_step=9, progress=False
+    )
+    v, labels = retain
     a = (v @ (model.weight[1] - model.weight[0])).detach()  # log-odds of class 1
     right = (a > 0).long() == labels
     for i, row in table.set_index("image").iterrows():
@@ -134,7 +160,7 @@ def test_small_divergence_is_half_the_fisher_information(linear):
     step = torch.zeros_like(model.weight)
     step[1, 2] = 0.01  # one parameter: the diagonal is then all there is
     before = model(v).log_softmax(dim=1)
-    with moved(model, {"weight": step}):
+    with shifted(model, {"weight": step}):
         after = model(v).log_softmax(dim=1)
     kl = (before.exp() * (before - after)).sum(dim=1).mean()
     np.testing.assert_allclose(kl.item(), 0.5 * (fisher * step**2).sum().item(), rtol=0.05)
@@ -145,7 +171,9 @@ def test_small_divergence_is_half_the_fisher_information(linear):
 
 def test_boundary_is_found_from_both_sides():
     at = torch.tensor([3e-9, 1e-6, 2.2e-4, 0.3, 0.999, 1.001, 7.0], dtype=torch.float64)
-    found = torch.tensor(smallest(lambda sizes: sizes >= at[:, None], len(at), cap=1.0), dtype=torch.float64)
+    found = torch.tensor(
+        smallest(lambda sizes: sizes >= at[:, None], len(at), max_relative_step=1.0), dtype=torch.float64
+    )
     assert (found[:5] >= at[:5]).all() and (found[:5] <= at[:5] * 1.05).all()
     assert found[5:].isinf().all()
 
@@ -156,35 +184,35 @@ def test_first_of_several_intervals_is_taken():
 
 
 def test_the_step_corrects_and_a_slightly_shorter_one_does_not(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
     ids = rows_in_order(x, units)[:, :4]
-    table = cost_of_correction(model, x, y, units, ids, 4, guard=guard, cap=30, progress=False)
+    table = smallest_correction(model, x, y, units, ids, 4, retain=retain, max_relative_step=30, progress=False)
     assert table["corrected"].any()
     for i, row in table[table["corrected"]].set_index("image").iterrows():
         loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         g = torch.zeros_like(model.one.weight)
         g[:4] = torch.autograd.grad(loss, model.one.weight)[0][:4]
         for size, right in ((1.0, True), (1 / 1.0501, False)):
-            with moved(model, {"one.weight": -g / g.norm()}, row["step"] * size):
+            with shifted(model, {"one.weight": -g / g.norm()}, row["step"] * size):
                 assert (model(x[i : i + 1]).argmax() == y[i]).item() is right
         np.testing.assert_allclose(row["relative"], row["step"] / model.one.weight[:4].detach().norm())
 
 
 def test_images_of_several_chunks_are_each_their_own(net, monkeypatch):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units, names = Units.of(model), list("uvwxyz")
     ids = torch.stack([torch.randperm(len(units), generator=torch.Generator().manual_seed(i))[:3] for i in range(6)])
-    how = {"k": 3, "guard": guard, "cap": 30, "progress": False}
+    how = {"k": 3, "retain": retain, "max_relative_step": 30, "progress": False}
     one_by_one = [
-        cost_of_correction(model, x[i : i + 1], y[i : i + 1], units, ids[i : i + 1], image_ids=names[i : i + 1], **how)
+        smallest_correction(model, x[i : i + 1], y[i : i + 1], units, ids[i : i + 1], image_ids=names[i : i + 1], **how)
         for i in range(6)
     ]
     expected = pd.concat(one_by_one, ignore_index=True)
     assert expected["corrected"].sum() > 1 and expected["step"].nunique() > 2
     monkeypatch.setattr("pss.fisher._GRADIENTS", 2 * sum(p.numel() for p in model.parameters()))  # two images a chunk
-    monkeypatch.setattr("pss.repair._CHUNK", 1)  # one
-    found = cost_of_correction(model, x, y, units, ids, image_ids=names, **how)
+    monkeypatch.setattr("pss.editing._CHUNK", 1)  # one
+    found = smallest_correction(model, x, y, units, ids, image_ids=names, **how)
     assert found["image"].tolist() == names and found["label"].tolist() == y.tolist()
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
 
@@ -205,28 +233,28 @@ def test_growing_batch_carries_points_on_a_line(net):
     delta["one.weight"][2:4] = 0
     for b in range(2):
         for s in range(3):
-            with moved(model, delta, sizes[b, s].item()):
+            with shifted(model, delta, sizes[b, s].item()):
                 torch.testing.assert_close(found[b, s], model(x[b : b + 1])[0])
 
 
 def test_in_place_and_in_one_pass_agree(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
     names = {"whole": [layer.parameter for layer in units.layers]}
     args = (model, x, y, units, {"any": rows_in_order(x, units)}, len(units))
-    table = cost_of_correction(*args, guard=guard, cap=10, parameters=names, progress=False)
-    with_bias = cost_of_correction(
-        *args, guard=guard, cap=10, parameters={"head": ["head.weight", "head.bias"]}, progress=False
+    table = smallest_correction(*args, retain=retain, max_relative_step=10, parameters=names, progress=False)
+    with_bias = smallest_correction(
+        *args, retain=retain, max_relative_step=10, parameters={"head": ["head.weight", "head.bias"]}, progress=False
     )
     first, second = (table[table["ranking"] == name].reset_index() for name in ("any", "whole"))
     np.testing.assert_allclose(first["step"], second["step"], rtol=1e-9)
     assert with_bias.query("ranking == 'head'")["corrected"].all() and (second["k"] == 0).all()
     rows = Centred().double().eval()
     rows.load_state_dict(model.state_dict())
-    again = cost_of_correction(
-        rows, x, y, units, {"any": rows_in_order(x, units)}, 5, guard=guard, cap=10, progress=False
+    again = smallest_correction(
+        rows, x, y, units, {"any": rows_in_order(x, units)}, 5, retain=retain, max_relative_step=10, progress=False
     )
-    plain = cost_of_correction(*args[:5], 5, guard=guard, cap=10, progress=False)
+    plain = smallest_correction(*args[:5], 5, retain=retain, max_relative_step=10, progress=False)
     assert np.isfinite(plain["step"]).any()
     np.testing.assert_allclose(again["step"], plain["step"], rtol=0.05)
 
@@ -256,7 +284,7 @@ def test_views_by_the_size_that_the_batch_had_are_carried(net, count):
             delta = {"one.weight": torch.zeros(6, 2, 3, 3).double(), "two.weight": torch.zeros(6, 6, 3, 3).double()}
             delta["one.weight"][3:5] += steps[0] * (k >= 1 and image == 0)
             delta["two.weight"][5:] += steps[1] * (k >= 2 and image == count - 1)
-            with moved(sized, delta):
+            with shifted(sized, delta):
                 torch.testing.assert_close(found[image, k], sized(x[image : image + 1])[0])
 
 
@@ -273,18 +301,18 @@ def test_every_edited_parameter_is_compared_with_an_edit_in_place(net, monkeypat
     _, images, _, _ = net
     torch.manual_seed(0)
     model = Late().double().eval()
-    guard = (images[1:], torch.arange(5) % 3)
+    retain = (images[1:], torch.arange(5) % 3)
     with torch.no_grad():
         y = model(images[:1]).topk(2).indices[:, 1]
     rows = Units.of(model, "rows")
-    how = {"k": 1, "guard": guard, "parameters": {"one": ["one.weight"]}, "progress": False}
-    found = cost_of_correction(model, images[:1], y, rows, y[:, None], **how)
+    how = {"k": 1, "retain": retain, "parameters": {"one": ["one.weight"]}, "progress": False}
+    found = smallest_correction(model, images[:1], y, rows, y[:, None], **how)
 
     def refuse(*_):
         raise _variants.NotCarried("in place, then")
 
     monkeypatch.setattr(_variants, "forward", refuse)
-    in_place = cost_of_correction(model, images[:1], y, rows, y[:, None], **how)
+    in_place = smallest_correction(model, images[:1], y, rows, y[:, None], **how)
     assert in_place["corrected"].all()
     pd.testing.assert_frame_equal(found, in_place, rtol=1e-9)
 
@@ -294,23 +322,25 @@ def test_pruned_units_can_be_corrected_too():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 2, 0, 0]]))
     x, y = torch.tensor([[3.0, 1, 2, 0]]).double(), torch.tensor([0])
-    units, guard = Units.of(model, "rows"), (-x.repeat(2, 1), torch.tensor([0, 0]))
-    row = cost_of_correction(model, x, y, units, torch.tensor([[0, 1]]), 1, guard=guard, progress=False).iloc[0]
+    units, retain = Units.of(model, "rows"), (-x.repeat(2, 1), torch.tensor([0, 0]))
+    row = smallest_correction(model, x, y, units, torch.tensor([[0, 1]]), 1, retain=retain, progress=False).iloc[0]
     needed = 5 / float(x.norm())  # the margin over the length of the image
     assert row["corrected"] and needed <= row["step"] <= 1.05 * needed
     assert row["step"] == pytest.approx(row["relative"] * (5 / 2) ** 0.5)  # of a row of usual size
     with torch.no_grad():
         model.weight.zero_()
     y = torch.tensor([1])
-    assert not cost_of_correction(model, x, y, units, torch.tensor([[0, 1]]), 1, guard=guard, progress=False).corrected[
-        0
-    ]
+    assert not smallest_correction(
+        model, x, y, units, torch.tensor([[0, 1]]), 1, retain=retain, progress=False
+    ).corrected[0]
 
 
 def test_not_corrected_counts_as_infinite(linear):
-    model, x, y, guard = linear
+    model, x, y, retain = linear
     units = Units.of(model, kind="rows")
-    table = cost_of_correction(model, x, y, units, rows_in_order(x, units), 1, guard=guard, cap=1e-3, progress=False)
+    table = smallest_correction(
+        model, x, y, units, rows_in_order(x, units), 1, retain=retain, max_relative_step=1e-3, progress=False
+    )
     assert not table["corrected"].any() and len(table) == len(x)
     assert np.isinf(table[["step", "relative", "kl_mean", "kl_worst"]]).all(axis=None)
     assert table[["accuracy_lost", "others_corrected"]].isna().all(axis=None)
@@ -329,26 +359,28 @@ def test_overflow_is_no_correction():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
     x, y = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0])
-    units, guard = Units.of(model, kind="rows"), (torch.eye(2, dtype=torch.float64) / 2, torch.tensor([1, 0]))
-    one = cost_of_correction(model, x, y, units, [[0, 1]], [1, 2], guard=guard, progress=False).set_index("k")
+    units, retain = Units.of(model, kind="rows"), (torch.eye(2, dtype=torch.float64) / 2, torch.tensor([1, 0]))
+    one = smallest_correction(model, x, y, units, [[0, 1]], [1, 2], retain=retain, progress=False).set_index("k")
     np.testing.assert_allclose(one.loc[1, "step"], np.inf)  # a row of zeros has no length to be moved by
     assert 4 / 2**0.5 <= one.loc[2, "step"] <= 4 / 2**0.5 * 1.05
     model.weight.data[0, 0] = -0.5  # moved alone it has to pass 4, and from there on to 5 it corrects
-    one = cost_of_correction(model, x, y, units, [[0]], 1, guard=guard, cap=10, progress=False).iloc[0]
+    one = smallest_correction(model, x, y, units, [[0]], 1, retain=retain, max_relative_step=10, progress=False).iloc[0]
     assert 4.5 <= one["step"] <= 4.5 * 1.05  # 5, within these, is one of the sizes tried first
-    one = cost_of_correction(model, 1.2 * x, y, units, [[0]], 1, guard=guard, cap=10, progress=False).iloc[0]
+    one = smallest_correction(
+        model, 1.2 * x, y, units, [[0]], 1, retain=retain, max_relative_step=10, progress=False
+    ).iloc[0]
     assert not one["corrected"]  # the same size leads to a logit of 5.4
 
 
 def test_image_without_gradient_is_not_corrected(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     with torch.no_grad():
         model.two.weight.zero_()
         model.norm.weight.zero_()
     wrong = (model(x).argmax(dim=1) != y).nonzero()[:, 0]
     units = Units.of(model)
     ids = torch.arange(6, 12).expand(len(wrong), -1)  # all filters of the second layer: switched off
-    table = cost_of_correction(model, x[wrong], y[wrong], units, ids, 6, guard=guard, progress=False)
+    table = smallest_correction(model, x[wrong], y[wrong], units, ids, 6, retain=retain, progress=False)
     assert len(wrong) and not table["corrected"].any()
 
 
@@ -356,10 +388,10 @@ def test_image_without_gradient_is_not_corrected(net):
 
 
 def test_rows_have_the_ids_and_all_units_are_the_same_for_every_ranking(net):
-    model, x, y, guard = net
-    units, fisher = Units.of(model), fisher_diagonal(model, guard, progress=False)
+    model, x, y, retain = net
+    units, fisher = Units.of(model), fisher_diagonal(model, retain, progress=False)
     rankings = {"a": rows_in_order(x, units), "b": rows_in_order(x, units).flip(1)[:, :4]}
-    table = cost_of_correction(
+    table = smallest_correction(
         model,
         x,
         y,
@@ -367,7 +399,7 @@ def test_rows_have_the_ids_and_all_units_are_the_same_for_every_ranking(net):
         rankings,
         [2, 12],
         ["gradient", "fisher"],
-        guard,
+        retain,
         fisher,
         image_ids=list("uvwxyz"),
         progress=False,
@@ -381,7 +413,7 @@ def test_rows_have_the_ids_and_all_units_are_the_same_for_every_ranking(net):
 
 
 def test_leaves_no_trace(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     model.train()
     model.two.weight.requires_grad_(False)
     before = pss.models.fingerprint(model)
@@ -389,22 +421,24 @@ def test_leaves_no_trace(net):
     model.eval()
     wrong = model(x).argmax(dim=1) != y
     model.train()
-    cost_of_correction(model, x[wrong], y[wrong], units, rows_in_order(x[wrong], units), 3, guard=guard, progress=False)
+    smallest_correction(
+        model, x[wrong], y[wrong], units, rows_in_order(x[wrong], units), 3, retain=retain, progress=False
+    )
     with pytest.raises(ValueError, match="label 9"):
-        cost_of_correction(model, x, y * 0 + 9, units, rows_in_order(x, units), 3, guard=guard, progress=False)
+        smallest_correction(model, x, y * 0 + 9, units, rows_in_order(x, units), 3, retain=retain, progress=False)
     assert pss.models.fingerprint(model) == before and all(m.training for m in model.modules())
     assert not model.two.weight.requires_grad and model.one.weight.requires_grad and model.one.weight.grad is None
 
 
 def test_guard_and_mistakes_never_overlap(net):
-    model, x, y, (guard, labels) = net
+    model, x, y, (retain, labels) = net
     units = Units.of(model)
     args = (model, x, y, units, rows_in_order(x, units), 3, "gradient")
-    both = (torch.cat([guard, x[2:3]]), torch.cat([labels, y[2:3]]))
-    with pytest.raises(ValueError, match="1 of the guard images"):
-        cost_of_correction(*args, both)
-    with pytest.raises(ValueError, match="1 of the guard images"):
-        cost_of_correction(*args, (guard, labels), image_ids=range(6), guard_ids=[5, *range(100, 129)])
+    both = (torch.cat([retain, x[2:3]]), torch.cat([labels, y[2:3]]))
+    with pytest.raises(ValueError, match="1 of the retain images"):
+        smallest_correction(*args, both)
+    with pytest.raises(ValueError, match="1 of the retain images"):
+        smallest_correction(*args, (retain, labels), image_ids=range(6), retain_ids=[5, *range(100, 129)])
 
 
 @pytest.mark.parametrize(
@@ -414,48 +448,48 @@ def test_guard_and_mistakes_never_overlap(net):
         ({"k": 13}, "k = 13"),
         ({"direction": "up"}, "unknown direction"),
         ({"direction": "fisher"}, "needs fisher="),
-        ({"guard": None}, "no guard images"),
-        ({"cap": 0}, "cap must be"),
+        ({"retain": None}, "no retain images"),
+        ({"max_relative_step": 0}, "max_relative_step must be"),
         ({"image_ids": "aabcde"}, "6 different ids"),
         ({"tolerance": float("nan")}, "tolerance must be"),
     ],
 )
 def test_says_what_is_wrong(net, change, message):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
-    options = {"rankings": rows_in_order(x, units), "k": 2, "guard": guard} | change
+    options = {"rankings": rows_in_order(x, units), "k": 2, "retain": retain} | change
     with pytest.raises(ValueError, match=message):
-        cost_of_correction(model, x, y, units, progress=False, **options)
+        smallest_correction(model, x, y, units, progress=False, **options)
 
 
 def test_right_images_are_refused(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
     y = y.clone()
     y[1] = model(x).argmax(dim=1)[1]
     args = (model, x, y, units, rows_in_order(x, units), 2)
     with pytest.raises(ValueError, match=r"images \[1\] are classified correctly"):
-        cost_of_correction(*args, guard=guard, progress=False)
+        smallest_correction(*args, retain=retain, progress=False)
     with pytest.raises(ValueError, match=r"images \['v'\] are classified correctly"):  # by the names given
-        cost_of_correction(*args, guard=guard, image_ids=list("uvwxyz"), progress=False)
+        smallest_correction(*args, retain=retain, image_ids=list("uvwxyz"), progress=False)
 
 
 # ---------------------------------------------------------------------------------------------- Fisher information
 
 
 def test_fisher_diagonal_and_scores_by_brute_force(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
     everything = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for image, label in zip(*guard, strict=True):
+    for image, label in zip(*retain, strict=True):
         loss = F.cross_entropy(model(image[None]), label[None])
         for (name, _), g in zip(everything.items(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
-            everything[name] += g**2 / len(guard[0])
-    fisher = fisher_diagonal(model, guard, progress=False)
+            everything[name] += g**2 / len(retain[0])
+    fisher = fisher_diagonal(model, retain, progress=False)
     assert set(fisher) == set(everything)
     for name in everything:
         torch.testing.assert_close(fisher[name].double(), everything[name], rtol=1e-5, atol=1e-12)
-    assert set(fisher_diagonal(model, guard, units)) == {"one.weight", "two.weight"}
+    assert set(fisher_diagonal(model, retain, units)) == {"one.weight", "two.weight"}
 
     scores = fisher_scores(model, x, y, units, fisher, damping=0.2)
     together = torch.cat([fisher["one.weight"].flatten(), fisher["two.weight"].flatten()]).double()
@@ -471,16 +505,16 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
 
 
 def test_a_reference_holds_the_fisher_information(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
-    fisher, profiles = fisher_diagonal(model, guard, units), pss.profile(model, *guard)
+    fisher, profiles = fisher_diagonal(model, retain, units), pss.profile(model, *retain)
     reference = pss.Reference.fit(profiles, fisher=fisher)
     gains = fisher_scores(model, x, y, units, reference)
     assert torch.equal(gains, fisher_scores(model, x, y, units, fisher))
     ids = pss.rank(pss.profile(model, x, y), reference, "fisher", 3, gains=gains)
     assert torch.equal(ids, gains.argsort(dim=1, descending=True)[:, :3])
-    how = {"k": 3, "direction": "fisher", "guard": guard, "progress": False}
-    one, other = (cost_of_correction(model, x, y, units, ids, fisher=f, **how) for f in (fisher, reference))
+    how = {"k": 3, "direction": "fisher", "retain": retain, "progress": False}
+    one, other = (smallest_correction(model, x, y, units, ids, fisher=f, **how) for f in (fisher, reference))
     pd.testing.assert_frame_equal(one, other)
     with pytest.raises(ValueError, match="this reference has no Fisher information: fit it with"):
         fisher_scores(model, x, y, units, pss.Reference.fit(profiles))
@@ -494,25 +528,25 @@ def test_digest_is_of_the_bytes_whatever_their_type():
 
 
 def test_fisher_file_is_read_again_and_only_for_the_same_thing(net, tmp_path):
-    model, x, y, guard = net
+    model, x, y, retain = net
     path = tmp_path / "deep" / "fisher.safetensors"
     path.parent.mkdir()
-    first = fisher_diagonal(model, guard, path=path)
+    first = fisher_diagonal(model, retain, path=path)
     assert [f.name for f in path.parent.iterdir()] == [path.name]  # nothing left beside it
-    again = fisher_diagonal(model, guard, path=path)
+    again = fisher_diagonal(model, retain, path=path)
     assert set(first) == set(again) and all(torch.equal(first[n], again[n]) for n in first)
     with pytest.raises(ValueError, match="another n, images, labels"):
         fisher_diagonal(model, (x, y), path=path)
     with torch.no_grad():
         model.head.bias.add_(1)
     with pytest.raises(ValueError, match="another model"):
-        fisher_diagonal(model, guard, path=path)
+        fisher_diagonal(model, retain, path=path)
 
 
 def test_fisher_says_what_is_wrong(net):
-    model, x, y, guard = net
+    model, x, y, retain = net
     units = Units.of(model)
-    fisher = fisher_diagonal(model, guard, units)
+    fisher = fisher_diagonal(model, retain, units)
     with pytest.raises(ValueError, match="damping"):
         fisher_scores(model, x, y, units, fisher, damping=-1)
     with pytest.raises(ValueError, match=r"lacks 'two.weight'"):
@@ -522,9 +556,9 @@ def test_fisher_says_what_is_wrong(net):
 
 
 def test_reached_beside_repair():
-    assert pss.repair.cost_of_correction is cost_of_correction is pss.cost_of_correction
+    assert pss.editing.smallest_correction is smallest_correction is pss.smallest_correction
     with pytest.raises(AttributeError, match="no attribute"):
-        pss.repair.nothing  # noqa: B018
+        pss.editing.nothing  # noqa: B018
 
 
 def test_cost_curve_counts_what_is_not_corrected():
@@ -535,11 +569,11 @@ def test_cost_curve_counts_what_is_not_corrected():
 
 
 def test_fisher_file_that_cannot_be_trusted_is_refused(net, tmp_path):
-    model, *_, guard = net
+    model, *_, retain = net
     path = tmp_path / "fisher.safetensors"
     with pytest.raises(ValueError, match="a lambda has no name"):
-        fisher_diagonal(model, guard, loss=lambda z, y: z.sum(dim=1), path=path)
-    fisher_diagonal(model, guard, path=path, progress=False)
+        fisher_diagonal(model, retain, loss=lambda z, y: z.sum(dim=1), path=path)
+    fisher_diagonal(model, retain, path=path, progress=False)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="is damaged"):
-        fisher_diagonal(model, guard, path=path)
+        fisher_diagonal(model, retain, path=path)

@@ -7,7 +7,7 @@ import torch
 
 import pss
 from pss import evt
-from pss._vision import torchvision
+from pss.data.vision import torchvision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -29,10 +29,10 @@ def close(on_gpu: torch.Tensor, on_cpu: torch.Tensor, rtol: float = 1e-8) -> Non
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=rtol, atol=rtol * on_cpu.abs().max().item())
 
 
-@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
-def test_profile(setting, path):
+@pytest.mark.parametrize("strategy", ["fast", "vmap", "loop"])
+def test_profile(setting, strategy):
     _, model, images, labels, units, profiles, _ = setting
-    close(pss.profile(model, images[:6].cuda(), labels[:6].cuda(), units, path=path), profiles[:6])
+    close(pss.profile(model, images[:6].cuda(), labels[:6].cuda(), units, strategy=strategy), profiles[:6])
 
 
 def test_bf16_backward_is_near(setting):

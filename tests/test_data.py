@@ -9,8 +9,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from pss import data
-from pss._vision import torchvision
+from pss.data import builtin as data
+from pss.data.vision import torchvision
 
 ALL = [(name, split) for name, splits in data.SPLITS.items() for split in splits]
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import pss
-from pss import data
-from pss._vision import torchvision
+from pss.data import builtin as data
+from pss.data.vision import torchvision
 
 SPLITS = ("train", "validation", "reference", "test")
 
@@ -111,7 +111,7 @@ def test_tables_and_edit_curves_of_a_folder(tree):
             by_hand = np.bincount(units.stage_ids[ids.flatten()], minlength=5) / ids.numel()
             np.testing.assert_allclose(shares["share"], by_hand)
             np.testing.assert_allclose(shares["prior"], prior)
-    curves = pss.edit_curves(model, images[:4], labels[:4], ids[:4], units, norm=0.1, progress=False)
+    curves = pss.edit_curves(model, images[:4], labels[:4], ids[:4], units, step_norm=0.1, progress=False)
     assert len(curves) == 4 * (k + 1)
     assert not curves.query("k == 0")["corrected"].any()
     after = curves.query("k == @k")["confidence_true"].to_numpy()

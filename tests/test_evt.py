@@ -102,7 +102,7 @@ def test_global_interior_maximum_of_awkward_samples(kind, n):
 
 @pytest.mark.parametrize("start", [-50.0, -9.0, 0.0, 5.0, 84.0])
 def test_long_rows_do_not_depend_on_the_start(start, monkeypatch):
-    from pss import _gpd
+    from pss.engine import likelihood as _gpd
 
     x = np.stack([sample(xi, 500, seed=2) for xi in (-0.4, 0.0, 0.5, 1.5)])
     expected = evt.fit_gpd(x)
@@ -169,7 +169,7 @@ def test_continuous_through_zero():
 
 def test_profile_through_zero_against_mpmath():
     """The series and the direct formula, at both sides of their border and at zero itself."""
-    from pss import _gpd
+    from pss.engine import likelihood as _gpd
 
     x = sample(0.0, 40, seed=2)
     x /= x.mean()

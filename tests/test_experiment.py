@@ -13,7 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import pss
-from pss import experiment, zoo
+from pss.apps import experiment
+from pss.models import zoo
 
 ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
@@ -200,7 +201,7 @@ def test_published_frames(done):
 
 def test_bands_resample_as_many_images_as_there_are(done):
     table = experiment.bands(done.results, resamples=4000)
-    plain = pss.repair.summarize(done.results, ["algo", "edit"])
+    plain = pss.editing.summarize(done.results, ["algo", "edit"])
     table = table.sort_values(["algo", "edit", "k"], ignore_index=True)
     plain = plain.sort_values(["algo", "edit", "k"], ignore_index=True)
     assert (table["n"] == 40).all()
@@ -223,7 +224,7 @@ def test_bands_resample_as_many_images_as_there_are(done):
 def test_summary_is_of_the_last_edit(network, digits, units, given, tmp_path):
     few = digits.subset(range(12))
     edits = ("finetune", "prune")
-    mine = experiment.run(network.model, few, units, given, tmp_path, ("raw",), edits, 3, norm=0.3, progress=False)
+    mine = experiment.run(network.model, few, units, given, tmp_path, ("raw",), edits, 3, step_norm=0.3, progress=False)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["looked_at"] == summary["edited"] == 12
     for edit in edits:
@@ -370,7 +371,7 @@ def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units
 
 
 def test_imagenet_sweep_names_parameters_of_the_notebook():
-    from pss.sweep import read_sweep
+    from pss.apps.sweep import read_sweep
 
     runs = read_sweep(NOTEBOOK.parent / "params" / "imagenet.yaml").runs
     assert [run.parameters["level"] for run in runs] == [0.85, 0.95]
@@ -378,7 +379,7 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
 
 
 def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.batch import run_notebook
+    from pss.apps.batch import run_notebook
 
     parameters = {
         "dataset_path": str(trees[0]),

@@ -15,7 +15,7 @@ import torch
 from served import served
 
 import pss
-from pss import explorer
+from pss.apps import explorer
 
 PAGE = """<!doctype html><html lang="{language}"><head><meta charset="utf-8"><title>Explorer</title>
 <link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -26,7 +26,7 @@ PAGE = """<!doctype html><html lang="{language}"><head><meta charset="utf-8"><ti
 
 @pytest.fixture(scope="module")
 def collection():
-    return explorer.digits(count=2, guard=8)
+    return explorer.digits(count=2, retain=8)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_written_repair_equals_editing_by_hand(site, collection):
     written = explorer.read_script(site / "explorer" / "data" / f"digits-{c.ids[0]}.js")["methods"]["pot"]
     x, y = c.images[:1], c.labels[:1]
     for edit in explorer.EDITS:
-        steps = pss.repair.unit_steps(c.model, x, y, c.units, [written["top"][:k]], lr=c.learning_rate)[0]
+        steps = pss.editing.unit_steps(c.model, x, y, c.units, [written["top"][:k]], lr=c.learning_rate)[0]
         with pss.edited(c.model, c.units, written["top"][:k], edit, steps if edit == "finetune" else None):
-            after, others = c.model(x).softmax(dim=1)[0], c.model(c.guard[0]).argmax(dim=1)
+            after, others = c.model(x).softmax(dim=1)[0], c.model(c.retain[0]).argmax(dim=1)
         np.testing.assert_allclose(written[edit]["true"][k], after[int(y)].detach(), rtol=2e-3, atol=1e-5)
         assert written[edit]["predicted"][k] == int(after.argmax())
-        share = (others == c.guard[1]).double().mean()
+        share = (others == c.retain[1]).double().mean()
         assert written[edit]["still_right"][c.elsewhere.index(k)] == pytest.approx(float(share), abs=1e-3)
 
 
@@ -121,7 +121,7 @@ def test_command_line_writes_with_several_processes(tmp_path):
         "-W",
         "error",
         "-m",
-        "pss.explorer",
+        "pss.apps.explorer",
         tmp_path / "out",
         "--digits",
         "2",
@@ -131,7 +131,7 @@ def test_command_line_writes_with_several_processes(tmp_path):
     cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
     done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert explorer.read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["guard"] == 200
+    assert explorer.read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["retain"] == 200
 
 
 def test_files_are_small_and_complete(site, collection):
@@ -142,11 +142,11 @@ def test_files_are_small_and_complete(site, collection):
 
 
 def test_digits_are_misclassified_and_of_every_class():
-    chosen = explorer.digits(count=24, guard=4)
+    chosen = explorer.digits(count=24, retain=4)
     assert (pss.models.predict(chosen.model, chosen.images).argmax(dim=1) != chosen.labels).all()
     wrong = pss.models.misclassified(chosen.model, pss.data.digits("test"))
     assert len(set(chosen.ids)) == 24 and set(chosen.labels.tolist()) == set(wrong["label"])
-    assert (pss.models.predict(chosen.model, chosen.guard[0]).argmax(dim=1) == chosen.guard[1]).all()
+    assert (pss.models.predict(chosen.model, chosen.retain[0]).argmax(dim=1) == chosen.retain[1]).all()
 
 
 def test_methods_of_the_page_are_named_in_both_languages(root):

@@ -26,8 +26,8 @@ from test_profiles import ARGUMENTS, Faulty, make_data, make_model
 from test_profiles import run as call
 from tqdm import tqdm
 
-from pss import _whole
 from pss.profiles import ProfileStore, main, profile_dataset
+from pss.storage import whole as _whole
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 KILLS, FLIPS, CUTS, FULL = 10, 120, 24, 7  # for each kind of artefact
@@ -77,7 +77,7 @@ def ended(child: int) -> int:
 
 
 def whole(kind: Kind, folder: Path) -> dict[int, tuple[dict[str, bytes], str]]:
-    """Files of each version as an undisturbed process writes them, and what is read from them."""
+    """Files of each version as an preserved process writes them, and what is read from them."""
     found = {}
     for version in (0, 1):
         (folder / str(version)).mkdir(parents=True)
@@ -95,7 +95,7 @@ def is_partial(name: str) -> bool:
 
 
 def check_after_kill(kind: Kind, folder: Path, expected: dict) -> bool:
-    """Nothing half-written is read; written again, the bytes are those of an undisturbed run. Whether it was cut."""
+    """Nothing half-written is read; written again, the bytes are those of an preserved run. Whether it was cut."""
     files = contents(folder)
     if kind.name == "profiles":  # many files that become one store: complete, or refused
         try:
@@ -188,7 +188,7 @@ def test_killed_before_each_file_operation(kind, tmp_path, count):
 
 
 def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
-    """Killed again and again, each time a little later, the pass ends with the bytes of an undisturbed one."""
+    """Killed again and again, each time a little later, the pass ends with the bytes of an preserved one."""
     options = {"batch_size": 2, "progress": False, "data_name": "x"}
     profile_dataset(make_model(), Faulty(), None, tmp_path / "whole", **options)
     rng, path, kills, rows = random.Random(1), tmp_path / "part", 0, []
@@ -218,7 +218,7 @@ class CutOff(Faulty):
 
 
 def plain_call(path: Path, before: dict[str, bytes], expected: dict[str, bytes], **options) -> bool:
-    """A call without rebuild gives the bytes of an undisturbed one, or is refused and changes nothing."""
+    """A call without rebuild gives the bytes of an preserved one, or is refused and changes nothing."""
     try:
         call(path, **options)
     except ValueError as error:
@@ -257,13 +257,13 @@ def test_killed_rebuild_goes_on_with_a_plain_call(tmp_path, count, finished):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_command_line(tmp_path, count, ranks):
-    """`python -m pss.profiles` and two ranks of it, killed as a whole process group, then run to the end."""
+    """`python -m pss profile` and two ranks of it, killed as a whole process group, then run to the end."""
     arguments = [*ARGUMENTS, "--batch-size", "1"]
     main([*arguments, "--out", str(tmp_path / "whole")])
-    launch = [sys.executable, "-m", "pss.profiles"]
+    launch = [sys.executable, "-m", "pss", "profile"]
     if ranks == 2:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launch = [*torchrun, "-m", "pss.profiles"]
+        launch = [*torchrun, "-m", "pss", "profile"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     command, path = [*launch, *arguments, "--out", str(tmp_path / "part")], tmp_path / "part"
     quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

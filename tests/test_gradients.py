@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pss import Units, gradients, kernels, parameter_saliency, profile
-from pss._vision import torchvision
-from pss.gradients import LOSSES, cross_entropy
-from pss.units import Layer
+from pss import Units, parameter_saliency, profile
+from pss import saliency as gradients
+from pss.data.vision import torchvision
+from pss.engine import kernels
+from pss.saliency import LOSSES, cross_entropy
+from pss.units import UnitGroup
 
 models = torchvision.models
 
@@ -65,13 +67,13 @@ def assert_close(got, expected, units, tolerance=1e-9):
         assert ((a - b).abs()[large] <= 100 * tolerance * b.abs()[large]).all(), layer.parameter
 
 
-def assert_equal_to_loop(model, shape, kind="filters", sizes=(1, 2, 7), path="fast", classes=10, **options):
+def assert_equal_to_loop(model, shape, kind="filters", sizes=(1, 2, 7), strategy="fast", classes=10, **options):
     images, labels = batch(shape, max(sizes), classes)
     units = Units.of(model, kind)
     expected = one_by_one(model, images, labels, units, **options)
     assert expected.any()
     for size in sizes:
-        got = profile(model, images[:size], labels[:size], units, path=path, **options)
+        got = profile(model, images[:size], labels[:size], units, strategy=strategy, **options)
         assert_close(got, expected[:size], units)
 
 
@@ -196,7 +198,7 @@ def test_inception_counts_its_unused_head_as_zero():
     model = seeded(lambda: models.inception_v3(num_classes=10, aux_logits=True, init_weights=False))
     images, labels = batch((3, 75, 75), 2)
     units = Units.of(model)
-    got = profile(model, images, labels, units, path="fast")
+    got = profile(model, images, labels, units, strategy="fast")
     assert_close(got, one_by_one(model, images, labels, units), units)
     unused = torch.tensor([layer.parameter.startswith("AuxLogits") for layer in units.layers])[units.layer_ids]
     assert len(units) == 18112
@@ -229,7 +231,7 @@ def test_float32_with_smooth_activations(name, fold):
     images, labels = batch((3, size, size), 3)
     units = Units.of(model, kind)
     expected = one_by_one(model, images, labels, units)
-    got = profile(model.float(), images.float(), labels, units, path="fast", fold=fold)
+    got = profile(model.float(), images.float(), labels, units, strategy="fast", fold=fold)
     assert got.dtype == torch.float32
     assert_close(got.double(), expected, units, 1e-5)
 
@@ -437,7 +439,7 @@ def test_transformer_encoder():
 
 def own(*names):
     """Units of whole rows, of the parameters named."""
-    return lambda model: [Layer(n, tuple(model.get_parameter(n).shape), len(model.get_parameter(n))) for n in names]
+    return lambda model: [UnitGroup(n, tuple(model.get_parameter(n).shape), len(model.get_parameter(n))) for n in names]
 
 
 class Recurrent(nn.Module):
@@ -546,12 +548,12 @@ def test_general_path_is_right_and_says_so(name, caplog):
     factory, shape, kind = GENERAL[name]
     model = seeded(factory)
     with caplog.at_level(logging.INFO, logger="pss"):
-        assert_equal_to_loop(model, shape, kind, path="auto")
+        assert_equal_to_loop(model, shape, kind, strategy="auto")
     assert "general path" in caplog.text
     assert ("one sample at a time" in caplog.text) == (name in ("branches", "LSTM", "checkpoint"))
     images, labels = batch(shape, 2)
     with pytest.raises(RuntimeError):
-        profile(model, images, labels, Units.of(model, kind), path="fast")
+        profile(model, images, labels, Units.of(model, kind), strategy="fast")
 
 
 class Prototypes(nn.Module):
@@ -569,13 +571,13 @@ class Prototypes(nn.Module):
 @pytest.mark.parametrize("count", [1, 7, 10])
 def test_a_table_as_long_as_the_batch(count):
     model = seeded(Prototypes)
-    assert_equal_to_loop(model, (3, 8, 8), "all", sizes=(count,), path="auto")
+    assert_equal_to_loop(model, (3, 8, 8), "all", sizes=(count,), strategy="auto")
 
 
 def test_images_prepared_by_the_network_stay_on_the_fast_path():
     model = seeded(net("normalized", lambda m: None, lambda m, x: x))
     model.first = nn.Sequential(nn.ZeroPad2d(1), model.first, nn.BatchNorm2d(6).double())
-    assert_equal_to_loop(model, (3, 8, 8), "all", path="fast")
+    assert_equal_to_loop(model, (3, 8, 8), "all", strategy="fast")
 
 
 class Alias(nn.Module):
@@ -590,8 +592,8 @@ class Alias(nn.Module):
         return self.head(F.conv_transpose2d(F.silu(self.conv(x)), self.kept[0]).mean((2, 3)))
 
 
-@pytest.mark.parametrize("path", ["auto", "vmap", "loop"])
-def test_a_parameter_kept_outside_of_the_modules(path):
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])
+def test_a_parameter_kept_outside_of_the_modules(strategy):
     model = seeded(Alias)
     images, labels = batch((3, 8, 8), 3)
     units = Units.of(model, "all")
@@ -601,16 +603,16 @@ def test_a_parameter_kept_outside_of_the_modules(path):
         found = torch.autograd.grad(value, [model.conv.weight, model.head.weight])
         names = ("conv.weight", "head.weight")
         rows.append(units.reduce({name: g.abs()[None] for name, g in zip(names, found, strict=True)}))
-    got = profile(model, images, labels, units, path=path)
+    got = profile(model, images, labels, units, strategy=strategy)
     assert not got.requires_grad
     assert_close(got, torch.cat(rows), units)
 
 
-@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
-def test_profiles_carry_no_graph_and_idle_layers_are_zero(path):
+@pytest.mark.parametrize("strategy", ["fast", "vmap", "loop"])
+def test_profiles_carry_no_graph_and_idle_layers_are_zero(strategy):
     model = seeded(net("idle", set_all(unused=conv(3)), lambda m, x: x))
     images, labels = batch((3, 8, 8), 3)
-    got = profile(model, images, labels, Units.of(model), path=path)
+    got = profile(model, images, labels, Units.of(model), strategy=strategy)
     assert not got.requires_grad
     assert not got[:, 6:].any() and got[:, :6].any()
 
@@ -624,8 +626,8 @@ def test_profiles_carry_no_graph_and_idle_layers_are_zero(path):
     ],
     ids=["memory", "memory of the CPU", "worker"],
 )
-@pytest.mark.parametrize("path", ["auto", "vmap"])
-def test_faults_of_the_machine_are_no_reason_for_a_slower_path(path, error):
+@pytest.mark.parametrize("strategy", ["auto", "vmap"])
+def test_faults_of_the_machine_are_no_reason_for_a_slower_path(strategy, error):
     model, calls = seeded(Net), []
 
     def fail(module, inputs):
@@ -634,7 +636,7 @@ def test_faults_of_the_machine_are_no_reason_for_a_slower_path(path, error):
 
     model.head.register_forward_pre_hook(fail)
     with pytest.raises(type(error), match=str(error)[:10].replace("[", r"\[")):
-        profile(model, *batch((3, 8, 8), 3), path=path)
+        profile(model, *batch((3, 8, 8), 3), strategy=strategy)
     assert len(calls) == 1
 
 
@@ -653,7 +655,7 @@ class InnerGradient(Net):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_backward_pass_within_the_network(create_graph):
-    assert_equal_to_loop(seeded(lambda: InnerGradient(create_graph)), (3, 8, 8), "all", path="auto")
+    assert_equal_to_loop(seeded(lambda: InnerGradient(create_graph)), (3, 8, 8), "all", strategy="auto")
 
 
 class Company(nn.Module):
@@ -669,14 +671,14 @@ class Company(nn.Module):
 
 
 def test_images_that_scale_each_other():
-    assert_equal_to_loop(seeded(Company), (5, 3), "rows", path="auto")
+    assert_equal_to_loop(seeded(Company), (5, 3), "rows", strategy="auto")
 
 
-@pytest.mark.parametrize("path", ["vmap", "loop"])
-def test_general_paths_on_request(path):
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_general_paths_on_request(strategy):
     for name in ("resnet50", "vit heads"):
         factory, size, kind = ZOO[name]
-        assert_equal_to_loop(seeded(factory), (3, size, size), kind, sizes=(3,), path=path)
+        assert_equal_to_loop(seeded(factory), (3, size, size), kind, sizes=(3,), strategy=strategy)
 
 
 def test_folding_changes_nothing_and_is_used(monkeypatch):
@@ -686,17 +688,17 @@ def test_folding_changes_nothing_and_is_used(monkeypatch):
         model.layer1[0].bn1.weight[1] *= -1
     images, labels = batch((3, 64, 64), 2)
     units = Units.of(model)
-    folded = profile(model, images, labels, units, path="fast")
-    assert_close(folded, profile(model, images, labels, units, path="fast", fold=False), units)
+    folded = profile(model, images, labels, units, strategy="fast")
+    assert_close(folded, profile(model, images, labels, units, strategy="fast", fold=False), units)
     assert_close(folded, one_by_one(model, images, labels, units), units)
     dead = [units.name(i) for i in range(len(units))].index("layer1.0.conv1[0]")
     assert not folded[:, dead].any()
     calls = []
     original = torch.batch_norm
     monkeypatch.setattr(torch, "batch_norm", lambda *a: calls.append(1) or original(*a))
-    profile(model, images, labels, units, path="fast")
+    profile(model, images, labels, units, strategy="fast")
     with_fold = len(calls)
-    profile(model, images, labels, units, path="fast", fold=False)
+    profile(model, images, labels, units, strategy="fast", fold=False)
     assert with_fold < len(calls) - with_fold == 20
 
 
@@ -738,7 +740,7 @@ def test_own_loss_over_several_outputs():
     images, _ = batch((3, 8, 8))
     targets = torch.linspace(-1, 1, 7, dtype=torch.float64)
     units = Units.of(model, "all")
-    got = profile(model, images, targets, units, loss, path="fast")
+    got = profile(model, images, targets, units, loss, strategy="fast")
     assert_close(got, one_by_one(model, images, targets, units, loss), units)
 
 
@@ -756,7 +758,7 @@ def test_memory_formats_and_views():
     expected = one_by_one(model, images, labels, units)
     other_stride = torch.cat([images, images], dim=3)[..., :40]
     for same in (images.to(memory_format=torch.channels_last), other_stride, images.clone().requires_grad_()):
-        assert_close(profile(model, same, labels, units, path="fast"), expected, units)
+        assert_close(profile(model, same, labels, units, strategy="fast"), expected, units)
     assert_close(profile(model.to(memory_format=torch.channels_last), images, labels, units), expected, units)
 
 
@@ -777,7 +779,7 @@ def test_confident_images_in_float32():
         [one_by_one(model, images[b : b + 1], labels[b : b + 1], Units.of(model, "rows"),
                     lambda z, y, b=b: F.cross_entropy(z + shift[b : b + 1], y, reduction="none")) for b in range(5)]
     )  # fmt: skip
-    got = profile(model.float(), images.float(), labels, Units.of(model, "rows"), loss, path="fast").double()
+    got = profile(model.float(), images.float(), labels, Units.of(model, "rows"), loss, strategy="fast").double()
     assert ((got - expected).abs() <= 1e-5 * expected).all()
 
 
@@ -799,19 +801,21 @@ def test_bfloat16_products_are_near():
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.03
 
 
-@pytest.mark.parametrize("path", ["fast", "vmap", "loop"])
-def test_outputs_are_those_of_the_network(path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["fast", "vmap", "loop"])
+def test_outputs_are_those_of_the_network(strategy, monkeypatch):
     model = seeded(ZOO["resnet18"][0])
     images, labels = batch((3, 32, 32), 3)
     monkeypatch.setattr(gradients, "_images_at_once", lambda images: 2)
     passes = []
     model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs)))
     units = Units.of(model)
-    rows, outputs, losses = gradients.profile_and_outputs(model, images, labels, units, "cross_entropy", path=path)
-    if path == "fast":  # they cost nothing
+    rows, outputs, losses = gradients.profile_and_outputs(
+        model, images, labels, units, "cross_entropy", strategy=strategy
+    )
+    if strategy == "fast":  # they cost nothing
         assert passes == [2, 1]
     assert not outputs.requires_grad and not losses.requires_grad
-    torch.testing.assert_close(rows, profile(model, images, labels, units, path=path), rtol=0, atol=0)
+    torch.testing.assert_close(rows, profile(model, images, labels, units, strategy=strategy), rtol=0, atol=0)
     torch.testing.assert_close(outputs, model(images).detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(losses, F.cross_entropy(outputs, labels, reduction="none"), rtol=1e-9, atol=1e-12)
 
@@ -827,9 +831,9 @@ class Unruly(Net):
         return x + 0 * torch.rand_like(x)
 
 
-@pytest.mark.parametrize("path", ["auto", "fast", "vmap", "loop"])
+@pytest.mark.parametrize("strategy", ["auto", "fast", "vmap", "loop"])
 @pytest.mark.parametrize("fail", [False, True])
-def test_leaves_no_trace(path, fail):
+def test_leaves_no_trace(strategy, fail):
     model = seeded(lambda: nn.Sequential(Unruly(), nn.BatchNorm1d(10), nn.Dropout()))
     model[0].fail = fail
     model.train()
@@ -847,9 +851,9 @@ def test_leaves_no_trace(path, fail):
     with torch.no_grad():
         if fail:
             with pytest.raises(RuntimeError, match="halfway"):
-                profile(model, images, labels, Units.of(model, "all"), path=path)
+                profile(model, images, labels, Units.of(model, "all"), strategy=strategy)
         else:
-            profile(model, images, labels, Units.of(model, "all"), path=path)
+            profile(model, images, labels, Units.of(model, "all"), strategy=strategy)
         assert not torch.is_grad_enabled()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p._version for p in model.parameters()] == versions
@@ -866,7 +870,7 @@ def test_callers_settings_do_not_matter():
     images, labels = batch((3, 8, 8), 3, dtype=torch.float32)
     expected = profile(model, images, labels)
     with torch.inference_mode():
-        assert torch.equal(profile(model, images.clone(), labels.clone(), path="fast"), expected)
+        assert torch.equal(profile(model, images.clone(), labels.clone(), strategy="fast"), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(profile(model, images, labels), expected)
 
@@ -913,13 +917,13 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("message", BAD_OPTIONS)
-@pytest.mark.parametrize("path", ["auto", "vmap", "loop"])
-def test_bad_models_losses_and_options(message, path):
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])
+def test_bad_models_losses_and_options(message, strategy):
     model, options = BAD_OPTIONS[message]
     with pytest.raises(ValueError, match=message):
-        profile(model, *batch((3, 8, 8), 3), path=path, **options)
+        profile(model, *batch((3, 8, 8), 3), strategy=strategy, **options)
 
 
 def test_unknown_path():
     with pytest.raises(ValueError, match="unknown option 'slow'"):
-        profile(seeded(Net), *batch((3, 8, 8), 3), path="slow")
+        profile(seeded(Net), *batch((3, 8, 8), 3), strategy="slow")

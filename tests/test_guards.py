@@ -27,35 +27,35 @@ class Guard:
 BAD, TRACE, UNTRUSTED = "tests/test_bad_input.py", "tests/test_no_trace.py", "tests/test_untrusted.py"
 GUARDS = {
     "images are finite": Guard(
-        "gradients", "        if not finite.all():", "        if False:", f"{BAD}::test_is_refused[image with NaN]"
+        "saliency", "        if not finite.all():", "        if False:", f"{BAD}::test_is_refused[image with NaN]"
     ),
     "labels are classes": Guard(
-        "gradients",
+        "saliency",
         "    if len(outside):",
         "    if False:",
         f"{BAD}::test_is_refused[label too large]",
     ),
     "modes come back": Guard(
-        "gradients",
+        "engine/state",
         "            module.training = training",
         "            pass",
         f"{TRACE}::test_leaves_no_trace[profile, fast]",
     ),
     "flags come back": Guard(
-        "gradients",
+        "engine/state",
         "            parameter.requires_grad_(requires_grad)",
         "            pass",
         f"{TRACE}::test_leaves_no_trace[profile, loop]",
     ),
     "edits are undone": Guard(
-        "repair",
+        "editing",
         "            view.copy_(values)",
         "            pass",
         f"{TRACE}::test_leaves_no_trace[edited, prune]",
     ),
     "predictions leave the model alone": Guard(
-        "models",
-        "    with undisturbed(model), torch.no_grad():",
+        "models/builtin",
+        "    with preserved(model), torch.no_grad():",
         "    with torch.no_grad():",
         f"{TRACE}::test_leaves_no_trace[predict]",
     ),
@@ -72,28 +72,28 @@ GUARDS = {
         f"{TRACE}::test_leaves_no_trace_wherever_it_is_cut_off[Patch.applied]",
     ),
     "nothing is kept": Guard(
-        "gradients",
+        "saliency",
         "    size = _images_at_once(images)\n",
         "    size = _images_at_once(images)\n    globals().setdefault('_kept', []).append(labels.clone())\n",
         f"{TRACE}::test_memory_is_flat[profile, fast]",
     ),
     "checkpoints hold tensors only": Guard(
-        "_files",
+        "storage/tensors",
         "weights_only=True)",
         "weights_only=False)",
         f"{UNTRUSTED}::test_no_code_runs[torch.save-checkpoint]",
     ),
     "caches hold numbers only": Guard(
-        "data",
+        "data/builtin",
         "allow_pickle=False",
         "allow_pickle=True",
         f"{UNTRUSTED}::test_no_code_runs[npz of objects-cache]",
     ),
     "YAML of networks holds values only": Guard(
-        "zoo", "yaml.safe_load(", "yaml.unsafe_load(", f"{UNTRUSTED}::test_yaml_takes_values_only"
+        "models/zoo", "yaml.safe_load(", "yaml.unsafe_load(", f"{UNTRUSTED}::test_yaml_takes_values_only"
     ),
     "YAML of sweeps holds values only": Guard(
-        "execution",
+        "apps/execution",
         "class _Loader(yaml.SafeLoader):",
         "class _Loader(yaml.UnsafeLoader):",
         f"{UNTRUSTED}::test_yaml_takes_values_only",
@@ -105,49 +105,49 @@ GUARDS = {
         f"{UNTRUSTED}::test_no_source_calls_what_runs_code_from_files",
     ),
     "headers may be deep": Guard(
-        "_files",
+        "storage/tensors",
         "(SafetensorError, ValueError, RecursionError)",
         "(SafetensorError, ValueError)",
         f"{UNTRUSTED}::test_crafted_headers_are_refused[metadata deep in brackets-patch]",
     ),
     "checksums are compared": Guard(
-        "_files",
+        "storage/tensors",
         'held.pop("checksum", None) != checksum(tensors, held)',
         'held.pop("checksum", None) is None',
         "tests/test_patches.py::test_damaged_or_other_files_are_refused",
     ),
     "rows are compared": Guard(
-        "store",
+        "storage/folder",
         '(_checksums(rows, records) != records["checksum"])',
         '(records["status"] > 9)',
         "tests/test_profiles.py::test_damage_names_the_row_and_resuming_mends_it",
     ),
     "files are whole or absent": Guard(
-        "_whole",
+        "storage/whole",
         "        beside.unlink(missing_ok=True)",
         "        pass",
         "tests/test_patches.py::test_file_is_whole_or_not_there",
     ),
     "pages of sweeps are escaped": Guard(
-        "sweep_page",
+        "apps/sweep_page",
         "from html import escape\n",
         "escape = str\n",
         f"{UNTRUSTED}::test_index_of_a_sweep_escapes_names",
     ),
     "reports are escaped": Guard(
-        "report", "from html import escape\n", "escape = str\n", f"{UNTRUSTED}::test_report_escapes_names"
+        "apps/report", "from html import escape\n", "escape = str\n", f"{UNTRUSTED}::test_report_escapes_names"
     ),
     "pictures have a cap": Guard(
-        "data",
+        "data/builtin",
         "        if width * height > max_pixels:",
         "        if False:",
         f"{BAD}::test_is_refused[too large a picture]",
     ),
     "formats of pictures are limited": Guard(
-        "data", "formats=_FORMATS", "formats=None", f"{BAD}::test_is_refused[PostScript for a picture]"
+        "data/builtin", "formats=_FORMATS", "formats=None", f"{BAD}::test_is_refused[PostScript for a picture]"
     ),
     "pictures are turned upright": Guard(
-        "data",
+        "data/builtin",
         "ImageOps.exif_transpose(image)",
         "image",
         f"{BAD}::test_odd_picture_shows_the_right_pixels[orientation 6]",
@@ -171,10 +171,10 @@ GUARDS = {
         f"{BAD}::test_is_refused[reference at level 1.5]",
     ),
     "ids are units": Guard(
-        "repair", "    if outside.size:", "    if False:", f"{BAD}::test_is_refused[edit of a unit beyond]"
+        "editing", "    if outside.size:", "    if False:", f"{BAD}::test_is_refused[edit of a unit beyond]"
     ),
     "NaN predicts no class": Guard(
-        "repair",
+        "editing",
         ".masked_fill(logits.isnan().any(dim=-1), -1)",
         "",
         f"{BAD}::test_an_edit_that_overflows_predicts_no_class",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pss
-from pss._vision import torchvision  # noqa: F401
+from pss.data.vision import torchvision  # noqa: F401
 from pss.input_space import channel_map, cosine, input_saliency, render_map, standardize
 
 

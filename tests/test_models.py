@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pss import data, models
-from pss._vision import torchvision
+from pss.data import builtin as data
+from pss.data.vision import torchvision
+from pss.models import builtin as models
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_command_trains_and_evaluates(tmp_path, monkeypatch, capsys, few):
 
 
 def test_command_line_without_warnings(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "pss.models", "--help"]
+    command = [sys.executable, "-W", "error", "-m", "pss", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "train" in done.stdout
     assert done.stderr == ""
@@ -401,7 +402,7 @@ def test_misclassified_of_any_data_set(shipped):
 def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch
-from pss.models import keep_freed_memory
+from pss.models.builtin import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for number in range(28):

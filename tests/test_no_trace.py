@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
 import pss
-from pss import evt, input_space, models, neighbors, repair
+from pss import editing as repair
+from pss import evt, input_space, neighbors
+from pss.models import builtin as models
 from pss.reference import Reference
 from pss.units import Units
 
@@ -123,14 +125,14 @@ def w(tmp_path_factory):
         wrong, right = model(x).argsort(dim=1, descending=True)[:, 1], model(others).argmax(dim=1)
     units = Units.of(model)
     s = pss.profile(model, others, right, units)
-    world = SimpleNamespace(model=model, x=x, y=wrong, units=units, guard=(others, right), s=s)
+    world = SimpleNamespace(model=model, x=x, y=wrong, units=units, retain=(others, right), s=s)
     world.reference = Reference.fit(s, level=0.5)
     world.fisher = pss.fisher_diagonal(model, (others, right), units, progress=False)
     world.ids = torch.tensor([[0, 4, 2]] * IMAGES)
     world.steps = repair.unit_steps(model, x, wrong, units, world.ids)
     world.items, world.loss_trip, world.tmp = Items(others, right), None, tmp_path_factory.mktemp("stores")
     options = {"reference": world.reference, "budget": 1e9, "ks": (2, 6), "progress": False}
-    world.patch = pss.fit_patch(model, (x[:1], wrong[:1]), world.guard, units, cap=100.0, **options)
+    world.patch = pss.fit_patch(model, (x[:1], wrong[:1]), world.retain, units, max_relative_step=100.0, **options)
     assert world.patch.corrected
 
     def loss(outputs, labels):
@@ -161,21 +163,21 @@ def stored(w, **options):
 
 
 def cost(w, **options):
-    options |= {"guard": w.guard, "progress": False, "fisher": w.fisher}
-    return pss.cost_of_correction(w.model, w.x[:2], w.y[:2], w.units, w.ids[:2], 2, **options)
+    options |= {"retain": w.retain, "progress": False, "fisher": w.fisher}
+    return pss.smallest_correction(w.model, w.x[:2], w.y[:2], w.units, w.ids[:2], 2, **options)
 
 
 def fitted(w):
     mistakes = (w.x[:1], w.y[:1])
     options = {"budget": 1e9, "ks": (6,), "loss": w.loss, "progress": False}
-    return pss.fit_patch(w.model, mistakes, w.guard, w.units, w.reference, **options)
+    return pss.fit_patch(w.model, mistakes, w.retain, w.units, w.reference, **options)
 
 
 CALLS: dict[str, Callable] = {
-    "profile, fast": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, path="fast"),
+    "profile, fast": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, strategy="fast"),
     "profile, folded not": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, fold=False, signed=True),
-    "profile, vmap": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, path="vmap"),
-    "profile, loop": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, path="loop"),
+    "profile, vmap": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, strategy="vmap"),
+    "profile, loop": lambda w: pss.profile(w.model, w.x, w.y, w.units, w.loss, strategy="loop"),
     "profile, own units": lambda w: pss.profile(w.model, w.x, w.y),
     "parameter_saliency": lambda w: pss.parameter_saliency(w.model, w.x, w.y, w.loss),
     "profile_dataset": lambda w: stored(w),
@@ -188,17 +190,17 @@ CALLS: dict[str, Callable] = {
     "unit_steps": lambda w: repair.unit_steps(w.model, w.x, w.y, w.units, w.ids, w.loss),
     "edit_curve": lambda w: pss.edit_curve(w.model, w.x[0], w.y[0], w.ids[0], w.units, loss=w.loss),
     "edit_curves, in place": lambda w: pss.edit_curves(
-        w.model, w.x[:2], w.y[:2], w.ids[:2], w.units, loss=w.loss, path="in_place", progress=False
+        w.model, w.x[:2], w.y[:2], w.ids[:2], w.units, loss=w.loss, strategy="in_place", progress=False
     ),
     "edit_curves, prune": lambda w: pss.edit_curves(w.model, w.x, w.y, w.ids, w.units, "prune", progress=False),
-    "collateral": lambda w: repair.collateral(w.model, w.units, w.ids[:2], *w.guard, progress=False),
-    "cost_of_correction": lambda w: cost(w, loss=w.loss),
-    "cost_of_correction, fisher": lambda w: cost(w, direction="fisher"),
-    "fisher_diagonal": lambda w: pss.fisher_diagonal(w.model, w.guard, w.units, w.loss, progress=False),
+    "side_effects": lambda w: repair.side_effects(w.model, w.units, w.ids[:2], *w.retain, progress=False),
+    "smallest_correction": lambda w: cost(w, loss=w.loss),
+    "smallest_correction, fisher": lambda w: cost(w, direction="fisher"),
+    "fisher_diagonal": lambda w: pss.fisher_diagonal(w.model, w.retain, w.units, w.loss, progress=False),
     "fisher_scores": lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, w.fisher, loss=w.loss),
     "fit_patch": fitted,
     "Patch.applied": patched,
-    "Patch.measured": lambda w: w.patch.measured(w.model, {"guard": w.guard}),
+    "Patch.measured": lambda w: w.patch.measured(w.model, {"retain": w.retain}),
     "predict": lambda w: models.predict(w.model, w.x),
     "misclassified": lambda w: models.misclassified(w.model, w.items),
     "accuracy": lambda w: models.accuracy(w.model, w.items),
@@ -214,7 +216,7 @@ NO_MODEL: dict[str, Callable] = {  # these could touch what is global
     "render_map": lambda w: input_space.render_map(w.x[:, 0].abs()),
     "built-in sets": lambda w: pss.data.load("noise", "test"),
     "resnet18": lambda w: models.resnet18(4, seed=3),
-    "load": lambda w: pss.zoo.load("digits", "random", seed=1),
+    "load": lambda w: pss.models.load("digits", "random", seed=1),
 }
 
 
@@ -255,7 +257,7 @@ def cut_off(w, call, kind: str, at: int, error: type[BaseException] = Fault) -> 
 
 
 def test_state_sees_every_change(w):
-    """The guard of this file: each of these must be noticed."""
+    """The retain of this file: each of these must be noticed."""
     model, parameter = w.model, w.model.two.weight
     hooks = []
     changes = {
@@ -347,7 +349,7 @@ OTHERS = {  # how often each is called
     "edit_curve": 1000,
     "predict": 1000,
     "nearest": 1000,
-    "collateral": 200,
+    "side_effects": 200,
     "input_saliency": 200,
     "parameter_saliency": 100,
     "profile, vmap": 100,
@@ -407,7 +409,7 @@ def test_memory_is_flat_whatever_is_called(w, name):
 
 @needs_glibc
 def test_a_leak_is_seen(w):
-    """The guard of the two tests before: what is kept shows, as tensors or as memory."""
+    """The retain of the two tests before: what is kept shows, as tensors or as memory."""
     kept = []
     tensors, _ = growth(lambda: kept.append(pss.profile(w.model, w.x, w.y, w.units)), 100, warm=1)
     assert tensors >= 100 > TENSORS

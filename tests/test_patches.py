@@ -10,7 +10,7 @@ import torch
 from test_cost import Net
 
 import pss
-from pss.models import fingerprint
+from pss.models.builtin import fingerprint
 from pss.patches import Patch, fit_patch
 from pss.units import Units
 
@@ -24,8 +24,8 @@ def case():
     with torch.no_grad():
         top = model(images).topk(2).indices
     labels = torch.where(torch.arange(112) < 12, top[:, 1], top[:, 0])
-    guard = (images[12:], labels[12:])
-    return model, (images[:12], labels[:12]), guard, pss.fisher_diagonal(model, guard)
+    retain = (images[12:], labels[12:])
+    return model, (images[:12], labels[:12]), retain, pss.fisher_diagonal(model, retain)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def patch(case):
 
 
 def fitted(case, which=slice(0, 1), **options):
-    model, (x, y), guard, fisher = case
+    model, (x, y), retain, fisher = case
     options = {"budget": 5.0, "fisher": fisher, "ks": (1, 4, 12)} | options
-    return fit_patch(model, (x[which], y[which]), guard, Units.of(model), progress=False, **options)
+    return fit_patch(model, (x[which], y[which]), retain, Units.of(model), progress=False, **options)
 
 
 def by_hand(model, patch):
@@ -49,18 +49,18 @@ def by_hand(model, patch):
 
 
 def test_corrects_the_mistake_and_is_what_it_says(case, patch):
-    model, (x, y), guard, _ = case
+    model, (x, y), retain, _ = case
     before = fingerprint(model)
     assert patch.corrected and patch.reason == "" and patch.model == before
     edited = by_hand(model, patch)
     assert edited(x[:1]).argmax() == y[0] != model(x[:1]).argmax()
     evidence = patch.evidence.set_index("part")
-    assert list(evidence.index) == ["mistakes", "guard", "guard held out"]
+    assert list(evidence.index) == ["mistakes", "retain", "retain held out"]
     assert evidence["n"].tolist() == [1, 70, 30]
     assert evidence.loc["mistakes", ["accuracy_before", "accuracy_after"]].tolist() == [0, 1]
-    p, q = (m(guard[0]).log_softmax(dim=1) for m in (model, edited))
+    p, q = (m(retain[0]).log_softmax(dim=1) for m in (model, edited))
     kl = (p.exp() * (p - q)).sum(dim=1)
-    total = (evidence["n"] * evidence["kl_mean"])[["guard", "guard held out"]].sum() / 100
+    total = (evidence["n"] * evidence["kl_mean"])[["retain", "retain held out"]].sum() / 100
     np.testing.assert_allclose(total, kl.mean().item(), rtol=1e-9)
     names = Units.of(model).table()["name"]
     assert patch.names == tuple(names[list(patch.units)])
@@ -159,7 +159,7 @@ def test_another_model_is_refused(case, patch):
 
 
 def test_patches_add_or_say_that_they_conflict(case):
-    model, (x, y), guard, _ = case
+    model, (x, y), retain, _ = case
     first = fitted(case, ks=(12,))
     second = fitted(case, slice(1, 2), ks=(12,))
     with pytest.raises(ValueError, match=r"conflict: both change units \[0, 1"):
@@ -178,7 +178,7 @@ def test_patches_add_or_say_that_they_conflict(case):
     low.apply(other)
     with pytest.raises(ValueError, match="apply the sum of both"):
         high.apply(other)
-    evidence = both.measured(model, {"two": (x[:2], y[:2]), "guard": guard}).evidence
+    evidence = both.measured(model, {"two": (x[:2], y[:2]), "retain": retain}).evidence
     right = (expected(x[:2]).argmax(dim=1) == y[:2]).double().mean().item()
     assert evidence["accuracy_after"][0] == right
     stranger = Patch(
@@ -198,7 +198,7 @@ def test_budget_is_kept_or_the_patch_says_that_it_cannot(case, measure):
     kept = fitted(case, budget=damage, measure=measure, ks=(12,))
     assert kept.corrected and kept.tried[measure].iloc[-1] <= damage
     if measure == "kl":
-        np.testing.assert_allclose(kept.evidence.set_index("part").loc["guard", "kl_mean"], damage, rtol=1e-6)
+        np.testing.assert_allclose(kept.evidence.set_index("part").loc["retain", "kl_mean"], damage, rtol=1e-6)
     before = fingerprint(model)
     none = fitted(case, budget=0.0, measure="kl")
     assert not none.corrected and none.units == () and "over the budget 0" in none.reason
@@ -209,7 +209,7 @@ def test_budget_is_kept_or_the_patch_says_that_it_cannot(case, measure):
 
 
 def test_says_when_no_step_corrects(case):
-    none = fitted(case, cap=1e-9)
+    none = fitted(case, max_relative_step=1e-9)
     assert (
         not none.corrected
         and "no step within the cap through the top 1, 4, 12 units corrects the mistake" in none.reason
@@ -227,26 +227,26 @@ class Watched(Net):
 
 
 def test_several_mistakes_at_once_with_some_held_out(case):
-    model, (x, y), guard, _ = case
+    model, (x, y), retain, _ = case
     watched = Watched().double().eval()
     watched.load_state_dict(model.state_dict())
     watched.seen = []
-    how = {"budget": 1e9, "ks": (5,), "held_out": 0.5, "cap": 30, "method": "raw", "progress": False}
-    several = fit_patch(watched, (x[:6], y[:6]), guard, Units.of(model), **how)
+    how = {"budget": 1e9, "ks": (5,), "held_out": 0.5, "max_relative_step": 30, "method": "raw", "progress": False}
+    several = fit_patch(watched, (x[:6], y[:6]), retain, Units.of(model), **how)
     assert several.corrected and several.tried["k"].tolist() == [5]
     used = [i for i in range(6) if any(torch.equal(x[i], image) for image in watched.seen)]
-    assert len(used) == 3 and not any(torch.equal(g, image) for g in guard[0] for image in watched.seen)
+    assert len(used) == 3 and not any(torch.equal(g, image) for g in retain[0] for image in watched.seen)
     order, everything = (
         pss.profile(model, x[i], y[i]).mean(dim=0).argsort(descending=True)[:5].tolist() for i in (used, range(6))
     )
     assert list(several.units) == order != everything
     evidence = several.evidence.set_index("part")
-    assert evidence["n"].to_dict() == {"mistakes": 3, "mistakes held out": 3, "guard": 50, "guard held out": 50}
+    assert evidence["n"].to_dict() == {"mistakes": 3, "mistakes held out": 3, "retain": 50, "retain held out": 50}
     right = by_hand(model, several)(x[:6]).argmax(dim=1) == y[:6]
     assert right[used].all() and evidence.loc["mistakes", "accuracy_after"] == 1
     assert right.sum() == 3 + round(3 * evidence.loc["mistakes held out", "accuracy_after"]) < 6
     all_of_them = fitted(case, slice(0, 3), budget=1e9, ks=(12,), held_out=0)
-    assert set(all_of_them.evidence["part"]) == {"mistakes", "guard"}
+    assert set(all_of_them.evidence["part"]) == {"mistakes", "retain"}
 
 
 def test_a_patch_goes_beyond_the_boundary_by_its_margin(case):
@@ -260,8 +260,8 @@ def test_a_patch_goes_beyond_the_boundary_by_its_margin(case):
 
 
 def test_ranking_and_direction_can_be_chosen(case):
-    model, _, guard, _ = case
-    store = pss.profile(model, *guard)
+    model, _, retain, _ = case
+    store = pss.profile(model, *retain)
     reference = pss.Reference.fit(store)
     plain = fitted(case, fisher=None, reference=reference, ks=(4,), budget=1e9)
     assert plain.about["method"] == "zscore" and plain.about["direction"] == "gradient"
@@ -274,9 +274,9 @@ def test_ranking_and_direction_can_be_chosen(case):
 
 
 def test_guard_and_mistakes_never_overlap(case):
-    model, (x, y), (guard, labels), _ = case
-    both = (torch.cat([guard, x[:1]]), torch.cat([labels, y[:1]]))
-    with pytest.raises(ValueError, match="1 of the guard images are among the mistakes"):
+    model, (x, y), (retain, labels), _ = case
+    both = (torch.cat([retain, x[:1]]), torch.cat([labels, y[:1]]))
+    with pytest.raises(ValueError, match="1 of the retain images are among the mistakes"):
         fit_patch(model, (x[:1], y[:1]), both, Units.of(model), method="raw")
 
 
@@ -299,10 +299,10 @@ def test_says_what_is_wrong(case, options, message):
 
 
 def test_a_right_image_is_no_mistake(case):
-    model, _, (guard, labels), fisher = case
+    model, _, (retain, labels), fisher = case
     with pytest.raises(ValueError, match="classified correctly"):
-        fit_patch(model, (guard[:1], labels[:1]), (guard[1:], labels[1:]), Units.of(model), fisher=fisher)
+        fit_patch(model, (retain[:1], labels[:1]), (retain[1:], labels[1:]), Units.of(model), fisher=fisher)
 
 
 def test_reached_beside_repair():
-    assert pss.repair.fit_patch is fit_patch is pss.fit_patch and pss.repair.Patch is pss.Patch is Patch
+    assert pss.editing.fit_patch is fit_patch is pss.fit_patch and pss.editing.Patch is pss.Patch is Patch

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 import pss
-from pss._vision import torchvision
-from pss.repair import edit_curves, edited
+from pss.data.vision import torchvision
+from pss.editing import edit_curves, edited
 
 HEADS, WIDTH, IMAGES = 4, 48, 48
 PLANTED = [(layer, head) for layer in range(3) for head in (0, 2)]
@@ -118,7 +118,14 @@ def test_one_step_on_the_broken_head_corrects_more_than_on_another(bench, plante
     def corrected(u):
         ids = torch.full((len(at), 1), u)
         curves = edit_curves(
-            broken, bench.images[at], bench.labels[at], ids, bench.units, norm=0.3, path="in_place", progress=False
+            broken,
+            bench.images[at],
+            bench.labels[at],
+            ids,
+            bench.units,
+            step_norm=0.3,
+            strategy="in_place",
+            progress=False,
         )
         return curves.query("k == 1")["corrected"].mean()
 

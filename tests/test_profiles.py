@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 import pss
 from pss import profiles
-from pss.gradients import cross_entropy
 from pss.profiles import ProfileStore, blocks, choose_batch_size, main, profile_dataset
-from pss.store import read_manifest, write_manifest
+from pss.saliency import cross_entropy
+from pss.storage.folder import read_manifest, write_manifest
 from pss.units import Units
 
 N, PIXELS = 26, 8
@@ -533,10 +533,10 @@ ARGUMENTS = [
 
 
 def test_command_line(tmp_path, capsys, one_thread):
-    assert main([*ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.gradients:logit"]) == 0
+    assert main([*ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.saliency:logit"]) == 0
     assert "ProfileStore(23 images × 12 units" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.gradients.logit"
+    assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.saliency.logit"
     assert manifest["options"] == {}
     main([*ARGUMENTS, "--out", str(tmp_path / "bf16"), "--precision", "bf16"])
     assert json.loads((tmp_path / "bf16" / "manifest.json").read_text())["options"] == {"precision": "bf16"}
@@ -559,7 +559,7 @@ def test_two_ranks_equal_one(tmp_path, one_thread):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, "-m", "pss.profiles", *module], env=environment, capture_output=True, text=True, timeout=120
+        [*launch, "-m", "pss", "profile", *module], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ProfileStore(23 images × 8 units") == 1
@@ -570,7 +570,7 @@ def test_two_ranks_equal_one(tmp_path, one_thread):
 
 
 def test_blocks_against_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("pss.store._CHUNK", 5 * 9 * 4)  # five rows at a time
+    monkeypatch.setattr("pss.storage.folder._CHUNK", 5 * 9 * 4)  # five rows at a time
     store = run(tmp_path)
     whole = np.array(store.profiles)
     for source in (store, store.profiles, whole, torch.tensor(whole), torch.tensor(whole, requires_grad=True)):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pss import ranking
-from pss.ranking import METHODS, rank, significant, stage_shares
+from pss.ranking import METHODS, fdr_significant, rank, stage_shares
 from pss.reference import Reference
 from pss.units import Units
 
@@ -34,10 +34,10 @@ def reference(profiles) -> Reference:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ranks_every_unit_once(method, profiles, reference, units):
-    k = 30 if method == "stage" else 60
+    k = 30 if method == "random_last_stage" else 60
     ids = rank(profiles[:8], reference, method, k, units, gains=profiles[8:16])
     assert ids.shape == (8, k) and ids.dtype == torch.int64
-    if method == "stage":
+    if method == "random_last_stage":
         assert all(len(set(row.tolist())) == 30 and row.min() >= 30 for row in ids)
     else:
         assert torch.equal(ids.sort(dim=1).values, torch.arange(60).expand(8, 60))
@@ -50,7 +50,7 @@ def test_dead_units_come_last(method, profiles, reference):
     assert (rank(new, reference, method, gains=new)[:, -1] == 17).all()
 
 
-@pytest.mark.parametrize("method", ["stage", "layer_matched_random"])
+@pytest.mark.parametrize("method", ["random_last_stage", "layer_matched_random"])
 def test_random_units_are_dead_ones_last(method, units):
     values = torch.from_numpy(np.random.default_rng(0).lognormal(size=(100, 60)))
     values[:, 30:50] = 0.0  # 20 of the 30 units of the last stage, which is one layer
@@ -66,7 +66,7 @@ def test_random_units_are_dead_ones_last(method, units):
 def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, reference, units):
     new = profiles[:3].clone()
     new[1, 4] = value
-    if method == "stage":  # does not look at the profiles
+    if method == "random_last_stage":  # does not look at the profiles
         assert rank(new, reference, method, 5, units).shape == (3, 5)
         return
     with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
@@ -87,9 +87,9 @@ def test_fisher_ranks_by_the_gains(profiles, reference, units):
 
 
 def test_significant_takes_a_probability_of_zero_and_refuses_nan():
-    assert significant(torch.tensor([[-torch.inf, -0.1]])).tolist() == [[True, False]]
+    assert fdr_significant(torch.tensor([[-torch.inf, -0.1]])).tolist() == [[True, False]]
     with pytest.raises(ValueError, match="NaN"):
-        significant(torch.tensor([[torch.nan, -0.1]]))
+        fdr_significant(torch.tensor([[torch.nan, -0.1]]))
 
 
 def test_orders_are_those_of_the_definitions(profiles, reference):
@@ -99,7 +99,7 @@ def test_orders_are_those_of_the_definitions(profiles, reference):
     by = lambda key: sorted(alive, key=key)  # noqa: E731
     assert rank(new, reference, "zscore")[0, :59].tolist() == by(lambda u: -z[u])
     assert rank(new, reference, "abs_zscore")[0, :59].tolist() == by(lambda u: -abs(z[u]))
-    assert rank(new, reference, "least")[0, :59].tolist() == by(lambda u: z[u])
+    assert rank(new, reference, "lowest_zscore")[0, :59].tolist() == by(lambda u: z[u])
     assert rank(new, reference, "raw")[0, :59].tolist() == by(lambda u: -new[0, u])
     log_p = reference.log_tail_probability(new)[0]
     assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
@@ -128,13 +128,13 @@ def test_randomness_comes_from_the_generator(profiles, units):
 
 def test_significant_is_benjamini_hochberg_by_hand():
     p = torch.tensor([[0.001, 0.5, 0.012, 0.03, 0.9]])  # sorted: .001 .012 .03 .5 .9 against .01 .02 .03 .04 .05
-    assert significant(p.log(), q=0.05).tolist() == [[True, False, True, True, False]]
-    assert significant(p.log(), q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+    assert fdr_significant(p.log(), q=0.05).tolist() == [[True, False, True, True, False]]
+    assert fdr_significant(p.log(), q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
 
 
 def test_false_discoveries_are_held_at_q():
     p = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    any_found = significant(p.log(), q=0.1).any(dim=1).double().mean().item()
+    any_found = fdr_significant(p.log(), q=0.1).any(dim=1).double().mean().item()
     assert 0.08 < any_found < 0.12  # every discovery is false: the rate of any is q
 
 
@@ -155,7 +155,7 @@ def test_stage_shares(units):
         ({"k": 0}, r"k = 0 is outside 1\.\.60"),
         ({"k": 61}, r"k = 61 is outside 1\.\.60"),
         ({"method": "pot"}, "needs a reference"),
-        ({"method": "stage"}, "needs units="),
+        ({"method": "random_last_stage"}, "needs units="),
         ({"units": Units.of(nn.Conv2d(1, 2, 3))}, "units= has 2"),
     ],
 )

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 
-from pss._files import pack
 from pss.reference import Reference
+from pss.storage.tensors import pack
 from pss.units import Units
 
 U = 7

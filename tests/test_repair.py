@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-import pss.repair
-from pss._vision import torchvision
-from pss.gradients import parameter_saliency
-from pss.repair import collateral, edit_curve, edit_curves, edited, paired_difference, summarize, unit_steps
-from pss.units import Layer, Units
+import pss.editing
+from pss.data.vision import torchvision
+from pss.editing import edit_curve, edit_curves, edited, paired_difference, side_effects, summarize, unit_steps
+from pss.saliency import parameter_saliency
+from pss.units import UnitGroup, Units
 
 models = torchvision.models
 
@@ -276,16 +276,16 @@ ALONE = [(Up, 16, "filters"), (Hidden, 16, "filters"), (vit, 16, "heads"), (vit,
 
 @pytest.mark.parametrize("edit", ["finetune", "prune"])
 @pytest.mark.parametrize(
-    ("make", "size", "kind", "path"), [(*c, "variants") for c in CARRIED] + [(*c, "auto") for c in ALONE]
+    ("make", "size", "kind", "strategy"), [(*c, "variants") for c in CARRIED] + [(*c, "auto") for c in ALONE]
 )
-def test_curves_equal_the_copying_loop(make, size, kind, path, edit):
+def test_curves_equal_the_copying_loop(make, size, kind, strategy, edit):
     model = build(make, size)
     units = Units.of(model, kind)
     (images, labels), ids = batch(3, size), rankings(units, 3)
     expected = copying_loop(model, images, labels, ids, units, edit, 0.5)
     assert (expected[:, 0] - expected[:, -1]).abs().max() > 1e-6, "the edits must do something"
     before = state(unusual(model))
-    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, path=path, progress=False)
+    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, strategy=strategy, progress=False)
     assert_same_curves(curves, expected, labels)
     assert_untouched(model, before)
 
@@ -297,7 +297,7 @@ def test_branches_of_different_rows_meet(edit):
     images, labels = batch(3)
     ids = rankings(units, 3, k=18)
     assert {units.name(u).partition("[")[0] for u in ids.flatten().tolist()} >= {"left", "right", "unused"}
-    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, path="variants")
+    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, strategy="variants")
     assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
 
 
@@ -316,13 +316,13 @@ def test_auto_falls_back_and_says_so(make, why, caplog):
     units = Units.of(model, "heads" if make is vit else "filters")
     (images, labels), ids = batch(2), torch.arange(len(units) - 4, len(units)).expand(2, 4)
     expected = copying_loop(model, images, labels, ids, units, "prune", 0.0)
-    with caplog.at_level(logging.INFO, logger="pss.repair"):
+    with caplog.at_level(logging.INFO, logger="pss.editing"):
         curves = edit_curves(model, images, labels, ids, units, "prune")
     assert_same_curves(curves, expected, labels)
     assert "in place" in caplog.text
     assert why in caplog.text
     with pytest.raises(RuntimeError):
-        edit_curves(model, images, labels, ids, units, "prune", path="variants")
+        edit_curves(model, images, labels, ids, units, "prune", strategy="variants")
 
 
 class Threshold(Chain):
@@ -345,16 +345,16 @@ def test_images_do_not_see_each_other(make, edit):
     assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
 
 
-@pytest.mark.parametrize("path", ["variants", "in_place"])
-def test_gradients_also_in_inference_mode(path):
+@pytest.mark.parametrize("strategy", ["variants", "in_place"])
+def test_gradients_also_in_inference_mode(strategy):
     model = build(Chain)
     units = Units.of(model)
     images, labels = batch(2)
     ids = rankings(units, 2)
-    expected = edit_curves(model, images, labels, ids, units, lr=0.5, path=path)
+    expected = edit_curves(model, images, labels, ids, units, lr=0.5, strategy=strategy)
     with torch.inference_mode():
-        got = edit_curves(model, images.clone(), labels.clone(), ids, units, lr=0.5, path=path)
-        steps = unit_steps(model, images.clone(), labels.clone(), units, ids, path=path)
+        got = edit_curves(model, images.clone(), labels.clone(), ids, units, lr=0.5, strategy=strategy)
+        steps = unit_steps(model, images.clone(), labels.clone(), units, ids, strategy=strategy)
     pd.testing.assert_frame_equal(got, expected)
     assert any(step.any() for step in steps[0])
 
@@ -362,7 +362,7 @@ def test_gradients_also_in_inference_mode(path):
 def test_the_log_names_the_growing_batch(caplog):
     model = build(Chain)
     units = Units.of(model)
-    with caplog.at_level(logging.INFO, logger="pss.repair"):
+    with caplog.at_level(logging.INFO, logger="pss.editing"):
         edit_curves(model, *batch(2), rankings(units), units)
     assert [r.message for r in caplog.records] == ["all edits of up to 2 images in one pass"]
 
@@ -373,7 +373,7 @@ def test_unused_units_change_nothing():
     ids = [u for u in range(len(units)) if units.name(u).startswith("unused")]
     images, labels = batch(1)
     for edit in ("prune", "finetune"):
-        curve = edit_curve(model, images[0], 0, ids, units, edit, path="variants")
+        curve = edit_curve(model, images[0], 0, ids, units, edit, strategy="variants")
         assert (curve["confidence_true"] == curve["confidence_true"][0]).all()
     assert all(not step.any() for step in unit_steps(model, images, labels, units, [ids])[0])
 
@@ -381,11 +381,11 @@ def test_unused_units_change_nothing():
 def test_own_units_of_several_rows():
     """Units of two neighbouring rows of a linear layer, beginning at row 1."""
     model = build(Chain)
-    units = Units.of(model, lambda m: [Layer("head.weight", (5, 12), 2, rows=2, offset=1, label="pair")])
+    units = Units.of(model, lambda m: [UnitGroup("head.weight", (5, 12), 2, rows=2, offset=1, label="pair")])
     images, labels = batch(2)
     ids = torch.tensor([[1, 0], [0, 1]])
     expected = copying_loop(model, images, labels, ids, units, "finetune", 0.5)
-    assert_same_curves(edit_curves(model, images, labels, ids, units, lr=0.5, path="variants"), expected, labels)
+    assert_same_curves(edit_curves(model, images, labels, ids, units, lr=0.5, strategy="variants"), expected, labels)
 
 
 def test_chunks_do_not_matter(monkeypatch):
@@ -393,8 +393,8 @@ def test_chunks_do_not_matter(monkeypatch):
     units = Units.of(model)
     (images, labels), ids = batch(5), rankings(units, 5)
     whole = edit_curves(model, images, labels, ids, units, lr=0.5)
-    monkeypatch.setattr(pss.repair, "_CHUNK", 2 * images[0].numel() * 9)
-    assert [s.start for s in pss.repair._chunks(images, 9)] == [0, 2, 4]
+    monkeypatch.setattr(pss.editing, "_CHUNK", 2 * images[0].numel() * 9)
+    assert [s.start for s in pss.editing._chunks(images, 9)] == [0, 2, 4]
     pd.testing.assert_frame_equal(whole, edit_curves(model, images, labels, ids, units, lr=0.5), rtol=1e-12)
 
 
@@ -404,7 +404,7 @@ def test_float32_stays_within_rounding():
     images, labels = batch(2, 32)
     ids = rankings(units, 2, k=25)
     for edit in ("prune", "finetune"):
-        curves = edit_curves(model, images.float(), labels, ids, units, edit, lr=0.1, path="variants")
+        curves = edit_curves(model, images.float(), labels, ids, units, edit, lr=0.1, strategy="variants")
         expected = copying_loop(model, images.float(), labels, ids, units, edit, 0.1)
         assert_same_curves(curves, expected, labels, rel=1e-4)
 
@@ -425,12 +425,12 @@ def softmax(z):
     return e / e.sum()
 
 
-@pytest.mark.parametrize("path", ["variants", "in_place"])
-def test_curve_by_hand(path):
+@pytest.mark.parametrize("strategy", ["variants", "in_place"])
+def test_curve_by_hand(strategy):
     """x = (2, 1), logits (2, 1.5, 2): class 0 is predicted (the first of equals), the label is 1."""
     model, x = linear(), torch.tensor([2.0, 1.0], dtype=torch.float64)
     units = Units.of(model, "rows")
-    pruned = edit_curve(model, x, 1, [2, 0], units, edit="prune", path=path, image_id="seven")
+    pruned = edit_curve(model, x, 1, [2, 0], units, edit="prune", strategy=strategy, image_id="seven")
     logits = [(2, 1.5, 2), (2, 1.5, -1), (0, 1.5, -1)]
     np.testing.assert_allclose(pruned["confidence_true"], [softmax(z)[1] for z in logits])
     np.testing.assert_allclose(pruned["confidence_wrong"], [softmax(z)[0] for z in logits])
@@ -446,12 +446,12 @@ def test_curve_by_hand(path):
     # gradient of row c is (p_c - [c = y]) x, and a step of -0.3 times it moves logit c by -0.3 (p_c - [c = y]) |x|^2
     p = softmax(logits[0]) - np.array([0, 1, 0])
     moved = np.array(logits[0]) - 0.3 * p * 5 * np.array([[0, 0, 0], [0, 1, 0], [1, 1, 0]])
-    tuned = edit_curve(model, x, torch.tensor(1), [1, 0], units, "finetune", lr=0.3, path=path)
+    tuned = edit_curve(model, x, torch.tensor(1), [1, 0], units, "finetune", lr=0.3, strategy=strategy)
     np.testing.assert_allclose(tuned["confidence_true"], [softmax(z)[1] for z in moved])
     np.testing.assert_allclose(tuned["loss"], [-np.log(softmax(z)[1]) for z in moved])
     # equal norm: row c moves by -eps sign(p_c - [c = y]) x / |x|, its logit by eps |x| in that direction
     moved = np.array(logits[0]) - 0.1 * np.sign(p) * np.sqrt(5) * np.array([[0, 0, 0], [0, 1, 0], [1, 1, 0]])
-    equal = edit_curve(model, x[None], torch.tensor([1]), [1, 0], units, "finetune", norm=0.1, path=path)
+    equal = edit_curve(model, x[None], torch.tensor([1]), [1, 0], units, "finetune", step_norm=0.1, strategy=strategy)
     np.testing.assert_allclose(equal["confidence_true"], [softmax(z)[1] for z in moved])
 
 
@@ -462,9 +462,9 @@ def test_steps_equal_per_sample_gradients(loss):
     (images, labels), ids = batch(3), rankings(units, 3)
     gradients = parameter_saliency(model, images, labels, loss, signed=True)
     before = state(unusual(model))
-    for path in ("variants", "in_place"):
-        steps = unit_steps(model, images, labels, units, ids, loss, lr=0.25, path=path)
-        equal = unit_steps(model, images, labels, units, ids, loss, norm=0.25, path=path)
+    for strategy in ("variants", "in_place"):
+        steps = unit_steps(model, images, labels, units, ids, loss, lr=0.25, strategy=strategy)
+        equal = unit_steps(model, images, labels, units, ids, loss, step_norm=0.25, strategy=strategy)
         for i, own in enumerate(ids.tolist()):
             for n, unit in enumerate(own):
                 number, j = units.locate(unit)
@@ -477,7 +477,7 @@ def test_steps_equal_per_sample_gradients(loss):
 
 
 def test_equal_norm_leaves_units_without_gradient_and_survives_tiny_ones():
-    step = pss.repair._step
+    step = pss.editing._step
     assert not step(torch.zeros(3), 1e-3, 0.5).any()
     torch.testing.assert_close(step(torch.tensor([3e-30, -4e-30]), 1e-3, 0.5), torch.tensor([-0.3, 0.4]))
 
@@ -520,8 +520,8 @@ def test_undone_after_a_step_that_does_not_fit():
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("path", ["auto", "in_place"])
-def test_undone_when_the_model_raises_halfway(path):
+@pytest.mark.parametrize("strategy", ["auto", "in_place"])
+def test_undone_when_the_model_raises_halfway(strategy):
     class Tired(Chain):
         calls = 0
 
@@ -532,11 +532,11 @@ def test_undone_when_the_model_raises_halfway(path):
             return super().forward(x)
 
     model = unusual(build(Tired))
-    model.calls = 3 if path == "auto" else 0
+    model.calls = 3 if strategy == "auto" else 0
     units = Units.of(model)
     before = state(model)
     with pytest.raises(RuntimeError, match="tired"):
-        edit_curves(model, *batch(), rankings(units), units, "prune", path=path)
+        edit_curves(model, *batch(), rankings(units), units, "prune", strategy=strategy)
     assert_untouched(model, before)
 
 
@@ -545,7 +545,7 @@ def test_a_graph_of_the_caller_survives():
     units = Units.of(model)
     (images, labels), ids = batch(), rankings(units)
     loss = F.cross_entropy(model(images), labels)
-    edit_curves(model, images, labels, ids, units, path="in_place")
+    edit_curves(model, images, labels, ids, units, strategy="in_place")
     loss.backward()
     assert model.one.weight.grad.abs().sum() > 0
 
@@ -554,7 +554,7 @@ def test_images_are_not_marked():
     model = build(Chain)
     units = Units.of(model)
     images, labels = batch()
-    edit_curves(model, images, labels, rankings(units), units, path="variants")
+    edit_curves(model, images, labels, rankings(units), units, strategy="variants")
     assert not vars(images)
     assert not any(vars(t) for t in [*model.parameters(), *model.buffers()])
 
@@ -573,11 +573,11 @@ def test_images_are_not_marked():
         ({"ids": [[0.0, 1.0]]}, "expected integers"),
         ({"ids": [[0], [1]]}, "2 rows of ids"),
         ({"edit": "erase"}, "unknown edit 'erase'"),
-        ({"path": "quick"}, "unknown path 'quick'"),
+        ({"strategy": "quick"}, "unknown strategy 'quick'"),
         ({"loss": "mse"}, "unknown loss"),
         ({"lr": 0.0}, "lr must be positive and finite, not 0.0"),
         ({"lr": float("nan")}, "lr must be positive and finite"),
-        ({"norm": float("inf")}, "norm must be positive and finite"),
+        ({"step_norm": float("inf")}, "step_norm must be positive and finite"),
         ({"labels": torch.tensor([5])}, "label 5 is outside 0..4 of this model"),
         ({"labels": torch.tensor([-1])}, "label -1 is outside"),
         ({"image_ids": [1, 2]}, "image_ids must be 1 different ids"),
@@ -707,7 +707,7 @@ def test_summaries_of_real_curves():
     images, labels = batch(4)
     curves = pd.concat(
         [
-            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, norm=0.1).assign(method=name)
+            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, step_norm=0.1).assign(method=name)
             for s, name in enumerate(["one", "two"])
         ]
     )
@@ -716,7 +716,7 @@ def test_summaries_of_real_curves():
     assert len(paired_difference(curves, "one", "two")) == 9
 
 
-# --------------------------------------------------------------------------------------------- collateral
+# --------------------------------------------------------------------------------------------- side_effects
 
 
 @pytest.mark.parametrize("edit", ["prune", "finetune"])
@@ -724,18 +724,18 @@ def test_collateral_by_brute_force(edit):
     model = unusual(build(Chain))
     units = Units.of(model)
     (images, labels), ids = batch(2), rankings(units, 2, k=6)
-    guard, guard_labels = batch(20, seed=9)
+    retain, retain_labels = batch(20, seed=9)
     with torch.no_grad():  # some right, some wrong
-        right = copy.deepcopy(model).eval()(guard).argmax(1)
-    guard_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
-    steps = unit_steps(model, images, labels, units, ids, norm=1.0) if edit == "finetune" else None
+        right = copy.deepcopy(model).eval()(retain).argmax(1)
+    retain_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
+    steps = unit_steps(model, images, labels, units, ids, step_norm=1.0) if edit == "finetune" else None
     before = state(model)
-    table = collateral(
+    table = side_effects(
         model,
         units,
         ids,
-        guard,
-        guard_labels,
+        retain,
+        retain_labels,
         edit,
         steps,
         k=5,
@@ -748,12 +748,12 @@ def test_collateral_by_brute_force(edit):
     for q in range(2):
         variant = copy.deepcopy(model).eval()
         with torch.no_grad():
-            old = variant(guard)
+            old = variant(retain)
             for n, unit in enumerate(ids[q, :5].tolist()):
                 view = units.view(variant, unit)
                 view.copy_(torch.zeros(()) if steps is None else view + steps[q][n])
-            new = variant(guard)
-        still = [int(new[i].argmax()) == int(guard_labels[i]) for i in range(20)]
+            new = variant(retain)
+        still = [int(new[i].argmax()) == int(retain_labels[i]) for i in range(20)]
         kl = [stats.entropy(old[i].softmax(0).numpy(), new[i].softmax(0).numpy()) for i in range(13)]
         row = table.iloc[q]
         assert (row["k"], row["right"], row["wrong"], row["accuracy_before"]) == (5, 13, 7, 0.65)
@@ -771,9 +771,9 @@ def test_collateral_without_right_or_wrong_images_is_nan():
     images, _ = batch(3)
     with torch.no_grad():
         right = model(images).argmax(1)
-    all_right = collateral(model, units, [[0]], images, right).iloc[0]
+    all_right = side_effects(model, units, [[0]], images, right).iloc[0]
     assert np.isnan(all_right["corrected"])
-    all_wrong = collateral(model, units, [[0]], images, (right + 1) % 5).iloc[0]
+    all_wrong = side_effects(model, units, [[0]], images, (right + 1) % 5).iloc[0]
     assert np.isnan(all_wrong[["still_right", "kl_mean", "kl_worst"]].astype(float)).all()
 
 
@@ -782,12 +782,12 @@ def test_collateral_errors():
     units = Units.of(model)
     images, labels = batch(2)
     with pytest.raises(ValueError, match=r"k must be 1\.\.2"):
-        collateral(model, units, [[0, 1]], images, labels, k=3)
+        side_effects(model, units, [[0, 1]], images, labels, k=3)
     with pytest.raises(ValueError, match="steps of 1 images for ids of 2"):
-        collateral(model, units, [[0], [1]], images, labels, "finetune", [[torch.zeros(1)]])
-    with pytest.raises(ValueError, match="2 guard images and 1 labels"):
-        collateral(model, units, [[0]], images, labels[:1])
+        side_effects(model, units, [[0], [1]], images, labels, "finetune", [[torch.zeros(1)]])
+    with pytest.raises(ValueError, match="2 retain images and 1 labels"):
+        side_effects(model, units, [[0]], images, labels[:1])
     with pytest.raises(ValueError, match=r"outside 0\.\.4"):
-        collateral(model, units, [[0]], images, labels + 9)
+        side_effects(model, units, [[0]], images, labels + 9)
     with pytest.raises(ValueError, match="steps go with"):
-        collateral(model, units, [[0]], images, labels, "finetune")
+        side_effects(model, units, [[0]], images, labels, "finetune")

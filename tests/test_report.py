@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import pss
-from pss import explain, zoo
-from pss.batch import run_notebook
-from pss.report import Report
+from pss.apps import explain
+from pss.apps.batch import run_notebook
+from pss.apps.report import Report
+from pss.models import zoo
 
 EVIL = '<script>alert(1)</script> & "quoted" onerror=1'
 
@@ -148,15 +149,15 @@ def test_table_of_units_and_a_reference_without_tail():
 
 
 def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
-    evidence = pd.DataFrame({"part": ["mistakes", "guard", "guard held out"], "kl_mean": [9.0, 0.25, 0.034]})
+    evidence = pd.DataFrame({"part": ["mistakes", "retain", "retain held out"], "kl_mean": [9.0, 0.25, 0.034]})
     tried = pd.DataFrame({"k": [1, 2], "kl": [0.7, 0.0012]})
     step = (torch.zeros(1), torch.ones(1))
     patch = pss.Patch(
         "0" * 64, (1, 2), ("a", "b"), ((), ()), step, (step[1] + 1, step[1] + 2), True, evidence=evidence, tried=tried
     )
     english, japanese = explain.verdict(patch)
-    assert "2 units" in english and "KL of 0.0012 on the guard images that chose it and 0.034 on those held" in english
-    assert "2個" in japanese and re.search("選択に使ったガード画像で0.0012，取り分けておいた画像で0.034", japanese)
+    assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
+    assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)
 
 
 MODULE = """
@@ -199,11 +200,11 @@ def workshop(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_guard_is_without_the_explained_image(workshop):
+def test_retain_images_are_without_the_explained_image(workshop):
     network, root = zoo.load(str(workshop / "net.yaml")), str(workshop / "photos")
     case = explain.take_image(network, data_root=root, index=7)
-    guard, labels = explain.guard_images(network, case, root, count=30)
-    assert len(guard) == len(labels) == 29 and not any(torch.equal(x, case.image[0]) for x in guard)
+    retain, labels = explain.retain_images(network, case, root, count=30)
+    assert len(retain) == len(labels) == 29 and not any(torch.equal(x, case.image[0]) for x in retain)
     tree = zoo.reference_set(network, root)
     others = [int(tree[i][1]) for i in range(30) if i != 7]
     assert sorted(labels.tolist()) == sorted(others)
@@ -237,7 +238,7 @@ def test_a_network_and_pictures_of_ones_own(workshop, root):
 
 
 def test_one_picture_with_published_statistics(workshop, root):
-    """Mean and deviation only: a sentence says so, no p-values; no guard images either; in Japanese."""
+    """Mean and deviation only: a sentence says so, no p-values; no retain images either; in Japanese."""
     notebook, out = root / "notebooks" / "11_explain_one_image.ipynb", workshop / "out"
     torch.save({"mean": torch.rand(16), "std": torch.rand(16).double()}, workshop / "stats.pth")
     picture = next((workshop / "photos" / "cat").glob("*.png"))

@@ -49,21 +49,21 @@ def everything(folder: Path) -> dict[str, np.ndarray | pd.DataFrame | str]:
     s = pss.profile(model, images[:8], labels[:8], units)
     found = {"profile": s.numpy(), "store": np.array(store.profiles)}
     found |= {f"reference {n}": getattr(reference, n).numpy() for n in ("mean", "std", "threshold", "xi", "scale")}
-    for method in ("zscore", "pot", "exponential", "raw", "random", "layer_matched_random", "stage"):
+    for method in ("zscore", "pot", "exponential", "raw", "random", "layer_matched_random", "random_last_stage"):
         found[f"ids {method}"] = pss.rank(s, reference, method, 20, units=units).numpy()
         if method in ("zscore", "pot", "exponential", "raw"):
             found[f"score {method}"] = pss.ranking.score(s, reference, method).numpy()
     ids = torch.arange(12).expand(8, 12)  # the same units for every number of threads
     found["curves"] = pss.edit_curves(model, images[:8], labels[:8], ids, units, "finetune", lr=1e-2, progress=False)
-    guard = (images[20:], labels[20:])
-    found["costs"] = pss.cost_of_correction(
-        model, images[:8], labels[:8], units, {"first": ids}, k=12, guard=guard, progress=False
+    retain = (images[20:], labels[20:])
+    found["costs"] = pss.smallest_correction(
+        model, images[:8], labels[:8], units, {"first": ids}, k=12, retain=retain, progress=False
     )
     found["stages"] = pss.stage_shares(ids, units)
     noisy = {"noise_iters": 2, "noise_share": 0.1, "generator": 0}
     found["map"] = pss.input_saliency(model, images[:2], labels[:2], units, reference, k=5, **noisy).numpy()
     patch = fit_patch(
-        model, (images[:1], labels[:1]), guard, units, reference, budget=1e9, ks=(len(units),), progress=False
+        model, (images[:1], labels[:1]), retain, units, reference, budget=1e9, ks=(len(units),), progress=False
     )
     patch.save(folder / "patch.safetensors")
     reference.save(folder / "reference.safetensors")
@@ -171,7 +171,7 @@ NUMPY = r"(np|numpy)\.random\.(?!default_rng|Generator|SeedSequence)\w+|random\.
 def test_no_function_draws_from_a_global_generator(root):
     """Every draw in `pss` names its generator; the one seed of torch is set inside `fork_rng`, which restores it."""
     wrong, forked = [], []
-    for path in sorted((root / "pss").glob("*.py")):
+    for path in sorted((root / "pss").rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         for block in (node for node in ast.walk(tree) if isinstance(node, ast.With)):
             if any("fork_rng" in ast.unparse(item) for item in block.items):
@@ -205,7 +205,7 @@ def test_store_reference_and_patch_say_what_made_them(here):
     patch = json.loads(header(folder / "patch.safetensors")["patch"])
     about = patch["about"] | {"model": patch["model"]}
     assert about.items() >= (made | {"budget": "1000000000.0", "seed": "0", "measure": "kl"}).items()
-    assert len(about["mistakes"]) == len(about["guard"]) == 64 and about["mistakes"] != about["guard"]
+    assert len(about["mistakes"]) == len(about["retain"]) == 64 and about["mistakes"] != about["retain"]
 
 
 def test_weights_fisher_and_the_shipped_model_say_what_made_them(tmp_path):

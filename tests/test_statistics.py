@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_evt import sample, uniformity
 
 from pss import evt
-from pss.ranking import significant
+from pss.ranking import fdr_significant
 from pss.reference import Reference
-from pss.store import blocks
+from pss.storage.folder import blocks
 
 slow = [HealthCheck.too_slow]  # a busy machine is no fault
 steady = settings(derandomize=True, deadline=None, database=None, max_examples=60, suppress_health_check=slow)
@@ -236,7 +236,7 @@ def test_false_discoveries_are_rare_where_there_is_nothing_to_find(tail):
     again as 5% for what the estimates of 50 tails add.
     """
     train, new = (sample(0.0, (5000, 50), seed=seed) for seed in (4, 5))
-    found = significant(Reference.fit(train).log_tail_probability(torch.from_numpy(new[:400]), tail), q=0.05)
+    found = fdr_significant(Reference.fit(train).log_tail_probability(torch.from_numpy(new[:400]), tail), q=0.05)
     share = found.any(dim=1).double().mean().item()
     assert 0.01 < share < 2 * 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
 

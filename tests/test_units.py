@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import pss
-from pss._vision import torchvision
-from pss.repair import edited, unit_steps
-from pss.units import Layer, Units
+from pss.data.vision import torchvision
+from pss.editing import edited, unit_steps
+from pss.units import UnitGroup, Units
 
 FACTS = {  # filters, first id of each stage
     "resnet18": (4800, {"conv1": 0, "conv2_x": 64, "conv3_x": 320, "conv4_x": 960, "conv5_x": 2240}),
@@ -247,7 +247,7 @@ def test_table_and_fingerprint():
 
 
 def test_own_units():
-    one = lambda model: [Layer("0.weight", (8, 1, 3, 3), count=2, rows=4, label="group")]  # noqa: E731
+    one = lambda model: [UnitGroup("0.weight", (8, 1, 3, 3), count=2, rows=4, label="group")]  # noqa: E731
     units = Units.of(odd_net(), kind=one)
     assert len(units) == 2 and units.sizes.tolist() == [36, 36]
 
@@ -257,8 +257,8 @@ def test_own_units():
     [
         ("filter", "unknown kind of unit 'filter'"),
         ("heads", "Sequential has no unit of kind 'heads'"),
-        (lambda m: [Layer("9.weight", (8, 1, 3, 3), 8)], "'9.weight' of shape"),
-        (lambda m: [Layer("0.weight", (8, 1, 3, 3), 8)] * 2, "units overlap"),
+        (lambda m: [UnitGroup("9.weight", (8, 1, 3, 3), 8)], "'9.weight' of shape"),
+        (lambda m: [UnitGroup("0.weight", (8, 1, 3, 3), 8)] * 2, "units overlap"),
     ],
 )
 def test_what_cannot_be_is_refused(kind, message):

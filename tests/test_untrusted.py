@@ -33,9 +33,12 @@ from test_bad_input import Small
 from torch.utils.data import TensorDataset
 
 import pss
-from pss import data, execution, models, report, sweep_page, zoo
+from pss.apps import execution, report, sweep_page
+from pss.data import builtin as data
+from pss.models import builtin as models
+from pss.models import zoo
 from pss.reference import Reference
-from pss.store import ProfileStore, remove
+from pss.storage.folder import ProfileStore, remove
 from pss.units import Units
 
 
@@ -200,7 +203,7 @@ LOADERS = {
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_the_payloads_are_live(tmp_path):
-    """The guard of what follows: read without protection, they do run."""
+    """The retain of what follows: read without protection, they do run."""
     ran = 0
     for name, make in PAYLOADS.items():
         marker = tmp_path / name.replace(" ", "_").replace(",", "")

@@ -14,8 +14,10 @@ from test_gradients import assert_close, one_by_one
 from torch import nn
 
 import pss
-from pss import data, models, zoo
-from pss._vision import torchvision
+from pss.data import builtin as data
+from pss.data.vision import torchvision
+from pss.models import builtin as models
+from pss.models import zoo
 from pss.reference import Reference
 from pss.units import Units
 

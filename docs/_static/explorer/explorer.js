@@ -1,4 +1,4 @@
-/* The explorer: draws what `python -m pss.explorer` computed. No server, no other host; data come as scripts, so that a
+/* The explorer: draws what `python -m pss explorer` computed. No server, no other host; data come as scripts, so that a
    folder on disk works as well. Mount: <div id="pss-explorer" data-root="folder of data/ and vendor/">. */
 (function () {
   "use strict";
@@ -31,7 +31,7 @@
         `With the first ${r.k} by ${r.method} fine-tuned, it is read as ${r.finetune.guess} (confidence in ${r.label}: ${r.finetune.own})` +
         `${r.finetune.right ? ", which is right" : ""}; with them pruned, as ${r.prune.guess} (${r.prune.own})` +
         `${r.prune.right ? ", which is right" : ""}. ` +
-        `Of ${r.guard} other images that were right, ${r.finetune.stay} stay right when the first ${r.at} are fine-tuned, ${r.prune.stay} when they are pruned.`,
+        `Of ${r.retain} other images that were right, ${r.finetune.stay} stay right when the first ${r.at} are fine-tuned, ${r.prune.stay} when they are pruned.`,
       picture: "The image",
       map: (units, boost) => `Input-space map: the pixels that drive its first ${units} filters (boosted ${boost} times)`,
       pictureAlt: (what) => `The image: ${what}.`,
@@ -54,7 +54,7 @@
         "Thick: the chosen ranking; thin: the others. Solid: confidence in the true class; dashed: in the class first predicted. The grey line marks k.",
       edits: { finetune: "One-step fine-tuning", prune: "Pruning" },
       elsewhere: "Elsewhere: still right",
-      elsewhereNote: (guard) => `Share of ${guard} other images, which were right, that stay right. Solid: fine-tuned; dashed: pruned.`,
+      elsewhereNote: (retain) => `Share of ${retain} other images, which were right, that stay right. Solid: fine-tuned; dashed: pruned.`,
       edited: "filters edited, k",
       confidence: "confidence",
       share: "share still right",
@@ -93,7 +93,7 @@
         `偽発見率5%で有意なフィルタは，POTによれば${r.units}個中${r.significant}個である．` +
         `${r.method}による上位${r.k}個をファインチューニングすると${r.finetune.guess}と読む（${r.label}の確信度${r.finetune.own}${r.finetune.right ? "，正解" : ""}）．` +
         `枝刈りすると${r.prune.guess}と読む（同${r.prune.own}${r.prune.right ? "，正解" : ""}）．` +
-        `もともと正解だったほかの${r.guard}枚のうち正解のまま残るのは，上位${r.at}個のファインチューニングで${r.finetune.stay}，枝刈りで${r.prune.stay}である．`,
+        `もともと正解だったほかの${r.retain}枚のうち正解のまま残るのは，上位${r.at}個のファインチューニングで${r.finetune.stay}，枝刈りで${r.prune.stay}である．`,
       picture: "画像",
       map: (units, boost) => `入力空間の顕著性：上位${units}個のフィルタ（${boost}倍に強調）を際立たせている画素`,
       pictureAlt: (what) => `画像：${what}．`,
@@ -113,7 +113,7 @@
       repairNote: "太線は選んだ順位付け，細線はそのほか．実線は正解クラス，破線は最初に予測したクラスの確信度．灰色の縦線がkを示す．",
       edits: { finetune: "1ステップのファインチューニング", prune: "枝刈り" },
       elsewhere: "ほかの画像への影響",
-      elsewhereNote: (guard) => `もともと正解だったほかの${guard}枚のうち，正解のまま残る割合．実線はファインチューニング，破線は枝刈り．`,
+      elsewhereNote: (retain) => `もともと正解だったほかの${retain}枚のうち，正解のまま残る割合．実線はファインチューニング，破線は枝刈り．`,
       edited: "編集したフィルタ数 k",
       confidence: "確信度",
       share: "正解のまま残る割合",
@@ -365,7 +365,7 @@
       label: named(shown.label), guess: named(shown.predicted), view: T.views[about.view],
       own: shown.confidence[0].toFixed(2), was: shown.confidence[1].toFixed(2),
       significant: shown.significant, units: set.units.toLocaleString("en"), method: T.methods[state.method],
-      k, at, guard: set.guard, finetune: after("finetune"), prune: after("prune"),
+      k, at, retain: set.retain, finetune: after("finetune"), prune: after("prune"),
     };
     document.getElementById("pss-result").textContent = T.result(result);
     mount.dataset.shown = `${shown.name} ${state.method} ${k}`;
@@ -418,7 +418,7 @@
       document.getElementById(`pss-${edit}`).setAttribute("aria-label", text);
     }
     document.getElementById("pss-elsewhere").setAttribute("aria-label", T.elsewhereAlt(result.at, result.finetune.stay, result.prune.stay));
-    document.getElementById("pss-elsewhere-note").textContent = T.elsewhereNote(result.guard);
+    document.getElementById("pss-elsewhere-note").textContent = T.elsewhereNote(result.retain);
   }
 
   function fill(id, columns, rows) {

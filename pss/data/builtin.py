@@ -26,14 +26,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 from PIL import Image, ImageChops, ImageOps
 from scipy import ndimage
 from torch.utils.data import TensorDataset
 
-from pss._vision import torchvision
-from pss._whole import write_whole
+from pss.data.vision import torchvision
+from pss.storage.places import cache_folder
+from pss.storage.whole import write_whole
 
 SIZE = 32
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -699,31 +699,6 @@ def open_set(
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where prepared files are kept: ``PSS_CACHE`` if set, ``data/cache`` of a checkout, or the user's cache folder.
-
-    Raises
-    ------
-    ValueError
-        If ``PSS_CACHE`` is not an absolute path (what it names would depend on the current directory).
-    """
-    if chosen := os.environ.get("PSS_CACHE"):
-        path = Path(chosen).expanduser()
-        if not path.is_absolute():
-            raise ValueError(f"PSS_CACHE is {chosen!r}: give an absolute path")
-        return path
-    checkout = checkout_data()
-    if checkout is not None and os.access(checkout, os.W_OK):
-        return checkout / "cache"
-    return Path(platformdirs.user_cache_dir("pss"))
-
-
-def checkout_data() -> Path | None:
-    """The folder ``data/`` of the checkout that this module is imported from, or None if it was installed elsewhere."""
-    path = Path(__file__).resolve().parents[1]
-    return path / "data" if (path / "pyproject.toml").is_file() and (path / "data").is_dir() else None
 
 
 def _cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -3,23 +3,20 @@
 The network is torchvision's ResNet-18 with its width as a parameter: 64 is torchvision's own (and the papers'), 16 is
 the shipped one, which has the same layers and names, 0.7 M parameters and 1,200 filters. Train one with
 
-    python -m pss.models train --out my.safetensors --seed 0 --width 16 --epochs 12
+    python -m pss train --out my.safetensors --seed 0 --width 16 --epochs 12
 
-and see how it does on the built-in sets with ``python -m pss.models evaluate my.safetensors``.
+and see how it does on the built-in sets with ``python -m pss evaluate my.safetensors``.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
 import os
 import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -32,17 +29,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import pss
-from pss import data
-from pss._files import bytes_of, load_tensors
-from pss._vision import torchvision
-from pss.gradients import check_labels, undisturbed
+from pss.data import builtin as data
+from pss.data.vision import torchvision
+from pss.engine.process import thread_count
+from pss.engine.state import preserved
+from pss.saliency import check_labels
+from pss.storage import places
+from pss.storage.fingerprints import fingerprint, hash_state
+from pss.storage.tensors import load_tensors
+from pss.storage.whole import write_whole
 
 WIDTH = 16
 EPOCHS = 12
 _BATCH = 100
 _LEARNING_RATE = 0.05
 _RECIPE = 1  # counts changes of the training that change the result, so that older cached weights are not used
-_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 _PREFIXES = ("module.", "model.", "state_dict.")
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # torchvision's files still have norm.1
 
@@ -129,7 +130,7 @@ def digits(seed: int = 0, width: int = WIDTH) -> nn.Module:
     if seed == 0 and width == WIDTH:
         path = _committed()
     else:
-        path = data.cache_folder() / f"resnet18-w{width}-mnist-seed{seed}-{_RECIPE}.safetensors"
+        path = places.cache_folder() / f"resnet18-w{width}-mnist-seed{seed}-{_RECIPE}.safetensors"
         model = _cached_model(path, width)
         if model is not None:
             return model
@@ -144,13 +145,13 @@ def digits(seed: int = 0, width: int = WIDTH) -> nn.Module:
 
 def _committed() -> Path:
     name = f"resnet18-w{WIDTH}-mnist-seed0.safetensors"
-    folder = data.checkout_data()
+    folder = places.checkout_data()
     path = None if folder is None else folder / name
     if path is None or not path.is_file():
         raise FileNotFoundError(
             f"the shipped weights data/{name} are not beside this installation of pss ({Path(__file__).parent}): they "
             "come with the checkout, so install it there with `pip install -e .`, or train a model of your own with "
-            "`python -m pss.models train --out PATH` and load it with pss.models.load_weights"
+            "`python -m pss train --out PATH` and load it with pss.models.load_weights"
         )
     return path
 
@@ -231,41 +232,17 @@ def train(
     return model, {key: str(value) for key, value in record.items()}
 
 
-@contextmanager
-def thread_count(count: int) -> Iterator[None]:
-    """Compute with so many threads, then with as many as before: sums depend on their number in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory of freed tensors for the next ones: for programs that do nothing else.
-
-    glibc hands large blocks back to the system, which clears every page again at the next use: at 224 pixels up to 12%
-    of a pass over a network. Set in the environment it is ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647``.
-    Nothing happens where the C library is another.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(parameter, value)
-
-
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike, record: Mapping[str, str] | None = None) -> None:
     """Write a model's weights as safetensors, whole or not at all, with its `fingerprint` and a record beside them."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    record = {"pss": pss.__version__, **(record or {}), "sha256": _hash(state)}
+    record = {"pss": pss.__version__, **(record or {}), "sha256": hash_state(state)}
     record["checksum"] = _record_checksum(record)
     # One key only: safetensors writes several in an order that changes from run to run.
     content = safetensors.torch.save(state, {"record": _as_text(record)})
-    data.write_whole(Path(path), content)
+    write_whole(Path(path), content)
 
 
 def read_record(path: str | os.PathLike) -> dict[str, str]:
@@ -336,7 +313,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             state = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
-        if expected is not None and expected != _hash(state):
+        if expected is not None and expected != hash_state(state):
             raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
         return state
     content = load_tensors(path)
@@ -371,19 +348,6 @@ def _check_fits(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's state dict: names the exact weights."""
-    return _hash(model.state_dict())
-
-
-def _hash(state: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
 
 
 # --- what a model says ------------------------------------------------------------------------------------------------
@@ -425,7 +389,7 @@ def _outputs(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int):
         batches = DataLoader(images, batch_size=batch_size, generator=torch.Generator())
     like = next(model.parameters(), torch.empty(0))
     logits, labels = [], []
-    with undisturbed(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         for batch, label in batches:
             logits.append(model(batch.to(like.device, like.dtype)))
             if not isinstance(logits[-1], torch.Tensor):
@@ -496,8 +460,8 @@ def evaluate(model: nn.Module) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``python -m pss.models``."""
-    parser = argparse.ArgumentParser(prog="python -m pss.models", description="Train and evaluate the built-in model.")
+    """Run ``python -m pss``."""
+    parser = argparse.ArgumentParser(prog="python -m pss", description="Train and evaluate the built-in model.")
     commands = parser.add_subparsers(dest="command", required=True)
     trains = commands.add_parser("train", help="train a ResNet-18 on the built-in MNIST digits")
     trains.add_argument("--out", required=True, type=Path, help="file to write, .safetensors")

@@ -1,6 +1,6 @@
 """Networks by name, with what their pictures must go through and what their outputs are called.
 
-    network = pss.zoo.load("resnet50")                      # torchvision's, with its published weights
+    network = pss.models.load("resnet50")                      # torchvision's, with its published weights
     x = network.read("cat.jpg")                             # (3, 224, 224)
     s = pss.profile(network.model, x[None], torch.tensor([network.label("tabby")]))
 
@@ -35,10 +35,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pss import data, models
-from pss._vision import torchvision
-from pss.profiles import name_of, profile_dataset
+from pss.data import builtin as data
+from pss.data.vision import torchvision
+from pss.models import builtin as models
+from pss.profiles import profile_dataset
 from pss.reference import Reference
+from pss.storage.fingerprints import name_of
 from pss.units import Units
 
 _CROPS = 300
@@ -179,7 +181,7 @@ def load(name: str = "digits", weights: str | os.PathLike = "published", seed: i
     name : str
         ``digits`` (built in), ``efficientnet_lite0`` (a real ImageNet network that the extra ``photos`` installs), a
         torchvision classification model, ``package.module:callable`` (called with ``arguments``, gives the model), or
-        the path of a YAML file, see `pss.zoo`.
+        the path of a YAML file, see `pss.models`.
     weights : str or path
         ``published``; ``random``, to try things out with nothing fetched; a name of torchvision's, as
         ``IMAGENET1K_V1``; or the path of a checkpoint (see `pss.models.load_weights`). The published weights of a model
@@ -219,7 +221,7 @@ def _find(name: str, weights: str, seed: int, arguments: dict) -> Network:
     near = difflib.get_close_matches(name, names(), n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"unknown model {name!r}: {hint}Expected a name of pss.zoo.names(), package.module:callable, or a .yaml file"
+        f"unknown model {name!r}: {hint}Expected a name of pss.models.names(), package.module:callable, or a .yaml file"
     )
 
 
@@ -356,7 +358,9 @@ def _from_yaml(path: Path, weights: str, seed: int, arguments: dict) -> Network:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     told = _mapping(told, _KEYS, path.name)
     if not isinstance(name := told.get("model"), str) or name.endswith((".yaml", ".yml")):
-        raise ValueError(f"{path}: model is {name!r}: expected package.module:callable, or a name of pss.zoo.names()")
+        raise ValueError(
+            f"{path}: model is {name!r}: expected package.module:callable, or a name of pss.models.names()"
+        )
     if weights == "published" and told.get("checkpoint") is not None:
         weights = os.fspath(path.parent / str(told["checkpoint"]))
     try:
@@ -435,7 +439,7 @@ def _checked(network: Network) -> Network:
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"{network.name} does not take what its preprocessing gives, {tuple(x.shape)}: say which sizes it needs "
-            f"under preprocessing in a YAML file (see pss.zoo); it says: {error}"
+            f"under preprocessing in a YAML file (see pss.models); it says: {error}"
         ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

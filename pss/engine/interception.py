@@ -2,7 +2,7 @@
 
 While the network runs, its calls of convolutions and linear layers on wanted weights are replaced by an autograd
 function that hides the weight from autograd. Autograd thus makes no weight gradients; when the backward pass reaches
-the call, `pss.kernels` reduces them to row sums. A wanted weight that autograd still reaches was used in
+the call, `pss.engine.kernels` reduces them to row sums. A wanted weight that autograd still reaches was used in
 some other way, and is handed back to the caller to be computed otherwise: never as zero.
 """
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from pss.kernels import Convolution, Linear
+from pss.engine.kernels import Convolution, Linear
 
 
 class Unknown(RuntimeError):

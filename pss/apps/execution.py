@@ -15,7 +15,7 @@ import papermill
 import yaml
 from traitlets.config import Config
 
-from pss._whole import write_whole
+from pss.storage.whole import write_whole
 
 KERNEL = "python3"
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).

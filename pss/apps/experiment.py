@@ -10,7 +10,7 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 ``images.csv``     one row for every image looked at
 ``ranking.csv``    one row for every misread image, ranking and place in it
 ``results.csv``    one row for every misread image, ranking, edit and number of edited units
-``summary.json``   share corrected by every ranking and edit in the end, for the table of a sweep (`pss.batch`)
+``summary.json``   share corrected by every ranking and edit in the end, for the table of a sweep (`pss.apps.batch`)
 =================  ====================================================================================
 """
 
@@ -35,15 +35,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss import repair, zoo
-from pss._whole import write_whole
-from pss.data import cache_folder, digits
+from pss import editing as repair
+from pss.data.builtin import digits
+from pss.engine.process import thread_count
 from pss.fisher import fisher_diagonal, fisher_scores
-from pss.gradients import Loss, profile
-from pss.models import fingerprint, predict, thread_count
-from pss.profiles import name_of, name_of_data, profile_dataset
+from pss.models import zoo
+from pss.models.builtin import predict
+from pss.profiles import profile_dataset
 from pss.ranking import METHODS, rank, stage_shares
 from pss.reference import Reference
+from pss.saliency import Loss, profile
+from pss.storage.fingerprints import fingerprint, name_of, name_of_data
+from pss.storage.places import cache_folder
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
@@ -53,7 +57,7 @@ _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
 _RESULTS += ("confidence_wrong", "corrected", "loss")
 _TABLES = {"images": (), "ranking": _RANKING, "results": _RESULTS}  # and the columns that they have also without rows
-_RANDOM = ("random", "stage", "layer_matched_random")
+_RANDOM = ("random", "random_last_stage", "layer_matched_random")
 
 
 def method_of(algo: str) -> str:
@@ -175,7 +179,7 @@ def _cached(kind: str, made_of: Any) -> Path:
 def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
     """Give the images of an experiment: a tree of folders by class, or the built-in ones of the network.
 
-    See `pss.zoo.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
+    See `pss.models.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
     `pss.data.digits`, that its reference never saw.
     """
     return digits("test") if network.name == "digits" and not str(root) else zoo.reference_set(network, root)
@@ -184,7 +188,7 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
 def usual_of(
     network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
-    """Give the reference images, see `pss.zoo.reference_set`; None where there are none and none are needed."""
+    """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     try:
         return zoo.reference_set(network, root, count, seed)
     except ValueError:
@@ -223,7 +227,7 @@ class Experiment:
         folder = Path(folder)
         about = _read_about(folder)
         if about is None:
-            raise FileNotFoundError(f"{folder} holds no experiment: run one there with pss.experiment.run")
+            raise FileNotFoundError(f"{folder} holds no experiment: run one there with pss.apps.experiment.run")
         if not about["complete"]:
             raise ValueError(f"the experiment in {folder} is not finished: run it again, it goes on where it was")
         tables = []
@@ -245,7 +249,7 @@ def run(
     edits: Sequence[repair.Edit] = ("finetune",),
     filters: int = 25,
     lr: float = 1e-3,
-    norm: float | None = None,
+    step_norm: float | None = None,
     count: int | None = None,
     seed: int = 0,
     loss: str | Loss = "cross_entropy",
@@ -269,7 +273,7 @@ def run(
         The program's ``do_finetuning`` and ``zero_clear``. None: rankings only.
     filters : int
         How many units are edited, one after the other.
-    lr, norm, loss
+    lr, step_norm, loss
         As in `pss.edit_curves`.
     count : int, optional
         Stop after so many misread images; all by default.
@@ -299,7 +303,7 @@ def run(
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
         repair.check_edit(edit)
-    repair.check_lengths(lr, norm)
+    repair.check_lengths(lr, step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
@@ -316,7 +320,7 @@ def run(
         "edits": list(edits),
         "filters": filters,
         "lr": lr,
-        "norm": norm,
+        "step_norm": step_norm,
         "count": count,
         "seed": seed,
         "loss": str(name_of(loss)),
@@ -326,7 +330,9 @@ def run(
     record = _begin(folder, settings)
     if record["complete"]:
         return Experiment.open(folder)
-    job = _Job(model, units, given, methods, tuple(edits), filters, {"lr": lr, "norm": norm, "loss": loss}, seed)
+    job = _Job(
+        model, units, given, methods, tuple(edits), filters, {"lr": lr, "step_norm": step_norm, "loss": loss}, seed
+    )
     with thread_count(record["threads"]):
         parts = _fill(folder / "parts", dataset, job, count, progress)
     return _finish(folder, record, parts)
@@ -621,7 +627,7 @@ def bands(
     Returns
     -------
     DataFrame
-        As `pss.repair.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
+        As `pss.editing.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
         ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
     """
     by = list(by)
@@ -640,7 +646,7 @@ def bands(
 def differences(
     results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """A ranking less each other one after all edits, on the same images, with `pss.repair.paired_difference`.
+    """A ranking less each other one after all edits, on the same images, with `pss.editing.paired_difference`.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 r"""What a correction costs: the smallest step that repairs a mistake, and what it does to images that were right.
 
 The pages before judge a ranking by what a step of fixed length does to the image. Here the step is as long as it must
-be, and what is judged is the damage: the divergence on guard images that the step never saw. See `pss.fisher` for
+be, and what is judged is the damage: the divergence on retain images that the step never saw. See `pss.fisher` for
 the direction and the ranking that follow from this question.
 """
 
@@ -16,19 +16,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss import _variants
-from pss._lines import GRID, Line, line_of, moved, runs, says, smallest, unit_mask
+from pss.editing import Ids, _check_batch, _check_ids, _check_logits, _chunks, _damage
+from pss.engine import growing as _variants
+from pss.engine.state import preserved
 from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
-from pss.gradients import Loss, check_inputs, undisturbed
+from pss.lines import GRID, Line, line_of, predicts, runs, shifted, smallest, unit_mask
 from pss.reference import Reference
-from pss.repair import Ids, _check_batch, _check_ids, _check_logits, _chunks, _damage
+from pss.saliency import Loss, check_inputs
 from pss.units import Units
 
 log = logging.getLogger(__name__)
 DIRECTIONS = ("gradient", "fisher")
 
 
-def cost_of_correction(
+def smallest_correction(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -36,18 +37,18 @@ def cost_of_correction(
     rankings: Mapping[str, Ids] | Ids,
     k: int | Sequence[int] = 25,
     direction: str | Sequence[str] = "gradient",
-    guard: tuple[Tensor, Tensor] | None = None,
+    retain: tuple[Tensor, Tensor] | None = None,
     fisher: Weights | Reference | None = None,
     damping: float = DAMPING,
     parameters: Mapping[str, Sequence[str]] | None = None,
     loss: str | Loss = "cross_entropy",
-    cap: float = 10.0,
+    max_relative_step: float = 10.0,
     tolerance: float = 0.05,
     image_ids: Sequence | None = None,
-    guard_ids: Sequence | None = None,
+    retain_ids: Sequence | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Smallest step through the top k units that corrects each image, and what it does to the guard images.
+    r"""Smallest step through the top k units that corrects each image, and what it does to the retain images.
 
     The step is :math:`\delta = -t\,g` or, with direction ``fisher``, :math:`-t\,g_i/(F_i+\lambda)`, zero outside the
     units, with :math:`g` the gradient at the unedited model. The first of 25 sizes, over six decades, that makes the
@@ -62,7 +63,7 @@ def cost_of_correction(
     k : int or sequence of int
         How many units, each at most K. All units of the model is the same for every ranking and taken once.
     direction : {"gradient", "fisher"} or a sequence of both
-    guard : (images, labels)
+    retain : (images, labels)
         Images on which the damage is measured: none of them may be among the mistakes.
     fisher : mapping of str to Tensor, or Reference
         From `fisher_diagonal`, or a reference fitted with it, for direction ``fisher``.
@@ -70,44 +71,44 @@ def cost_of_correction(
         :math:`\lambda`, as a multiple of the mean of the Fisher information over the units' parameters.
     parameters : mapping of name to parameter names, optional
         To compare with: whole parameters that are moved instead of units, along the gradient alone.
-    cap : float
+    max_relative_step : float
         Longest step, as a multiple of the norm of the weights that it changes; of weights that are all zero, as those
         of a pruned unit are, that of as many usual weights of their layers.
-    image_ids, guard_ids : sequence, optional
-        Ids for the column ``image``, and of the guard images to be held against them.
+    image_ids, retain_ids : sequence, optional
+        Ids for the column ``image``, and of the retain images to be held against them.
 
     Returns
     -------
     DataFrame
         One row per image, ranking, k and direction: ``corrected``; ``step``, the norm of :math:`\delta`, and
         ``relative``, that over the norm of the weights changed; ``kl_mean`` and ``kl_worst``, the divergence
-        :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over the guard images that were right;
-        ``accuracy_lost`` on all guard images; ``others_corrected``, the share of the wrong ones that become right (NaN
+        :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over the retain images that were right;
+        ``accuracy_lost`` on all retain images; ``others_corrected``, the share of the wrong ones that become right (NaN
         if there are none). Not corrected: all but the last two are infinite, and these NaN. ``k`` is 0 for
         ``parameters``.
 
     Raises
     ------
     ValueError
-        If an image is classified correctly, is also a guard image, an id is out of range or given twice, or an option
+        If an image is classified correctly, is also a retain image, an id is out of range or given twice, or an option
         is not one of those above.
     """
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
     rankings = {name: _check_ids(ids, units, dims=2) for name, ids in rankings.items()}
     ks, directions = np.atleast_1d(k).tolist(), [direction] if isinstance(direction, str) else list(direction)
-    _check_options(units, rankings, ks, directions, fisher, cap, tolerance)
-    if guard is None:
-        raise ValueError("no guard images: give guard=(images, labels), on which the damage is measured")
+    _check_options(units, rankings, ks, directions, fisher, max_relative_step, tolerance)
+    if retain is None:
+        raise ValueError("no retain images: give retain=(images, labels), on which the damage is measured")
     for ids in rankings.values():
         _check_batch(model, images, labels, units, ids)
     image_ids = list(range(len(images))) if image_ids is None else list(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids)) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
-    refuse_overlap(images, guard[0], None if guard_ids is None else image_ids, guard_ids)
+    refuse_overlap(images, retain[0], None if retain_ids is None else image_ids, retain_ids)
     names = [layer.parameter for layer in units.layers]
     curvature = damped(fisher, names, damping) if "fisher" in directions else None
-    search, rows = Search(model, guard, cap, tolerance), []
-    with undisturbed(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+    search, rows = Search(model, retain, max_relative_step, tolerance), []
+    with preserved(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         search.check_wrong(images, labels, image_ids)
         for part, gradients in gradients_of(model, images, labels, loss):
             x, y, at = images[part], labels[part], list(range(len(images)))[part]
@@ -129,28 +130,28 @@ def cost_of_correction(
 def refuse_overlap(
     images: Tensor, others: Tensor, ids: Sequence | None = None, other_ids: Sequence | None = None
 ) -> None:
-    """Refuse guard images that are among the mistakes, by their pixels and where given by their ids."""
+    """Refuse retain images that are among the mistakes, by their pixels and where given by their ids."""
     common = {digest(image) for image in images} & {digest(image) for image in others}
     if not common and ids is not None and other_ids is not None:
         common = set(ids) & set(other_ids)
     if common:
         raise ValueError(
-            f"{len(common)} of the guard images are among the mistakes: the damage is measured on images that the step "
-            "never saw, so take them out of one"
+            f"{len(common)} of the retain images are among the mistakes: the damage is measured on images that the "
+            "step never saw, so take them out of one"
         )
 
 
 class Search:
-    """Finds the smallest step that corrects, and measures it on the guard images."""
+    """Finds the smallest step that corrects, and measures it on the retain images."""
 
-    def __init__(self, model: nn.Module, guard: tuple[Tensor, Tensor], cap: float, tolerance: float):
-        self.model, (self.guard, self.guard_labels) = model, guard
-        self.cap, self.tolerance = cap, tolerance
+    def __init__(self, model: nn.Module, retain: tuple[Tensor, Tensor], max_relative_step: float, tolerance: float):
+        self.model, (self.retain, self.retain_labels) = model, retain
+        self.max_relative_step, self.tolerance = max_relative_step, tolerance
         self.trusted: set[str] = set()  # parameters whose edits in one pass were compared with edits in place
-        check_inputs(model, *guard, what="guard images")
-        with torch.no_grad(), undisturbed(model):
-            logits = torch.cat([model(part) for part in self.guard.split(256)])
-        _check_logits(self.guard_labels, logits)
+        check_inputs(model, *retain, what="retain images")
+        with torch.no_grad(), preserved(model):
+            logits = torch.cat([model(part) for part in self.retain.split(256)])
+        _check_logits(self.retain_labels, logits)
         self.before = logits.double().log_softmax(dim=1)
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class Search:
         """Refuse images that are no mistakes."""
         logits = torch.cat([self.model(part) for part in images.split(256)])
         _check_logits(labels, logits)
-        right = says(logits, labels).nonzero()[:, 0].tolist()
+        right = predicts(logits, labels).nonzero()[:, 0].tolist()
         if right:
             which = [image_ids[i] for i in right[:5]]
             raise ValueError(f"images {which} are classified correctly: there is nothing to correct, leave them out")
@@ -178,8 +179,8 @@ class Search:
     def _smallest(self, images: Tensor, labels: Tensor, lines: list[Line]) -> list[float]:
         """Smallest size that corrects each image; inf where none does."""
         try:
-            together = lambda sizes: says(self._along(images, lines, sizes), labels[:, None])  # noqa: E731
-            return smallest(together, len(lines), self.cap, self.tolerance)
+            together = lambda sizes: predicts(self._along(images, lines, sizes), labels[:, None])  # noqa: E731
+            return smallest(together, len(lines), self.max_relative_step, self.tolerance)
         except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again in place
             log.info("steps one at a time, in place, because: %s", error)
             return [self._alone(*each) for each in zip(images, labels, lines, strict=True)]
@@ -188,13 +189,13 @@ class Search:
         def corrected(sizes: Tensor) -> Tensor:  # (1, S), in ascending order: none is tried after the first that does
             hits = torch.zeros(sizes.shape, dtype=torch.bool)
             for at, size in enumerate(sizes[0].tolist()):
-                with moved(self.model, line.delta, size):
-                    hits[0, at] = says(self.model(image[None])[0], label)
+                with shifted(self.model, line.delta, size):
+                    hits[0, at] = predicts(self.model(image[None])[0], label)
                 if hits[0, at]:
                     break
             return hits
 
-        return smallest(corrected, 1, self.cap, self.tolerance)[0]
+        return smallest(corrected, 1, self.max_relative_step, self.tolerance)[0]
 
     def _along(self, images: Tensor, lines: list[Line], sizes: Tensor) -> Tensor:
         """Logits of every image at its sizes (B, S) along its line, (B, S, C), in one growing batch."""
@@ -212,7 +213,7 @@ class Search:
 
     def _compare(self, logits: Tensor, image: Tensor, line: Line, size: float) -> None:
         """Hold one variant against the model edited in place, once for every parameter that is edited."""
-        with moved(self.model, line.delta, size):
+        with shifted(self.model, line.delta, size):
             expected = self.model(image[None])[0]
         slack = 1e3 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
         if not torch.allclose(logits, expected, rtol=0, atol=slack):
@@ -220,7 +221,7 @@ class Search:
         self.trusted |= line.delta.keys()
 
     def _measure(self, image: Tensor, label: Tensor, line: Line | None, size: float) -> dict:
-        """The step of this size, edited in place, on the image and on the guard images."""
+        """The step of this size, edited in place, on the image and on the retain images."""
         after = None
         if np.isfinite(size):
             after = self._edited(image, label, line, size)
@@ -230,7 +231,7 @@ class Search:
         if after is None:
             infinite = dict.fromkeys(("step", "relative", "kl_mean", "kl_worst"), np.inf)
             return {"corrected": False, **infinite, "accuracy_lost": np.nan, "others_corrected": np.nan}
-        damage = _damage(self.before, after, self.guard_labels)
+        damage = _damage(self.before, after, self.retain_labels)
         return {
             "corrected": True,
             "step": size * line.length,
@@ -242,11 +243,11 @@ class Search:
         }
 
     def _edited(self, image: Tensor, label: Tensor, line: Line, size: float) -> Tensor | None:
-        """Log-probabilities of the guard images after the step, None if it does not correct the image."""
-        with moved(self.model, line.delta, size):
-            if not says(self.model(image[None])[0], label):
+        """Log-probabilities of the retain images after the step, None if it does not correct the image."""
+        with shifted(self.model, line.delta, size):
+            if not predicts(self.model(image[None])[0], label):
                 return None
-            return torch.cat([self.model(part).double().log_softmax(dim=1) for part in self.guard.split(256)])
+            return torch.cat([self.model(part).double().log_softmax(dim=1) for part in self.retain.split(256)])
 
 
 def _jobs(
@@ -284,7 +285,7 @@ def _check_options(
     ks: list[int],
     directions: list[str],
     fisher: Weights | Reference | None,
-    cap: float,
+    max_relative_step: float,
     tolerance: float,
 ) -> None:
     shortest = min(ids.shape[1] for ids in rankings.values()) if rankings else 0
@@ -296,6 +297,6 @@ def _check_options(
             raise ValueError(f"unknown direction {direction!r}: expected one of {', '.join(DIRECTIONS)}")
     if "fisher" in directions and fisher is None:
         raise ValueError("direction 'fisher' needs fisher=: pss.fisher_diagonal(model, reference set, units)")
-    for name, value in (("cap", cap), ("tolerance", tolerance)):
+    for name, value in (("max_relative_step", max_relative_step), ("tolerance", tolerance)):
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, not {value}")

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pss import data, zoo
-from pss.models import fingerprint, predict
+from pss.data import builtin as data
+from pss.editing import edit_curve, side_effects, unit_steps
+from pss.models import zoo
+from pss.models.builtin import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import rank, significant
+from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
-from pss.repair import collateral, edit_curve, unit_steps
+from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
 _MAPPED = ("zscore", "abs_zscore", "pot", "exponential", "raw")  # what input-space saliency can differentiate
@@ -246,7 +248,7 @@ def unit_table(
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, _TAILS.get(method, "gpd"))
         table["p"] = log_p.exp()[0].cpu().numpy()
-        table["significant"] = significant(log_p, q)[0].cpu().numpy()
+        table["significant"] = fdr_significant(log_p, q)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -292,10 +294,10 @@ def verdict(patch: Patch) -> tuple[str, str]:
     if not patch.units:
         return f"No patch: {patch.reason}.", f"パッチは得られない：{patch.reason}．"
     tried, rows = patch.tried.iloc[-1], patch.evidence.set_index("part")
-    kl, held = f"{tried['kl']:.2g}", f"{rows['kl_mean'].get('guard held out', np.nan):.2g}"
+    kl, held = f"{tried['kl']:.2g}", f"{rows['kl_mean'].get('retain held out', np.nan):.2g}"
     size = f"{patch.kilobytes:.0f} kB"
     return (
-        f"A patch of {len(patch.units)} units ({size}) corrects the image, at a mean KL of {kl} on the guard images "
+        f"A patch of {len(patch.units)} units ({size}) corrects the image, at a mean KL of {kl} on the retain images "
         f"that chose it and {held} on those held out.",
         f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で予測は正解に転じる．KLの平均は，選択に使ったガード画像で{kl}，"
         f"取り分けておいた画像で{held}である．",
@@ -316,7 +318,7 @@ def edits(network: zoo.Network, case: Case, ids: Tensor, units: Units, lr: float
     return pd.concat(frames, ignore_index=True)
 
 
-def guard_images(
+def retain_images(
     network: zoo.Network, case: Case, root: str = "", count: int = 40, seed: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
@@ -337,14 +339,14 @@ def guard_images(
 
 
 def damage(
-    network: zoo.Network, case: Case, guard: tuple[Tensor, Tensor], ids: Tensor, units: Units, lr: float, loss: str
+    network: zoo.Network, case: Case, retain: tuple[Tensor, Tensor], ids: Tensor, units: Units, lr: float, loss: str
 ) -> pd.DataFrame:
-    """What pruning and fine-tuning these units for the image does to the guard images: a row for each edit."""
+    """What pruning and fine-tuning these units for the image does to the retain images: a row for each edit."""
     steps = unit_steps(network.model, case.image, case.labels, units, ids[None], lr=lr, loss=loss)
     rows = []
     for edit in ("prune", "finetune"):
         of_edit = steps if edit == "finetune" else None
-        found = collateral(network.model, units, ids[None], *guard, edit, of_edit, progress=False)
+        found = side_effects(network.model, units, ids[None], *retain, edit, of_edit, progress=False)
         rows.append(found.assign(edit=edit))
     return readable(pd.concat(rows, ignore_index=True)[["edit", "k", *_COLUMNS]])
 
@@ -357,7 +359,7 @@ def readable(damages: pd.DataFrame) -> pd.DataFrame:
 def offer_patch(
     network: zoo.Network,
     case: Case,
-    guard: tuple[Tensor, Tensor] | None,
+    retain: tuple[Tensor, Tensor] | None,
     units: Units,
     reference: Reference,
     budget: float = 0.01,
@@ -373,13 +375,13 @@ def offer_patch(
     none = partial(Patch, fingerprint(network.model))
     if int(predict(network.model, case.image).argmax()) == case.label:
         return none(reason="the image is read correctly: there is nothing to repair")
-    if guard is None:
-        return none(reason="there are no guard images to measure the damage on: give data_root or reference")
-    right = predict(network.model, guard[0]).argmax(dim=1) == guard[1]
+    if retain is None:
+        return none(reason="there are no retain images to measure the damage on: give data_root or reference")
+    right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
     if int(right.sum()) < 2:
-        return none(reason=f"only {int(right.sum())} of {len(right)} guard images are read correctly")
+        return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
     known = ("zscore", "abs_zscore", "ratio", "pot", "exponential", "raw")
     ranking = method if method in known else "zscore"
     options = {"budget": budget, "method": ranking, "loss": loss, "rounds": 1, "progress": False}
     options["ks"] = sorted({k for k in ks if k <= len(units)}) or [len(units)]
-    return fit_patch(network.model, (case.image, case.labels), guard, units, reference, **options)
+    return fit_patch(network.model, (case.image, case.labels), retain, units, reference, **options)

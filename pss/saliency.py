@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pss.interception import OwnGradients, Sweep, Unknown
-from pss.units import Layer, Units, check_model
+from pss.engine.interception import OwnGradients, Sweep, Unknown
+from pss.engine.state import preserved
+from pss.units import UnitGroup, Units, check_model
 
 log = logging.getLogger(__name__)
 GRADIENT_BYTES = 2**28  # what the general path holds of whole gradients at once
@@ -68,28 +69,6 @@ def get_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """Put the model into evaluation mode, and leave it as it was found, also when the body raises.
-
-    Restores ``training`` of every module, ``requires_grad`` and ``.grad`` of every parameter, and the state of the
-    random generators.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    states = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    devices = {p.device for p, *_ in states if p.is_cuda}
-    try:
-        with torch.random.fork_rng(list(devices)):
-            model.eval()
-            yield model
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad, grad in states:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-
-
 def parameter_saliency(
     model: nn.Module, images: Tensor, labels: Tensor, loss: str | Loss = "cross_entropy", signed: bool = False
 ) -> dict[str, Tensor]:
@@ -136,7 +115,7 @@ def profile(
     units: Units | None = None,
     loss: str | Loss = "cross_entropy",
     signed: bool = False,
-    path: str = "auto",
+    strategy: str = "auto",
     fold: bool = True,
     precision: str = "fp32",
 ) -> Tensor:
@@ -159,7 +138,7 @@ def profile(
         One of `LOSSES`, or a callable ``(outputs, labels) -> (B,)``.
     signed : bool
         Mean gradient, instead of mean absolute gradient.
-    path : {"auto", "fast", "vmap", "loop"}
+    strategy : {"auto", "fast", "vmap", "loop"}
         ``fast``: one forward and backward pass over the batch, an error where that cannot be; ``vmap``: gradients of
         whole samples, vectorized over a few; ``loop``: one sample at a time. ``auto``: fast where it can be,
         otherwise vmap, otherwise loop, with a log line at INFO.
@@ -182,7 +161,7 @@ def profile(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
-    parts = _profiles(model, images, labels, units, loss, signed, path, fold, precision)
+    parts = _profiles(model, images, labels, units, loss, signed, strategy, fold, precision)
     return torch.cat([rows for rows, *_ in parts])
 
 
@@ -209,12 +188,12 @@ def _profiles(
     units: Units | None,
     loss: str | Loss,
     signed: bool = False,
-    path: str = "auto",
+    strategy: str = "auto",
     fold: bool = True,
     precision: str = "fp32",
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Profiles, outputs and losses, a part of the batch each: the last two only of the fast path, and if tensors."""
-    for value, known in ((path, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
+    for value, known in ((strategy, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
         if value not in known:
             raise ValueError(f"unknown option {value!r}: expected one of {known}")
     loss, units = get_loss(loss), Units.of(model) if units is None else units
@@ -223,7 +202,7 @@ def _profiles(
     with _ready(model, images):
         labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
         chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
-        return [_profile(model, *chunk, units, loss, signed, path, fold, precision) for chunk in chunks]
+        return [_profile(model, *chunk, units, loss, signed, strategy, fold, precision) for chunk in chunks]
 
 
 def _profile(
@@ -233,30 +212,30 @@ def _profile(
     units: Units,
     loss: Loss,
     signed: bool,
-    path: str,
+    strategy: str,
     fold: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Profile of as many images as are taken at once: the fast path, and the general path for what it leaves."""
     names = _canonical_names(model)
     rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
-    vectorized = path != "loop"
+    vectorized = strategy != "loop"
     means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
     outputs, losses = None, None
-    if path in ("auto", "fast"):
+    if strategy in ("auto", "fast"):
         in_rows = [name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)]
         try:
             means, outputs, losses = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
             reason = "used in a way that the fast path does not know"
         except RuntimeError as error:  # Unknown, or what an operation says that cannot be intercepted
-            if path == "fast" or _is_of_the_machine(error):
+            if strategy == "fast" or _is_of_the_machine(error):
                 raise
             reason = str(error)
             vectorized = not isinstance(error, OwnGradients)  # vmap would take them wrongly, without a word
         rest = [name for name in rest if name not in means]
-    if rest and path == "fast":
-        raise Unknown(f"path='fast' cannot do {', '.join(rest)}: {reason}; use path='auto'")
-    if rest and path == "auto":
+    if rest and strategy == "fast":
+        raise Unknown(f"strategy='fast' cannot do {', '.join(rest)}: {reason}; use strategy='auto'")
+    if rest and strategy == "auto":
         log.info("general path for %d parameters (%s …), fast for %d: %s", len(rest), rest[0], len(means), reason)
     slow: dict[int, Tensor] = {}
     if rest:
@@ -389,7 +368,7 @@ def _require_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:
         p.requires_grad_(id(p) in ids)
 
 
-def _in_rows(layer: Layer) -> bool:
+def _in_rows(layer: UnitGroup) -> bool:
     """Whether the units are made of whole rows of a matrix, of which means are enough."""
     return layer.dim == 0 and layer.groups == 1 and len(layer.shape) > 1
 
@@ -416,9 +395,9 @@ def _laid_out(images: Tensor) -> Tensor:
 
 @contextmanager
 def _ready(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Gradients on, whatever the caller has set, and the model undisturbed."""
+    """Gradients on, whatever the caller has set, and the model preserved."""
     without_autocast = torch.autocast(images.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast, undisturbed(model):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast, preserved(model):
         yield
 
 

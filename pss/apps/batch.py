@@ -1,10 +1,10 @@
 """Run notebooks through papermill: the tutorials on the built-in data, one notebook with parameters, or a sweep.
 
-``python -m pss.batch --out runs notebooks`` executes every notebook of a folder and writes the executed copies and
+``python -m pss run --out runs notebooks`` executes every notebook of a folder and writes the executed copies and
 their figures; ``-p name value`` sets a parameter, read as YAML (a text stays one where the default is a text).
-``python -m pss.batch sweep.yaml`` runs one notebook over a grid or a table of parameters, resumable: see `pss.sweep`.
-Unknown names and values of another type are errors before anything runs. Relative places in ``-p`` are seen from where
-the command is given, those in a sweep from its file.
+``python -m pss run sweep.yaml`` runs one notebook over a grid or a table of parameters, resumable: see
+`pss.apps.sweep`. Unknown names and values of another type are errors before anything runs. Relative
+places in ``-p`` are seen from where the command is given, those in a sweep from its file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from joblib import Parallel, delayed
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from pss.execution import check_values, parameters_of, place, read_text, refresh, run_notebook
-from pss.sweep import Sweep, read_sweep, run_sweep
+from pss.apps.execution import check_values, parameters_of, place, read_text, refresh, run_notebook
+from pss.apps.sweep import Sweep, read_sweep, run_sweep
 
 __all__ = ["Sweep", "find_notebooks", "main", "parameters_of", "read_sweep", "refresh", "run_notebook", "run_sweep"]
 
@@ -64,7 +64,7 @@ def _task(notebook: Path, out: Path, values: Mapping[str, Any], in_place: bool) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: run the notebooks or the sweep, say what was made and where; 1 if one failed."""
-    parser = argparse.ArgumentParser(prog="python -m pss.batch", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pss run", description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", help="notebooks, folders with NN_*.ipynb, or one sweep: a .yaml file")
     parser.add_argument("--out", help="folder for the executed copies and figures (default: runs, or the sweep's own)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")

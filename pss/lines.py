@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pss import _variants
+from pss.editing import restored
+from pss.engine import growing as _variants
 from pss.fisher import Weights
-from pss.repair import _undone
 from pss.units import Units
 
 GRID = 25  # step sizes tried first, over six decades
@@ -63,14 +63,18 @@ def unit_mask(model: nn.Module, units: Units, ids: Sequence[int]) -> dict[str, T
 
 
 def smallest(
-    corrected: Callable[[Tensor], Tensor], count: int, cap: float, tolerance: float = 0.05, decades: int = 6
+    corrected: Callable[[Tensor], Tensor],
+    count: int,
+    max_relative_step: float,
+    tolerance: float = 0.05,
+    decades: int = 6,
 ) -> list[float]:
     """First size at which each image is corrected, to a relative tolerance from above; inf where there is none.
 
     ``corrected`` takes sizes (count, S), ascending, and says for each whether it corrects.
     """
     low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), torch.inf, dtype=torch.float64)
-    sizes = cap * torch.logspace(-decades, 0, GRID, dtype=torch.float64).expand(count, -1)
+    sizes = max_relative_step * torch.logspace(-decades, 0, GRID, dtype=torch.float64).expand(count, -1)
     for _ in range(8):  # the grid, the finer ones, and what lies below the grid
         ends = torch.zeros(count, 1, dtype=torch.bool)
         hits = torch.cat([ends, corrected(sizes).cpu(), ~ends], dim=1)
@@ -80,7 +84,7 @@ def smallest(
         found = high.isfinite()
         if not (found & (high > low * (1 + tolerance))).any():
             break
-        top = torch.where(found, high, cap)
+        top = torch.where(found, high, max_relative_step)
         bottom = torch.where(found & (low > 0), low, top * 10.0**-decades)
         points = torch.arange(1, 12, dtype=torch.float64) / 12
         sizes = bottom[:, None] * (top / bottom)[:, None] ** points
@@ -88,9 +92,9 @@ def smallest(
 
 
 @contextmanager
-def moved(model: nn.Module, delta: Weights, size: float = 1.0) -> Iterator[nn.Module]:
+def shifted(model: nn.Module, delta: Weights, size: float = 1.0) -> Iterator[nn.Module]:
     """Add ``size`` times the changes to the named parameters; bit-identical afterwards."""
-    with torch.no_grad(), _undone([model.get_parameter(name).data for name in delta]) as weights:
+    with torch.no_grad(), restored([model.get_parameter(name).data for name in delta]) as weights:
         for weight, change in zip(weights, delta.values(), strict=True):
             weight.add_(change, alpha=size)
         yield model
@@ -105,6 +109,6 @@ def runs(delta: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(run[0]), delta[int(run[0]) : int(run[-1]) + 1]) for run in runs]
 
 
-def says(logits: Tensor, labels: Tensor) -> Tensor:
+def predicts(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the label is predicted, over the last dimension; never where a number overflowed."""
     return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)

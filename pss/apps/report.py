@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pss
-from pss._whole import write_whole
-from pss.plots import show
+from pss.plots.figures import show
+from pss.storage.whole import write_whole
 
 LANGUAGES = {"en": ("en",), "ja": ("ja",), "both": ("en", "ja")}
 STYLE = Path(__file__).with_name("report.css")
@@ -41,7 +41,7 @@ JAPANESE = {
     "class": "クラス",
     "confidence": "確信度",
     "edit": "編集",
-    "guard images": "ガード画像",
+    "retain images": "保持画像",
     "accuracy before": "編集前の正解率",
     "accuracy after": "編集後の正解率",
     "still right": "正解のままの割合",
@@ -57,8 +57,8 @@ _WORDS = {
     "prune": "枝刈り",
     "finetune": "ファインチューニング",
     "mistakes": "誤分類画像",
-    "guard": "ガード画像",
-    "guard held out": "ガード画像（取り分け分）",
+    "retain": "保持画像",
+    "retain held out": "保持画像（取り分け分）",
     "model": "モデル",
     "weights": "重み",
     "image": "画像",

@@ -1,6 +1,6 @@
 """The explorer of the site: what `pss` says of some misclassified images, for a page without a server.
 
-``python -m pss.explorer FOLDER`` writes one small file per image and an index, and puts the plotting library (bokeh,
+``python -m pss explorer FOLDER`` writes one small file per image and an index, and puts the plotting library (bokeh,
 from its Python package) beside them. Each file is JSON inside one call, ``pssExplorer(name, {...})``: as a script it
 loads over http and from a folder on disk alike, where a browser refuses to fetch JSON. Everything is computed here;
 the page only draws. Values of all units are kept in 8 bits each (`pack`), those of the top units to 4 digits.
@@ -30,12 +30,15 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import models, plots, repair, zoo
-from pss._whole import write_whole
-from pss.data import cache_folder
+from pss import editing as repair
 from pss.input_space import input_saliency, render_map
-from pss.ranking import rank, significant
+from pss.models import builtin as models
+from pss.models import zoo
+from pss.plots import figures as plots
+from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
+from pss.storage.places import cache_folder
+from pss.storage.whole import write_whole
 from pss.units import Units
 
 METHODS = ("zscore", "pot", "scale_free_pot", "raw", "layer_matched_random")
@@ -72,12 +75,12 @@ class Collection:
     classes : sequence of str
     to_image : callable
         ``(C, H, W) -> (H, W, 3)``, in 0..1 or uint8.
-    guard : pair of Tensor
+    retain : pair of Tensor
         Images that the model has right, and their labels: what an edit breaks is counted there.
     learning_rate : float
         Of the one fine-tuning step.
     elsewhere : sequence of int
-        Numbers of edits after which the guard images are read again.
+        Numbers of edits after which the retain images are read again.
     """
 
     name: str
@@ -91,12 +94,12 @@ class Collection:
     scale_free: Reference
     classes: Sequence[str]
     to_image: Callable[[Tensor], np.ndarray]
-    guard: tuple[Tensor, Tensor]
+    retain: tuple[Tensor, Tensor]
     learning_rate: float = 1e-3
     elsewhere: Sequence[int] = (1, 5, 10, 25)
 
 
-def digits(count: int = 24, guard: int = 200) -> Collection:
+def digits(count: int = 24, retain: int = 200) -> Collection:
     """Misclassified digits of the built-in test set, each true class in turn, the image of the tour first."""
     model, data = models.digits(), pss.data.digits("test")
     units = Units.of(model)
@@ -106,7 +109,7 @@ def digits(count: int = 24, guard: int = 200) -> Collection:
     )  # the first of each class, the second, ...
     chosen = [658, *turn.drop(658)][:count]
     right = np.setdiff1d(np.arange(len(data)), wrong.index)
-    right = np.random.default_rng(0).choice(right, min(guard, len(right)), replace=False)
+    right = np.random.default_rng(0).choice(right, min(retain, len(right)), replace=False)
     store = pss.profile_dataset(model, pss.data.mnist("validation"), units, progress=False)
     return Collection(
         "digits",
@@ -124,7 +127,7 @@ def digits(count: int = 24, guard: int = 200) -> Collection:
     )
 
 
-def photographs(count: int = 8, guard: int = 12) -> Collection:
+def photographs(count: int = 8, retain: int = 12) -> Collection:
     """Photographs, whole, cropped and blurred, that EfficientNet-Lite0 misreads.
 
     Its reference is measured on a few hundred crops of photographs: enough to show, too few to trust.
@@ -137,8 +140,8 @@ def photographs(count: int = 8, guard: int = 12) -> Collection:
     fits = {photo.name: (photo.label, *photo.also) for photo in known.values()}
     wrong = [i for i, (name, _, _) in enumerate(_VIEWS) if said[i] not in fits[name]][:count]
     crops = zoo.reference_set(network)
-    other = torch.stack([crops[i][0] for i in range(3 * guard)])
-    right = (models.predict(network.model, other).argmax(dim=1) == crops.labels[: 3 * guard]).nonzero()[:guard, 0]
+    other = torch.stack([crops[i][0] for i in range(3 * retain)])
+    right = (models.predict(network.model, other).argmax(dim=1) == crops.labels[: 3 * retain]).nonzero()[:retain, 0]
     return Collection(
         "photographs",
         network.model,
@@ -222,7 +225,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(significant(c.plain.log_tail_probability(profile)).sum()),
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profile)).sum()),
         "picture": picture(_pixels(c.to_image(image[0]))),
         "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
         "methods": {},
@@ -263,10 +266,10 @@ def _curve(curve: pd.DataFrame) -> dict[str, list]:
 
 
 def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
-    """Share of the guard images that stay right after the first edits."""
+    """Share of the retain images that stay right after the first edits."""
     own = [[steps[u] for u in top.tolist()]] if edit == "finetune" else None
     tables = [
-        repair.collateral(c.model, c.units, top[None], *c.guard, edit, own and [own[0][:k]], k, progress=False)
+        repair.side_effects(c.model, c.units, top[None], *c.retain, edit, own and [own[0][:k]], k, progress=False)
         for k in c.elsewhere
     ]
     return {"still_right": _short([table["still_right"][0] for table in tables])}
@@ -319,7 +322,7 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
             "units": len(c.units),
             "classes": {i: c.classes[i] for i in sorted(used)},
             "reference": c.plain.n,
-            "guard": len(c.guard[1]),
+            "retain": len(c.retain[1]),
             "elsewhere": c.elsewhere,
             "rate": c.learning_rate,
             "images": [
@@ -382,7 +385,7 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
 
 def _code() -> str:
     """Hash of the package's sources."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -391,7 +394,7 @@ def _fingerprint(c: Collection, position: int, code: str) -> str:
     plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     digest = hashlib.sha256(repr(plain).encode())
     digest.update(code.encode())
-    tensors = [c.images[position], c.labels[position], *c.guard]
+    tensors = [c.images[position], c.labels[position], *c.retain]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
     for tensor in tensors:
         digest.update(tensor.numpy().tobytes())
@@ -473,8 +476,8 @@ def _copy_bokeh(folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: ``python -m pss.explorer FOLDER``."""
-    parser = argparse.ArgumentParser(prog="python -m pss.explorer", description=__doc__.split("\n\n")[0])
+    """Command line: ``python -m pss explorer FOLDER``."""
+    parser = argparse.ArgumentParser(prog="python -m pss explorer", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="where explorer.js lies, as site/_static/explorer")
     parser.add_argument("--digits", type=int, default=24, help="how many (24)")
     parser.add_argument("--photographs", type=int, default=8, help="how many (8); 0 leaves them out")

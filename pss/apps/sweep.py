@@ -38,9 +38,9 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from pss import __version__
-from pss._whole import write_whole
-from pss.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook
-from pss.sweep_page import page
+from pss.apps.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook
+from pss.apps.sweep_page import page
+from pss.storage.whole import write_whole
 
 _KEYS = ("notebook", "out", "parameters", "grid", "table")
 _FIXED = ("run", "status", "seconds", "error")
@@ -240,7 +240,7 @@ def code_of(notebook: Path) -> str:
 def source() -> str:
     """Hash of the package's own source, recorded with every run."""
     total = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         total.update(file.read_bytes())
     return total.hexdigest()[:12]
 

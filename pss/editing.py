@@ -6,10 +6,10 @@ confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; W
 - ``prune``: the unit's parameters become zero;
 - ``finetune``: one gradient step on the image's own loss, :math:`-\eta\, g_u`, with :math:`g_u` the gradient
   at the *unedited* model. A unit with a large gradient moves far, so this rewards large gradients by
-  construction. With ``norm`` :math:`= \varepsilon` every unit moves equally far,
+  construction. With ``step_norm`` :math:`= \varepsilon` every unit moves equally far,
   :math:`-\varepsilon\, g_u / \lVert g_u \rVert`, and what is left to compare is the ranking.
 
-`edit_curves` takes one pass for all edits of several images (see `pss._variants`) where the model allows it, and
+`edit_curves` takes one pass for all edits of several images (see `pss.engine.growing`) where the model allows it, and
 otherwise edits in place and undoes it: the same numbers, slower.
 """
 
@@ -28,18 +28,19 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss import _variants
-from pss.gradients import Loss, check_inputs, check_labels, check_units, get_loss, undisturbed
+from pss.engine import growing as _variants
+from pss.engine.state import preserved
+from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
 from pss.units import Units
 
 log = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> Any:  # they build on this module, and are at home beside it
-    homes = {"cost_of_correction": "pss.cost", "fit_patch": "pss.patches", "Patch": "pss.patches"}
+    homes = {"smallest_correction": "pss.correction", "fit_patch": "pss.patches", "Patch": "pss.patches"}
     if name in homes:
         return getattr(import_module(homes[name]), name)
-    raise AttributeError(f"module 'pss.repair' has no attribute {name!r}")
+    raise AttributeError(f"module 'pss.editing' has no attribute {name!r}")
 
 
 Edit = Literal["finetune", "prune"]
@@ -77,7 +78,7 @@ def edited(
         raise ValueError("steps go with edit='finetune', which adds them to the units; edit='prune' needs none")
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them")
-    with undisturbed(model), _undone(_views(model, units, ids)) as views:
+    with preserved(model), restored(_views(model, units, ids)) as views:
         _add(views, [-view for view in views] if steps is None else steps)
         yield model
 
@@ -90,12 +91,12 @@ def unit_steps(
     ids: Ids,
     loss: str | Loss = "cross_entropy",
     lr: float = 1e-3,
-    norm: float | None = None,
-    path: str = "auto",
+    step_norm: float | None = None,
+    strategy: str = "auto",
 ) -> list[list[Tensor]]:
     r"""One fine-tuning step of the given units of each image, from the gradient of its loss at the unedited model.
 
-    :math:`-\eta\, g_u`, or with ``norm`` :math:`-\varepsilon\, g_u/\lVert g_u\rVert_2` (a unit without gradient stays).
+    :math:`-\eta\, g_u`, or with ``step_norm`` :math:`-\varepsilon\, g_u/\lVert g_u\rVert_2` (without a gradient none).
 
     Parameters
     ----------
@@ -104,9 +105,9 @@ def unit_steps(
     loss : str or callable ``(outputs, labels) -> (B,)``
     lr : float
         The rate :math:`\eta`; 1e-3 in Levin et al. 2022, section 3.1.
-    norm : float, optional
+    step_norm : float, optional
         The length :math:`\varepsilon` of every unit's step, instead of ``lr``.
-    path : {"auto", "variants", "in_place"}
+    strategy : {"auto", "variants", "in_place"}
         As in `edit_curves`.
 
     Returns
@@ -117,17 +118,18 @@ def unit_steps(
     Raises
     ------
     ValueError
-        If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``norm`` is not positive.
+        If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``step_norm`` is not
+        positive.
     """
     ids = _check_ids(ids, units, dims=2)
-    check_lengths(lr, norm)
+    check_lengths(lr, step_norm)
     _check_batch(model, images, labels, units, ids)
-    runner, result = _Runner(model, units, loss, path), []
+    runner, result = _Runner(model, units, loss, strategy), []
     with _ready(model):
         images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, 1):
             result += runner.gradients(images[part], labels[part], ids[part])
-    return [[_step(g, lr, norm) for g in own] for own in result]
+    return [[_step(g, lr, step_norm) for g in own] for own in result]
 
 
 def edit_curve(
@@ -138,9 +140,9 @@ def edit_curve(
     units: Units,
     edit: Edit = "finetune",
     lr: float = 1e-3,
-    norm: float | None = None,
+    step_norm: float | None = None,
     loss: str | Loss = "cross_entropy",
-    path: str = "auto",
+    strategy: str = "auto",
     image_id: Any = 0,
 ) -> pd.DataFrame:
     """Edit the first k units, for k = 0 .. K, and see what the model then says of the image.
@@ -157,7 +159,7 @@ def edit_curve(
     if label.dim() == 0:
         image, label = image[None], label[None]
     ids = _check_ids(ids, units, dims=1)[None]
-    return edit_curves(model, image, label, ids, units, edit, lr, norm, loss, path, [image_id], progress=False)
+    return edit_curves(model, image, label, ids, units, edit, lr, step_norm, loss, strategy, [image_id], progress=False)
 
 
 def edit_curves(
@@ -168,9 +170,9 @@ def edit_curves(
     units: Units,
     edit: Edit = "finetune",
     lr: float = 1e-3,
-    norm: float | None = None,
+    step_norm: float | None = None,
     loss: str | Loss = "cross_entropy",
-    path: str = "auto",
+    strategy: str = "auto",
     image_ids: Sequence | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -184,9 +186,9 @@ def edit_curves(
     images, labels : (B, …), (B,)
     ids : (B, K) unit ids of each image, in the order of the edits
     edit : {"finetune", "prune"}
-    lr, norm, loss
+    lr, step_norm, loss
         The step of ``finetune``, see `unit_steps`. The loss is also a column of the result.
-    path : {"auto", "variants", "in_place"}
+    strategy : {"auto", "variants", "in_place"}
         ``variants`` carries all edits of several images through one pass, and needs a model that treats the
         rows of a batch independently and uses the edited weights in convolution and linear calls only.
         ``in_place`` edits the model and runs it again for each edit. ``auto`` takes the first where it works
@@ -209,17 +211,17 @@ def edit_curves(
     Raises
     ------
     ValueError
-        If an id or label is out of range, an id is given twice for an image, there is no id, the edit or path
-        is unknown, or ``lr`` or ``norm`` is not positive and finite.
+        If an id or label is out of range, an id is given twice for an image, there is no id, the edit or strategy
+        is unknown, or ``lr`` or ``step_norm`` is not positive and finite.
     """
     ids = _check_ids(ids, units, dims=2)
     check_edit(edit)
-    check_lengths(lr, norm)
+    check_lengths(lr, step_norm)
     _check_batch(model, images, labels, units, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
-    runner, frames = _Runner(model, units, loss, path), []
+    runner, frames = _Runner(model, units, loss, strategy), []
     with _ready(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, ids.shape[1] + 1):
@@ -227,7 +229,7 @@ def edit_curves(
             if edit == "prune":
                 steps = [[-view for view in _views(model, units, i)] for i in own]
             else:
-                steps = [[_step(g, lr, norm) for g in gs] for gs in runner.gradients(x, y, own)]
+                steps = [[_step(g, lr, step_norm) for g in gs] for gs in runner.gradients(x, y, own)]
             logits = runner.logits(x, own, steps)
             _check_logits(y, logits[:, 0])
             frames.append(_records(logits, y, own, image_ids[part], runner.loss))
@@ -237,8 +239,8 @@ def edit_curves(
 
 @contextmanager
 def _ready(model: nn.Module) -> Iterator[None]:
-    """The model undisturbed, and gradients possible also where the caller is in inference mode."""
-    with torch.inference_mode(False), undisturbed(model):
+    """The model preserved, and gradients possible also where the caller is in inference mode."""
+    with torch.inference_mode(False), preserved(model):
         yield
 
 
@@ -250,10 +252,10 @@ def _plain(tensor: Tensor) -> Tensor:
 class _Runner:
     """The two paths to gradients and logits of several images; settles on ``in_place`` where the other fails."""
 
-    def __init__(self, model: nn.Module, units: Units, loss: str | Loss, path: str):
-        if path not in ("auto", "variants", "in_place"):
-            raise ValueError(f"unknown path {path!r}: expected 'auto', 'variants' or 'in_place'")
-        self.model, self.units, self.loss, self.path = model, units, get_loss(loss), path
+    def __init__(self, model: nn.Module, units: Units, loss: str | Loss, strategy: str):
+        if strategy not in ("auto", "variants", "in_place"):
+            raise ValueError(f"unknown strategy {strategy!r}: expected 'auto', 'variants' or 'in_place'")
+        self.model, self.units, self.loss, self.strategy = model, units, get_loss(loss), strategy
         self.trusted = False  # the growing batch was compared with the model edited in place
         self.apart = False  # an image of a batch was compared with the image alone
         self.idle: set[nn.Parameter] = set()  # parameters that take no part, as of an auxiliary head
@@ -276,7 +278,7 @@ class _Runner:
         )
 
     def _choose(self, together: Any, alone: Any, image: Tensor) -> Any:
-        if self.path == "in_place":
+        if self.strategy == "in_place":
             return alone()
         try:
             return together()
@@ -284,17 +286,17 @@ class _Runner:
             if isinstance(error, _variants.Unseen) and self._take_no_part(error.parameters, image):
                 self.idle.update(error.parameters)
                 return self._choose(together, alone, image)
-            if self.path == "variants":
+            if self.strategy == "variants":
                 raise
             log.info("edits one at a time, in place, because: %s", error)
-            self.path = "in_place"
+            self.strategy = "in_place"
         return alone()
 
     @torch.no_grad()
     def _take_no_part(self, parameters: list[nn.Parameter], image: Tensor) -> bool:
         """Whether the output stays bit-identical when these parameters change."""
         before = self.model(image)
-        with _undone([p.data for p in parameters]) as values:
+        with restored([p.data for p in parameters]) as values:
             for value in values:
                 value.add_(1)
             return torch.equal(before, self.model(image))
@@ -319,7 +321,7 @@ class _Runner:
         """Gradients to changes of each image's units that are zero: no gradient of a whole weight is formed."""
         zeros = [[torch.zeros_like(v).requires_grad_() for v in self._views(own)] for own in ids]
         flat = [zero for own in zeros for zero in own]
-        with undisturbed(self.model), torch.enable_grad():
+        with preserved(self.model), torch.enable_grad():
             self.model.requires_grad_(False)
             outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[:, 0]
             if not self.apart and len(images) > 1:
@@ -336,7 +338,7 @@ class _Runner:
         for image, label, own in zip(images, labels, ids, strict=True):
             places = [(self.units.layers[number], j) for number, j in map(self.units.locate, own)]
             names = list(dict.fromkeys(layer.parameter for layer, _ in places))
-            with undisturbed(self.model), torch.enable_grad():
+            with preserved(self.model), torch.enable_grad():
                 self.model.requires_grad_(False)
                 parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
                 found = self._differentiate(self.model(image[None]), label[None], parameters)
@@ -356,7 +358,7 @@ class _Runner:
         changes = self._changes(ids, steps, cumulative=True)
         logits = _variants.forward(self.model, images, changes, ids.shape[1] + 1)
         if not self.trusted:  # compare one variant with all edits
-            with _undone(self._views(ids[0])) as views:
+            with restored(self._views(ids[0])) as views:
                 _add(views, steps[0])
                 expected = self.model(images[:1])[0]
             self._compare(logits[0, -1], expected, "edited in place")
@@ -375,7 +377,7 @@ class _Runner:
         result = []
         for image, own, own_steps in zip(images, ids, steps, strict=True):
             rows = [self.model(image[None])[0]]
-            with _undone(self._views(own)) as views:
+            with restored(self._views(own)) as views:
                 for view, step in zip(views, own_steps, strict=True):
                     _add([view], [step])
                     rows.append(self.model(image[None])[0])
@@ -393,7 +395,7 @@ def _views(model: nn.Module, units: Units, ids: np.ndarray) -> list[Tensor]:
 
 
 @contextmanager
-def _undone(views: list[Tensor]) -> Iterator[list[Tensor]]:
+def restored(views: list[Tensor]) -> Iterator[list[Tensor]]:
     """Copy the values of the views back on leaving."""
     saved = [view.clone() for view in views]
     try:
@@ -411,15 +413,15 @@ def _add(views: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
         view.add_(step)
 
 
-def _step(gradient: Tensor, lr: float, norm: float | None) -> Tensor:
+def _step(gradient: Tensor, lr: float, step_norm: float | None) -> Tensor:
     """The fine-tuning step of one unit."""
-    if norm is None:
+    if step_norm is None:
         return -lr * gradient
     # Scaled by the largest entry first: squares of 1e-25 are zero in float32.
     largest = gradient.abs().amax()
     scaled = gradient / torch.where(largest > 0, largest, 1)
     length = scaled.norm()
-    return scaled * (-norm / torch.where(length > 0, length, 1))
+    return scaled * (-step_norm / torch.where(length > 0, length, 1))
 
 
 def _records(logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndarray, loss: Loss) -> pd.DataFrame:
@@ -591,7 +593,7 @@ def bootstrap(
     return low, high
 
 
-def collateral(
+def side_effects(
     model: nn.Module,
     units: Units,
     ids: Ids,
@@ -610,7 +612,7 @@ def collateral(
     ----------
     ids : (Q, K) unit ids, a row for each repaired image
     images, labels : (G, …), (G,)
-        The other images (the guard set). They should not hold the repaired ones.
+        The other images (the retain set). They should not hold the repaired ones.
     edit, steps
         As in `edited`; for ``finetune`` the steps of the Q images from `unit_steps`.
     k : int, optional
@@ -623,7 +625,7 @@ def collateral(
     Returns
     -------
     DataFrame
-        One row per repaired image: ``image``; ``k``; ``accuracy_before`` and ``accuracy_after`` on the guard set;
+        One row per repaired image: ``image``; ``k``; ``accuracy_before`` and ``accuracy_after`` on the retain set;
         ``right``, how many were right before, and ``still_right``, the share of them that stays so; ``wrong``
         and ``corrected``, the same for those that were wrong and become right; ``kl_mean`` and ``kl_worst``, the
         divergence :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over those that were
@@ -641,8 +643,8 @@ def collateral(
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):
-        raise ValueError(f"{len(images)} guard images and {len(labels)} labels: give as many, and at least one")
-    check_inputs(model, images, labels, units, "guard images")
+        raise ValueError(f"{len(images)} retain images and {len(labels)} labels: give as many, and at least one")
+    check_inputs(model, images, labels, units, "retain images")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     image_ids = np.arange(len(ids)) if image_ids is None else np.asarray(image_ids)
@@ -653,7 +655,7 @@ def collateral(
         with torch.no_grad():
             return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(batch_size)])
 
-    with undisturbed(model):
+    with preserved(model):
         before = forward()
         _check_logits(labels, before)
         rows = []
@@ -665,7 +667,7 @@ def collateral(
 
 
 def _damage(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
-    """The columns of `collateral` from log-probabilities (G, C) of the unedited and the edited model."""
+    """The columns of `side_effects` from log-probabilities (G, C) of the unedited and the edited model."""
     was, now = predicted(before) == labels, predicted(after) == labels
     share = lambda hits: float(hits.double().mean()) if len(hits) else float("nan")  # noqa: E731
     kl = (before.exp() * (before - after)).sum(dim=1)[was]
@@ -714,9 +716,9 @@ def check_edit(edit: str) -> None:
         raise ValueError(f"unknown edit {edit!r}: expected 'finetune' or 'prune'")
 
 
-def check_lengths(lr: float, norm: float | None) -> None:
+def check_lengths(lr: float, step_norm: float | None) -> None:
     """Refuse a rate or length that is not positive and finite."""
-    for name, value in (("lr", lr), ("norm", norm)):
+    for name, value in (("lr", lr), ("step_norm", step_norm)):
         if value is not None and not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, not {value}")
 

@@ -29,11 +29,11 @@ METHOD_COLORS = {
     "raw": "#CC79A7",
     "ratio": "#009E73",
     "fisher": "#6A3D9A",
-    "stage": "#8C6D31",
+    "random_last_stage": "#8C6D31",
     "last_stage_raw": "#882255",
     "random": "#777777",
     "layer_matched_random": "#333333",
-    "least": "#B8B8B8",
+    "lowest_zscore": "#B8B8B8",
     "scale_free_zscore": "#00324F",
     "scale_free_pot": "#7A2E00",
 }
@@ -45,11 +45,11 @@ METHOD_LABELS = {
     "raw": "raw saliency",
     "ratio": "ratio to mean",
     "fisher": "gain over cost",
-    "stage": "last stage, random",
+    "random_last_stage": "last stage, random",
     "last_stage_raw": "last stage, raw",
     "random": "random",
     "layer_matched_random": "random, same layers",
-    "least": "least salient",
+    "lowest_zscore": "least salient",
     "scale_free_zscore": "z-score, scale-free",
     "scale_free_pot": "POT, scale-free",
 }
@@ -326,7 +326,7 @@ def cost_curves(table: pd.DataFrame, value: str = "kl_mean", ax: Axes | None = N
     Parameters
     ----------
     table : DataFrame
-        From `pss.cost_of_correction`: ``ranking`` and the value, one row an image.
+        From `pss.smallest_correction`: ``ranking`` and the value, one row an image.
     """
     ax = ax or plt.subplots(figsize=(4.4, 3.2))[1]
     for ranking, part in table.groupby("ranking", sort=False):
@@ -334,7 +334,7 @@ def cost_curves(table: pd.DataFrame, value: str = "kl_mean", ax: Axes | None = N
         costs = costs[np.isfinite(costs)]
         label, color = METHOD_LABELS.get(ranking, ranking), METHOD_COLORS.get(ranking)
         ax.step(costs, np.arange(1, len(costs) + 1) / len(part), where="post", color=color, label=label)
-    ax.set(xscale="log", ylim=(0, 1.03), xlabel="cost: mean KL on the guard images", ylabel="share corrected")
+    ax.set(xscale="log", ylim=(0, 1.03), xlabel="cost: mean KL on the retain images", ylabel="share corrected")
     return ax
 
 
@@ -382,7 +382,7 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
     Parameters
     ----------
     summary : DataFrame
-        From `pss.repair.summarize`, with a column ``method``.
+        From `pss.editing.summarize`, with a column ``method``.
     bands : sequence of str
         Methods whose confidence interval is drawn; more than two or three hide the lines.
     columns : int

@@ -1,0 +1,1 @@
+"""What the last notebooks, the site and the command line call: reports, experiments, sweeps, the explorer."""

@@ -51,10 +51,11 @@ site: $(STAMP)  ## the pages of the notebooks, English and Japanese, into site/
 bench: $(STAMP)  ## measure speed and memory against plain loops, under 15 minutes
 	@$(PY) -m bench
 
-lint: $(STAMP)  ## style, format, types
+lint: $(STAMP)  ## style, format, types, which room knows which
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/lint-imports --no-logo --no-cache
 
 clean:  ## remove what make made
 	rm -rf .venv .venv-lowest .venv-newest runs site data/cache

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pss.data import builtin as data
 from pss.data.vision import torchvision
+from pss.storage import places
 
 ALL = [(name, split) for name, splits in data.SPLITS.items() for split in splits]
 
@@ -182,22 +183,22 @@ def test_missing_photo_is_named(monkeypatch):
 
 def test_cache_folder(monkeypatch, tmp_path, root):
     monkeypatch.delenv("PSS_CACHE", raising=False)
-    assert data.cache_folder() == root / "data" / "cache"
-    monkeypatch.setattr(data, "checkout_data", lambda: None)  # installed without a checkout
-    monkeypatch.setattr(data.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    assert data.cache_folder() == tmp_path / "pss"
+    assert places.cache_folder() == root / "data" / "cache"
+    monkeypatch.setattr(places, "checkout_data", lambda: None)  # installed without a checkout
+    monkeypatch.setattr(places.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    assert places.cache_folder() == tmp_path / "pss"
     monkeypatch.setenv("PSS_CACHE", str(tmp_path / "mine"))
-    assert data.cache_folder() == tmp_path / "mine"
+    assert places.cache_folder() == tmp_path / "mine"
     monkeypatch.setenv("PSS_CACHE", "relative")
     with pytest.raises(ValueError, match="absolute path"):
-        data.cache_folder()
+        places.cache_folder()
 
 
 def test_unwritable_checkout_uses_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("PSS_CACHE", raising=False)
-    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
-    monkeypatch.setattr(data.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    assert data.cache_folder() == tmp_path / "pss"
+    monkeypatch.setattr(places.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(places.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    assert places.cache_folder() == tmp_path / "pss"
 
 
 @pytest.fixture

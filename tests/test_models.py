@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pss.data import builtin as data
 from pss.data.vision import torchvision
 from pss.models import builtin as models
+from pss.storage import places
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_record_of_the_shipped_weights(shipped):
 
 
 def test_installed_without_a_checkout_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(data, "checkout_data", lambda: None)
+    monkeypatch.setattr(places, "checkout_data", lambda: None)
     with pytest.raises(FileNotFoundError, match=r"pip install -e \."):
         models.digits()
 
@@ -402,7 +403,7 @@ def test_misclassified_of_any_data_set(shipped):
 def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch
-from pss.models.builtin import keep_freed_memory
+from pss.engine.process import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for number in range(28):

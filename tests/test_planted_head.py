@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import pss
 from pss.data.vision import torchvision
 from pss.editing import edit_curves, edited
+from pss.engine.process import thread_count
 
 HEADS, WIDTH, IMAGES = 4, 48, 48
 PLANTED = [(layer, head) for layer in range(3) for head in (0, 2)]
@@ -28,7 +29,7 @@ class Bench:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = torchvision.models.VisionTransformer(32, 8, 3, HEADS, WIDTH, 2 * WIDTH, num_classes=10)
-        with pss.models.thread_count(1):  # the same network on any number of cores
+        with thread_count(1):  # the same network on any number of cores
             train(self.model, *pss.data.mnist("train").tensors)
         self.images, self.labels = pss.data.mnist("validation").tensors
         self.units = pss.Units.of(self.model, "heads")

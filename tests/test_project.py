@@ -48,6 +48,14 @@ def test_constraints_pin_every_dependency_within_its_bounds(root):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), line
 
 
+def test_contracts_of_imports_name_every_file_of_the_core(root):
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    core = {f"pss.{path.stem}" for path in (root / "pss").glob("*.py") if not path.stem.startswith("__")}
+    named = {contract["name"]: contract for contract in contracts}
+    assert set(named["The core knows storage and the engine, and no room in front of it"]["source_modules"]) == core
+    assert set(named["Storage and the engine know no papers"]["forbidden_modules"]) == core
+
+
 def test_ci_calls_the_test_command_of_the_readme(root):
     assert "make test" in (root / ".ci" / "run").read_text()
     assert "make test" in (root / "README.md").read_text()

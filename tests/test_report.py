@@ -247,4 +247,4 @@ def test_one_picture_with_published_statistics(workshop, root):
     run_notebook(notebook, workshop / "run.ipynb", given | {"noise_percent": 0.1, "loss": "logit_difference"})
     page = read(out / "report.html")
     assert page.named("html") == [{"lang": "ja"}] and "平均と標準偏差のみ" in page.text and is_safe(page)
-    assert "ガード画像がない" in page.text and "p" not in pd.read_csv(out / "ranking.csv")
+    assert "保持画像がない" in page.text and "p" not in pd.read_csv(out / "ranking.csv")

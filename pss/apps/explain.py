@@ -299,7 +299,7 @@ def verdict(patch: Patch) -> tuple[str, str]:
     return (
         f"A patch of {len(patch.units)} units ({size}) corrects the image, at a mean KL of {kl} on the retain images "
         f"that chose it and {held} on those held out.",
-        f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で予測は正解に転じる．KLの平均は，選択に使ったガード画像で{kl}，"
+        f"{len(patch.units)}個のユニットを変えるパッチ（{size}）で予測は正解に転じる．KLの平均は，選択に使った保持画像で{kl}，"
         f"取り分けておいた画像で{held}である．",
     )
 

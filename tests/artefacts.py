@@ -24,7 +24,7 @@ from test_profiles import make_data, make_model
 
 from pss.apps import execution
 from pss.apps.sweep import Run, Sweep
-from pss.data import builtin as data
+from pss.data import builtin
 from pss.fisher import fisher_diagonal
 from pss.models import builtin as models
 from pss.patches import Patch
@@ -160,12 +160,12 @@ def _arrays(version: int) -> dict[str, np.ndarray]:
 
 
 def _write_cache(folder: Path, version: int) -> None:
-    data._write(folder / "digits.npz", _arrays(version))
+    builtin.write_arrays(folder / "digits.npz", _arrays(version))
 
 
 def _read_cache(folder: Path) -> dict:
     with mock.patch.dict(os.environ, PSS_CACHE=str(folder)):
-        return data._cached("digits", lambda: _arrays(0))
+        return builtin.cached_arrays("digits", lambda: _arrays(0))
 
 
 def _write_model(folder: Path, version: int) -> None:

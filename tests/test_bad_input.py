@@ -27,10 +27,9 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import pss
+from pss import data, evt, input_space, neighbors, patches, profiles
 from pss import editing as repair
-from pss import evt, input_space, neighbors, patches, profiles
 from pss.apps import batch, execution
-from pss.data import builtin as data
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference

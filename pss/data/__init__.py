@@ -1,28 +1,10 @@
-"""Images: the built-in sets, pictures and folders of your own."""
+"""Images: the built-in sets, photographs, picture files and folders of your own."""
 
-from pss.data.builtin import (
-    DIGITS,
-    MAX_PIXELS,
-    MEAN,
-    SETS,
-    SIZE,
-    SPLITS,
-    ImageSet,
-    Photograph,
-    digits,
-    folder,
-    load,
-    mnist,
-    mnist_m,
-    noise,
-    open_set,
-    photographs,
-    preprocess,
-    read_image,
-    svhn_like,
-    torchvision_set,
-)
-from pss.storage.places import cache_folder, checkout_data
+from pss.data.builtin import DIGITS, SETS, SIZE, SPLITS, digits, load, mnist, mnist_m, noise, svhn_like
+from pss.data.folders import folder, open_set, preprocess, torchvision_set
+from pss.data.image_set import MEAN, STD, ImageSet
+from pss.data.pictures import MAX_PIXELS, Photograph, photographs, read_image
+from pss.storage.places import cache_folder
 
 __all__ = [
     "DIGITS",
@@ -31,10 +13,10 @@ __all__ = [
     "SETS",
     "SIZE",
     "SPLITS",
+    "STD",
     "ImageSet",
     "Photograph",
     "cache_folder",
-    "checkout_data",
     "digits",
     "folder",
     "load",

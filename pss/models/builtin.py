@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import pss
-from pss.data import builtin as data
+from pss import data
 from pss.data.vision import torchvision
 from pss.engine.process import thread_count
 from pss.engine.state import preserved

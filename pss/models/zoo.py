@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pss.data import builtin as data
+from pss import data
 from pss.data.vision import torchvision
 from pss.models import builtin as models
 from pss.profiles import profile_dataset

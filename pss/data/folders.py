@@ -1,0 +1,210 @@
+"""Images on the user's disk: folders by class, the full MNIST and SVHN."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pss.data.builtin import SIZE, built_in_set, load, normalize, resize
+from pss.data.image_set import MEAN, STD, ImageSet, hash_arrays
+from pss.data.pictures import read_image
+from pss.data.vision import torchvision
+
+
+def preprocess(image: Image.Image) -> torch.Tensor:
+    """Prepare a picture as the built-in sets are: RGB, 32×32, ``(x - 0.5) / 0.5``; gives (3, 32, 32), float32."""
+    square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return normalize(np.asarray(square)).contiguous()
+
+
+def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", count=None, seed: int = 0) -> ImageSet:
+    """Read the full MNIST or SVHN from disk, with the preprocessing of the built-in sets. Nothing is downloaded.
+
+    Parameters
+    ----------
+    name : {"MNIST", "SVHN"}
+    root : path
+        The folder to give to ``torchvision.datasets.MNIST`` or ``SVHN``.
+    split : str
+        ``train`` or ``test``, of SVHN also ``extra``.
+    count : int, optional
+        Take this many images at random. All of MNIST's 60,000 need 0.7 GB.
+    seed : int
+        Seed of that choice.
+
+    Returns
+    -------
+    ImageSet
+        Images of shape (N, 3, 32, 32); ids hold each image's position in the full set.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the files are not there, or not whole.
+    ValueError
+        If there is no such set or split, or it has fewer images than asked for.
+    """
+    splits = {"MNIST": ("train", "test"), "SVHN": ("train", "test", "extra")}
+    if name not in splits:
+        raise ValueError(f"unknown set {name!r}: expected one of {', '.join(splits)}")
+    if split not in splits[name]:
+        raise ValueError(f"{name} has no split {split!r}: expected one of {', '.join(splits[name])}")
+    dataset = getattr(torchvision.datasets, name)
+    which = {"train": split == "train"} if name == "MNIST" else {"split": split}
+    try:
+        full = dataset(os.fspath(root), download=False, **which)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{name}'s {split} files are not in {os.fspath(root)!r}, or not whole ({error}). Put them there yourself: "
+            f"PSS downloads nothing; torchvision.datasets.{name}(root, download=True) fetches them once"
+        ) from error
+    if count is not None and not 0 < count <= len(full):
+        raise ValueError(f"count {count} is outside 1..{len(full)}, the number of images in {name}/{split}")
+    rows = np.arange(len(full))
+    if count is not None:
+        rows = np.random.default_rng(seed).permutation(len(full))[:count]
+    pixels = full.data[rows]
+    pixels = resize(pixels.numpy()) if name == "MNIST" else pixels.transpose(0, 2, 3, 1)
+    labels = np.asarray(full.targets if name == "MNIST" else full.labels)[rows]
+    return built_in_set(pixels, labels, name, split, rows, rows)
+
+
+class _Folder(torchvision.datasets.ImageFolder):
+    def __init__(self, root, transform, classes):
+        self._wanted = classes
+        super().__init__(root, transform=transform, loader=read_image)
+        self.labels = torch.tensor(self.targets, dtype=torch.int64)
+        self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
+        self.sources = np.arange(len(self))
+        self.name, self.split = Path(root).name, "all"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files' names, sizes and labels; hashing the bytes of a large set would take minutes."""
+        sizes = np.asarray([os.stat(path).st_size for path, _ in self.samples])
+        return hash_arrays(self.ids, sizes, self.labels.numpy())
+
+    def subset(self, indices) -> _Folder:
+        """The pictures at these positions, as a set of their own."""
+        chosen = copy.copy(self)
+        vars(chosen).pop("fingerprint", None)
+        at = np.asarray(indices)
+        chosen.samples = chosen.imgs = [self.samples[i] for i in at]
+        chosen.targets = [self.targets[i] for i in at]
+        chosen.labels, chosen.ids, chosen.sources = self.labels[at], self.ids[at], self.sources[at]
+        return chosen
+
+    def find_classes(self, directory):
+        names, numbers = super().find_classes(directory)
+        if self._wanted is None:
+            return names, numbers
+        if unknown := sorted(set(names) - set(self._wanted)):
+            raise ValueError(f"{directory} has folders that are not in classes: {', '.join(unknown)}")
+        present = [name for name in self._wanted if name in numbers]
+        return list(self._wanted), {name: self._wanted.index(name) for name in present}
+
+
+def folder(
+    root: str | os.PathLike,
+    transform: Callable[[Image.Image], torch.Tensor] | None = None,
+    classes: Sequence[str] | None = None,
+) -> torchvision.datasets.ImageFolder:
+    """Read a tree with one folder of pictures per class, as ``torchvision.datasets.ImageFolder``.
+
+    Parameters
+    ----------
+    root : path
+    transform : callable, optional
+        From a PIL image to the model's input; by default `preprocess`.
+    classes : sequence of str, optional
+        The model's classes in its order, if the tree holds only some of them, or their order is not alphabetical.
+
+    Returns
+    -------
+    ImageFolder
+        Gives (image, label), read when asked for; with ``labels``, ``ids`` (paths below root), ``classes``, ``name``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is not there or holds no pictures.
+    ValueError
+        If a folder's name is not in ``classes``.
+    """
+    path = Path(root)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder: expected one with a folder of pictures per class")
+    return _Folder(path, transform or preprocess, None if classes is None else list(classes))
+
+
+def open_set(
+    name: str,
+    split: str = "test",
+    root: str | os.PathLike = "",
+    count: int | None = None,
+    seed: int = 0,
+    transform: Callable[[Image.Image], torch.Tensor] | None = None,
+    classes: Sequence[str] | None = None,
+) -> ImageSet:
+    """Open a set by name, in memory: a built-in one, or with a root MNIST, SVHN or a tree of folders on disk.
+
+    The splits are those of an experiment on domain shift: ``train`` and ``validation`` of the source, ``reference`` and
+    ``test`` of the target.
+
+    Parameters
+    ----------
+    name : str
+        Without a root as in `load`. With one ``"MNIST"`` or ``"SVHN"`` (``train`` and ``reference`` are their training
+        images, the other two their test images), or the path of a folder below root, as ``"photo"`` of PACS or
+        ``"gaussian_noise/3"`` of ImageNet-C.
+    split : {"train", "validation", "reference", "test"}
+        Of a folder the folder of this name in it, if there is one. Otherwise its images in a random order: ``train``
+        the first 80% and ``validation`` the rest, ``reference`` the first half and ``test`` the other.
+    root : path
+    count : int, optional
+        Take at most this many images, at random; not for the built-in sets.
+    seed : int
+        Of these random orders.
+    transform, classes
+        As in `folder`.
+
+    Returns
+    -------
+    ImageSet
+
+    Raises
+    ------
+    FileNotFoundError
+        If the files are not there.
+    ValueError
+        If there is no such set or split, or it has no images.
+    """
+    if not os.fspath(root):
+        return load(name, split)
+    parts = {"train": (0, 0.8), "validation": (0.8, 1), "reference": (0, 0.5), "test": (0.5, 1)}
+    if split not in parts:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(parts)}")
+    if name in ("MNIST", "SVHN"):
+        whole = torchvision_set(name, root, "train" if split in ("train", "reference") else "test")
+        rows = np.random.default_rng(seed).permutation(len(whole))[:count]
+        return whole.subset(rows)
+    path = Path(root) / name
+    own = (path / split).is_dir()
+    tree = folder(path / split if own else path, transform, classes)
+    rows = np.random.default_rng(seed).permutation(len(tree))
+    if not own:
+        start, stop = (round(part * len(rows)) for part in parts[split])
+        rows = rows[start:stop]
+    if not len(rows[:count]):
+        raise ValueError(f"{path} has too few pictures ({len(tree)}) for a split {split!r}")
+    images, labels = zip(*(tree[int(row)] for row in rows[:count]), strict=True)
+    looks = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD)}
+    ids = tree.ids[rows[:count]]
+    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, ids=ids, **looks)

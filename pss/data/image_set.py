@@ -1,0 +1,108 @@
+"""Images and labels in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+class ImageSet(TensorDataset):
+    """Images and labels in memory: a map-style data set of ``(image, label)``.
+
+    Parameters
+    ----------
+    images : Tensor
+        Normalized images, shape (N, C, H, W).
+    labels : Tensor
+        Class numbers, shape (N,), int64.
+    name, split : str
+        What the set is called.
+    classes : sequence of str
+        Name of every class.
+    ids : sequence of str, optional
+        A name for every image that stays the same between runs; by default its position.
+    sources : sequence of int, optional
+        Number of the source image that each image was made from; by default its position. Images with the same
+        source are not independent.
+    mean, std : sequence of float
+        The normalization, by channel: ``images = (pixels - mean) / std`` with pixels in 0..1.
+
+    Raises
+    ------
+    ValueError
+        If the lengths disagree or a label is not the number of a class.
+    """
+
+    def __init__(self, images, labels, *, name, split, classes, ids=None, sources=None, mean=MEAN, std=STD):
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point():
+            raise ValueError(f"labels are {labels.dtype}: expected class numbers, ints")
+        labels = labels.to(torch.int64)
+        if images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                f"expected images (N, C, H, W) and N labels, got {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+            wrong = next(int(label) for label in labels if not 0 <= label < len(classes))
+            raise ValueError(f"label {wrong} is outside 0..{len(classes) - 1}: give one name in classes per class")
+        super().__init__(images, labels)
+        self.name, self.split, self.classes = name, split, tuple(classes)
+        self.ids = np.asarray([str(i) for i in (range(len(labels)) if ids is None else ids)])
+        self.sources = np.arange(len(labels)) if sources is None else np.asarray(sources)
+        self.mean, self.std = tuple(mean), tuple(std)
+        if not len(self.ids) == len(self.sources) == len(labels):
+            raise ValueError(f"{len(labels)} images, but {len(self.ids)} ids and {len(self.sources)} sources")
+
+    @property
+    def images(self) -> torch.Tensor:
+        """Normalized images, shape (N, C, H, W)."""
+        return self.tensors[0]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class numbers, shape (N,)."""
+        return self.tensors[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of images and labels: names the exact set in the record of a run."""
+        return hash_arrays(self.images.numpy(), self.labels.numpy())
+
+    def subset(self, indices) -> ImageSet:
+        """The images at these positions, as a set of their own."""
+        at = np.asarray(indices)
+        return ImageSet(
+            self.images[at],
+            self.labels[at],
+            name=self.name,
+            split=self.split,
+            classes=self.classes,
+            ids=self.ids[at],
+            sources=self.sources[at],
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def to_image(self, image: torch.Tensor) -> np.ndarray:
+        """Undo the normalization for display: ``(…, C, H, W)`` floats to ``(…, H, W, C)`` uint8."""
+        mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
+        pixels = (image.detach().cpu() * std + mean).clamp(0, 1) * 255
+        return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.name}/{self.split}: {len(self)} images of shape {tuple(self.images.shape[1:])})"
+
+
+def hash_arrays(*arrays: np.ndarray) -> str:
+    """Hash of types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 
+import pss
 from pss.reference import Reference
+from pss.storage.fingerprints import fingerprint
 from pss.storage.tensors import pack
 from pss.units import Units
 
@@ -126,12 +128,15 @@ def test_zscores(profiles, reference):
     assert (z[:, 5] == 0).all()
     assert torch.equal(reference.abs_zscore(profiles), z.abs())
     np.testing.assert_allclose(reference.ratio(profiles)[:, :5].mean(dim=0), 1, rtol=1e-9)
+    assert (reference.ratio(profiles + 1)[:, 5] == 0).all()  # its mean is zero
+    ones = Reference(torch.ones(2).double(), torch.ones(2).double())
+    assert ones.ratio(torch.tensor([[3.0, 0.5]])).tolist() == [[3.0, 0.5]]
 
 
 def test_results_keep_the_dtype_and_leave_the_argument_alone(profiles, reference):
     given = profiles[:2].float()
     before = given.clone()
-    assert reference.zscore(given).dtype == torch.float32
+    assert reference.zscore(given).dtype == reference.ratio(given).dtype == torch.float32
     reference.log_tail_probability(given)
     assert torch.equal(given, before)
 
@@ -196,6 +201,39 @@ def test_published_statistics(peer_data):
             reference.log_tail_probability(torch.rand(1, units))
 
 
+def test_statistics_as_they_are_published(tmp_path):
+    path = tmp_path / "stat.pth"
+    held = {"mean": torch.rand(6), "std": torch.rand(6).double(), "more": 1}
+    torch.save(held, path)
+    read = Reference.load(path)
+    assert torch.equal(read.mean, held["mean"].double()) and torch.equal(read.std, held["std"])
+    assert read.about == {"source": "stat.pth"} and read.n == 0 and read.level == 0.9 and not read.scale_free
+    assert read.threshold is None and "mean and deviation only, 0 dead" in repr(read)
+    assert torch.equal(read.zscore(held["mean"][None]), torch.zeros(1, 6))
+    for wrong in ({"mean": held["mean"]}, [held["mean"], held["std"]], "mean std"):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="expected a dict with 'mean' and 'std'"):
+            Reference.load(path)
+
+
+def test_says_what_it_is(reference):
+    assert repr(reference) == "Reference(7 units, 300 images, level 0.9, 2 tails not fitted, 1 dead)"
+
+
+@pytest.mark.parametrize("key", ["model", "loss", "signed", "pss"])
+def test_use_for_something_else_is_refused_by_what_differs(profiles, key):
+    model = nn.Conv2d(1, U, 3)
+    units = Units.of(model)
+    whole = {"model": fingerprint(model), "loss": "logit", "signed": False, "pss": pss.__version__}
+    Reference.fit(profiles, about=whole).check_for(model, units, "logit")
+    Reference.fit(profiles, about={}).check_for(model, units, "logit", signed=True)  # no record, nothing to compare
+    other = Reference.fit(profiles, about=whole | {key: "another"})
+    with pytest.raises(ValueError, match=rf"something else \({key}: reference another, given"):
+        other.check_for(model, units, "logit")
+    with pytest.raises(ValueError, match=r"signed: reference False, given True"):
+        Reference.fit(profiles, about=whole).check_for(model, units, "logit", signed=True)
+
+
 def test_refuses_another_models_units(tmp_path):
     torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / "stat.pth")
     units = Units.of(nn.Conv2d(1, 8, 3))
@@ -217,6 +255,7 @@ def test_check_compares_records_as_text():
         ({"mean": None}, {}, r"lacks \['mean'\]"),
         ({"xi": None}, {}, r"lacks \['xi'\]"),
         ({"other": torch.ones(7)}, {}, r"has \['other'\] too much"),
+        ({"fisher": torch.ones(7)}, {}, r"has \['fisher'\] too much"),
         ({"xi": torch.ones(3)}, {}, r"'xi' is \(3,\), expected one number for each of 7 units"),
         ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
         ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),

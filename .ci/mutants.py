@@ -54,6 +54,8 @@ def prepare(file: Path) -> Path:
     tests = [f"tests/test_{name}.py" for name in TESTS[file.stem]]
     config = CONFIG.format(file=file.as_posix(), tests=json.dumps(tests))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8") + config, "utf-8")
+    # Which tests call which function, found anew: mutmut would ask only the tests that it has not seen.
+    (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     return folder
 
 

@@ -504,6 +504,21 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
     assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
 
 
+def test_fisher_information_and_scores_do_not_depend_on_the_chunks(net, monkeypatch):
+    model, x, y, retain = net
+    units = Units.of(model)
+    whole = fisher_diagonal(model, retain, progress=False)
+    scores = fisher_scores(model, x, y, units, whole)
+    weights = sum(p.numel() for p in model.parameters())
+    for images in (1, 4, 7):  # a chunk; there are 30 and 6
+        monkeypatch.setattr("pss.fisher._GRADIENTS", images * weights)
+        parts = fisher_diagonal(model, retain, progress=False)
+        assert parts.keys() == whole.keys()
+        for name, values in whole.items():
+            torch.testing.assert_close(parts[name], values, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(fisher_scores(model, x, y, units, whole), scores, rtol=1e-9, atol=0)
+
+
 def test_a_reference_holds_the_fisher_information(net):
     model, x, y, retain = net
     units = Units.of(model)

@@ -224,11 +224,31 @@ def test_own_model_from_yaml(own):
 
 
 @pytest.mark.parametrize(
+    "told", [None, {}, {"preprocessing": {}}, {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}}]
+)
+def test_pictures_of_an_own_network_stay_as_they_are_unless_told(own, told):
+    """Images of 40 pixels were enlarged to 256 and cropped to 224 where nobody had said so."""
+    import yaml
+
+    name = own.read_text().split()[1]
+    if told is not None:
+        own.write_text(yaml.safe_dump({"model": name, "arguments": {"width": 5}, **told}))
+    network = zoo.load(name if told is None else str(own), **({"width": 5} if told is None else {}))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected = torch.tensor(pixels).movedim(2, 0) / 255
+    if told and told["preprocessing"]:
+        expected = 2 * expected - 1
+    torch.testing.assert_close(network.preprocess(Image.fromarray(pixels)), expected)
+    np.testing.assert_allclose(network.to_image(network.preprocess(Image.fromarray(pixels))), pixels / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"modle": "x"}, ValueError, "unknown keys modle: expected some of model, arguments"),
         ({"preprocessing": {"sise": 3}}, ValueError, "preprocessing has unknown keys sise"),
-        ({"preprocessing": {"mean": [0.5]}}, ValueError, "expected 3 numbers each"),
+        ({"preprocessing": {"mean": [0.5], "std": [1]}}, ValueError, "expected 3 numbers each"),
+        ({"preprocessing": {"mean": [0.5] * 3}}, ValueError, "give both, or neither for pixels in 0..1"),
         ({"preprocessing": {"crop": 2.5}}, ValueError, "crop is 2.5: expected a number of pixels"),
         ({"preprocessing": {"interpolation": "cubic"}}, ValueError, "unknown interpolation 'cubic'"),
         ({"classes": ["cat", "dog"]}, ValueError, "3 outputs, but there are 2 class names"),

@@ -12,6 +12,7 @@ A name is one of `names()`, ``package.module:callable`` for a model of one's own
     preprocessing: {resize: 256, crop: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
     classes: classes.txt                  # one name a line, or a list
 
+Of a network of one's own nothing is resized, cropped or normalized unless the file says so.
 Files are read without running what is in them: weights by `pss.models.load_weights`, YAML by ``safe_load``.
 """
 
@@ -44,6 +45,7 @@ from pss.storage.fingerprints import name_of
 from pss.units import Units
 
 _CROPS = 300
+_SIDES = (256, 224, 128, 96, 64, 48, 40, 32, 28)  # of a picture tried on a network whose pictures are not resized
 _KEYS = ("model", "arguments", "checkpoint", "preprocessing", "classes")
 _LITE0 = "efficientnet-lite0-57934424.pth"  # torch hub's way: the name ends with the start of the file's SHA-256
 # As torchvision itself builds them for their published weights; the published statistics count Inception's second head.
@@ -55,7 +57,7 @@ _AS_PUBLISHED = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to the input of a network; built of torchvision's transforms.
+    """From a picture to the input of a network; built of torchvision's transforms. What is not said is not done.
 
     Attributes
     ----------
@@ -63,26 +65,29 @@ class Preprocessing:
         Length of the shorter side, or height and width.
     crop : int or (int, int), optional
         Size of the square, or (height, width), that is cut from the middle.
-    mean, std : tuple of float
-        By channel, of pixels in 0..1: ``(pixels - mean) / std``.
+    mean, std : tuple of float, optional
+        By channel, of pixels in 0..1: ``(pixels - mean) / std``; 0 and 1 by default, which leaves pixels in 0..1.
     interpolation : str
         As ``bilinear``, ``bicubic``, ``nearest``.
     grey : bool
         One channel instead of three.
     """
 
-    resize: int | tuple[int, int] | None = 256
-    crop: int | tuple[int, int] | None = 224
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: int | tuple[int, int] | None = None
+    crop: int | tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     interpolation: str = "bilinear"
     grey: bool = False
 
     def __post_init__(self):
-        for name in ("resize", "crop", "mean", "std"):  # YAML has lists
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
         channels = 1 if self.grey else 3
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean {self.mean} and std {self.std}: give both, or neither for pixels in 0..1")
+        defaults = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        for name in ("resize", "crop", "mean", "std"):
+            value = defaults.get(name) if getattr(self, name) is None else getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)  # YAML has lists
         if not len(self.mean) == len(self.std) == channels or not all(s > 0 for s in self.std):
             raise ValueError(f"mean {self.mean} and std {self.std}: expected {channels} numbers each, and std above 0")
         known = [mode.value for mode in torchvision.transforms.InterpolationMode]
@@ -432,15 +437,19 @@ def _looks(preprocess: Callable) -> tuple[Sequence[float], Sequence[float]]:
 def _checked(network: Network) -> Network:
     """The network ready for use, once it takes its own pictures and gives one logit a class."""
     model = network.model.to("cpu", torch.float32).eval()
-    x = network.preprocess(Image.new("RGB", (256, 256), (128, 128, 128)))
-    try:
-        with torch.no_grad():
-            outputs = model(x[None])
-    except (RuntimeError, ValueError, TypeError) as error:
+    for side in _SIDES:
+        x = network.preprocess(Image.new("RGB", (side, side), (128, 128, 128)))
+        try:
+            with torch.no_grad():
+                outputs = model(x[None])
+            break
+        except (RuntimeError, ValueError, TypeError) as error:
+            failed = error
+    else:
         raise ValueError(
-            f"{network.name} does not take what its preprocessing gives, {tuple(x.shape)}: say which sizes it needs "
-            f"under preprocessing in a YAML file (see pss.models); it says: {error}"
-        ) from error
+            f"{network.name} does not take what its preprocessing gives, {tuple(x.shape)}: say under preprocessing in "
+            f"a YAML file (see pss.models) which size it needs and whether it is grey; it says: {failed}"
+        ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes)")

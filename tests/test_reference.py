@@ -87,6 +87,31 @@ def test_values_at_the_threshold_are_no_excesses():
     np.testing.assert_allclose(reference.mean_excess, mean, rtol=1e-12)
 
 
+def test_where_nothing_lies_above_the_threshold_the_tail_is_as_wide_as_the_deviation():
+    values = np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None]
+    reference = Reference.fit(values)
+    assert reference.threshold.item() == 4 and reference.n_excess.item() == reference.mean_excess.item() == 0
+    p = reference.log_tail_probability(torch.tensor([[5.5]])).exp().item()
+    assert p == pytest.approx(1 / 40 * np.exp(-1.5 / values.std(ddof=1)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "level"), [(300, 0.9), (47, 0.6), (20, 0.99)])
+def test_below_the_threshold_probability_is_linear_between_quantiles(n, level):
+    values = np.random.default_rng(4).lognormal(size=(n, 5))
+    reference, levels = Reference.fit(values, level), np.linspace(0, level, 101)
+    quantiles = np.quantile(values, levels, axis=0)
+    np.testing.assert_allclose(reference.quantiles, quantiles.T, rtol=1e-12)
+    for new, at in (
+        (quantiles[1:], levels[1:]),
+        ((quantiles[1:] + quantiles[:-1]) / 2, (levels[1:] + levels[:-1]) / 2),
+    ):
+        p = reference.log_tail_probability(torch.from_numpy(new)).exp()
+        share = (values > quantiles[-1]).mean(axis=0)  # above the threshold, which no value below is rarer than
+        np.testing.assert_allclose(p, np.maximum(1 - at[:, None], share), rtol=1e-9)
+    smallest = torch.from_numpy(np.stack([values.min(axis=0), values.min(axis=0) / 2]))
+    assert (reference.log_tail_probability(smallest) == 0).all()
+
+
 def test_zero_saliency_is_never_unusual(profiles, reference):
     zero = reference.log_tail_probability(torch.zeros(1, U))
     assert (zero == 0).all()
@@ -165,9 +190,24 @@ def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
     torch.testing.assert_close(reference.zscore(1e4 * profiles[:5]), z, rtol=1e-9, atol=1e-9)
     shares = profiles / profiles.mean(dim=1, keepdim=True)
     torch.testing.assert_close(reference.mean, shares.mean(dim=0))
+    some = profiles.clone()
+    some[3] = 0  # an image whose gradient vanishes has no size: it stays zero
+    shares[3] = 0
+    torch.testing.assert_close(Reference.fit(some, scale_free=True).mean, shares.mean(dim=0))
+    nothing = torch.zeros(1, U, dtype=torch.float64)
+    assert torch.equal(reference.ratio(nothing), nothing)
+    with pytest.raises(ValueError, match="negative for some image"):
+        Reference.fit(-some, scale_free=True)
+    with pytest.raises(ValueError, match="negative for some image"):
+        reference.zscore(-profiles[:1])
 
 
 def test_save_and_load(tmp_path, profiles, reference):
+    class Store(np.ndarray):
+        about = {"model": "abc", "loss": "logit"}  # noqa: RUF012
+
+    reference = Reference.fit(profiles.numpy().view(Store), about={"loss": "mine"})
+    assert reference.about == {"model": "abc", "loss": "mine"}
     reference = Reference.fit(profiles, about={"model": "abc"})
     reference.save(tmp_path / "sub" / "ref.safetensors")
     loaded = Reference.load(tmp_path / "sub" / "ref.safetensors")
@@ -235,7 +275,11 @@ def test_use_for_something_else_is_refused_by_what_differs(profiles, key):
 
 
 def test_refuses_another_models_units(tmp_path):
-    torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / "stat.pth")
+    for name in ("stat.pth", "stat.pt"):
+        torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / name)
+        assert len(Reference.load(tmp_path / name, Units.of(nn.Conv2d(1, 10, 3)))) == 10
+    with pytest.raises(ValueError, match=r"source: reference stat\.pth, given other"):
+        Reference.load(tmp_path / "stat.pth", Units.of(nn.Conv2d(1, 10, 3)), source="other")
     units = Units.of(nn.Conv2d(1, 8, 3))
     with pytest.raises(ValueError, match="10 units, the model 8"):
         Reference.load(tmp_path / "stat.pth", units)

@@ -166,7 +166,7 @@ def test_significant_is_benjamini_hochberg_by_hand():
 
 
 def test_significance_at_its_bounds():
-    assert fdr_significant(torch.tensor([[0.5]]).log(), q=0.5).tolist() == [[True]]  # at most q
+    assert fdr_significant(torch.tensor([[0.5]]).double().log(), q=0.5).tolist() == [[True]]  # at most q
     assert fdr_significant(torch.tensor([[0.0, -9.0]]), q=0.05).tolist() == [
         [False, True]
     ]  # a probability of one is one

@@ -1,6 +1,7 @@
 """What the files of the project promise each other."""
 
 import re
+import runpy
 import tomllib
 from itertools import chain
 
@@ -61,6 +62,12 @@ def test_contracts_of_imports_name_every_file_of_the_core(root):
     named = {contract["name"]: contract for contract in contracts}
     assert set(named["The core knows storage and the engine, and no room in front of it"]["source_modules"]) == core
     assert set(named["Storage and the engine know no papers"]["forbidden_modules"]) == core
+
+
+def test_mutation_run_names_files_and_tests_that_are_there(root):
+    table = runpy.run_path(root / ".ci" / "mutants.py")["TESTS"]
+    assert all((root / "pss" / f"{name}.py").is_file() for name in table)
+    assert all((root / "tests" / f"test_{name}.py").is_file() for names in table.values() for name in names)
 
 
 def test_ci_calls_the_test_command_of_the_readme(root):

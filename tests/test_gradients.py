@@ -132,7 +132,7 @@ def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypa
 
 
 def test_every_way_is_taken(monkeypatch):
-    taken, ways = [], ("_sums_of_patches", "_sums_of_taps", "_sums_of_shifts", "_gradient")
+    taken, ways = [], ("_by_im2col", "_per_tap", "_on_a_shifted_grid", "_gradient")
     for way in ways:
         real = getattr(kernels.Convolution, way)
         monkeypatch.setattr(kernels.Convolution, way, lambda *a, way=way, real=real: taken.append(way) or real(*a))

@@ -56,15 +56,15 @@ class Convolution:
 
         Whichever is quickest; ``make bench`` shows it by the networks whose time is mostly of one of them:
 
-        ===================  ==============================================  =======================================
+        ===================  ==============================================  ====================================
         way                  taken where                                     seen in
-        ===================  ==============================================  =======================================
-        by im2col            kernel 1×1; on a GPU any kernel, of one group;  resnet50, most of its layers; --device cuda
+        ===================  ==============================================  ====================================
+        by im2col            kernel 1×1; on a GPU any kernel, of one group;  resnet50; all with --device cuda
                              in low precision; little work
         by PyTorch's kernel  groups; positions > 8 filters                   mobilenet_v2; the stems
         per tap              at most 4 positions                             resnet18 at 32 pixels
         on a shifted grid    the rest                                        resnet18 and vgg19 at 224 pixels
-        ===================  ==============================================  =======================================
+        ===================  ==============================================  ====================================
         """
         positions, pointwise = g[0, 0].numel(), math.prod(self.shape[2:]) == 1
         little = positions * self.shape[0] * self.shape[1] < SMALL

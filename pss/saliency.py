@@ -7,22 +7,19 @@ taken for every sample of a batch on its own: absolute values of per-sample grad
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pss.engine.interception import OwnGradients, Sweep, Unknown
-from pss.engine.state import preserved
+from pss.engine.recorder import Options
+from pss.engine.strategies import Part, Task, compute, known_of, ready, whole_gradients
+from pss.engine.verification import verified
+from pss.storage.fingerprints import name_of
 from pss.units import UnitGroup, Units, check_model
-
-log = logging.getLogger(__name__)
-GRADIENT_BYTES = 2**28  # what the general path holds of whole gradients at once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,6 +66,11 @@ def get_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
+def loss_name(loss: str | Loss) -> str:
+    """What records call a loss: one of `LOSSES` by its short name, also if the function itself is given."""
+    return next((name for name, function in LOSSES.items() if function is loss), None) or name_of(loss)
+
+
 def parameter_saliency(
     model: nn.Module, images: Tensor, labels: Tensor, loss: str | Loss = "cross_entropy", signed: bool = False
 ) -> dict[str, Tensor]:
@@ -100,12 +102,13 @@ def parameter_saliency(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
-    loss, names = get_loss(loss), [name for name, _ in model.named_parameters()]
     check_inputs(model, images, labels)
-    with _ready(model, images):
-        parts = list(_gradients(model, _laid_out(images), labels, names, loss))
+    loss, names = get_loss(loss), tuple(name for name, _ in model.named_parameters())
+    task = Task(model, loss, partial(_check_outputs, loss), (), names)
+    with ready(model, images):
+        parts = whole_gradients(task, _laid_out(images), labels)
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}  # a copy: abs_ may write into it
-    return whole if signed else {name: g.abs_() for name, g in whole.items()}
+    return whole if signed else {name: g.abs() if g.is_complex() else g.abs_() for name, g in whole.items()}
 
 
 def profile(
@@ -118,13 +121,21 @@ def profile(
     strategy: str = "auto",
     fold: bool = True,
     precision: str = "fp32",
+    verify: bool = True,
 ) -> Tensor:
     r"""Saliency profile of each sample: mean absolute gradient of every unit.
 
     .. math:: \bar s(x, y)_k = \frac{1}{|\alpha_k|} \sum_{i \in \alpha_k} |\partial L(x, y; \theta) / \partial \theta_i|
 
-    A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found. It must
-    treat the samples of a batch apart, as networks in evaluation mode do; for one that does not, ask for ``vmap``.
+    A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found.
+
+    PyTorch's own gradient is wrong for a single image where a BatchNorm gets a gradient that is transposed in memory
+    (on a CPU, seen in 2.13), as in the three lines below. So BatchNorm is computed as the affine map that it is, by
+    every strategy, which may differ from plain autograd for that reason.
+
+    >>> x, w = torch.randn(1, 5, 3, 4, requires_grad=True), torch.randn(1, 12, 5)
+    >>> y = torch.nn.BatchNorm2d(5, eps=0).eval()(x).flatten(2).transpose(1, 2)
+    >>> wrong = torch.autograd.grad((y * w).sum(), x)[0] - w.mT.reshape(x.shape)  # expected: zeros
 
     Parameters
     ----------
@@ -140,12 +151,17 @@ def profile(
         Mean gradient, instead of mean absolute gradient.
     strategy : {"auto", "fast", "vmap", "loop"}
         ``fast``: one forward and backward pass over the batch, an error where that cannot be; ``vmap``: gradients of
-        whole samples, vectorized over a few; ``loop``: one sample at a time. ``auto``: fast where it can be,
-        otherwise vmap, otherwise loop, with a log line at INFO.
+        whole samples, vectorized over a few, otherwise as ``loop``; ``loop``: plain autograd, one sample at a time.
+        ``auto``: fast where it can be. Otherwise, on a CPU, one sample at a time in the same way, which is no slower
+        than the loop, and on a GPU vmap for the parameters concerned; otherwise the loop. A log line at INFO says so.
     fold : bool
-        On the fast path, compute BatchNorm within the convolution before it, where it directly follows one. Exact.
+        Compute BatchNorm within the convolution before it, where it directly follows one. Exact.
     precision : {"fp32", "bf16"}
-        ``bf16``: the backward pass of the fast path in bfloat16 products (the forward pass never).
+        ``bf16``: the backward pass of the fast strategy in bfloat16 products (the forward pass never).
+    verify : bool
+        The first time that a model is profiled on images of a shape, with these units and options, compare one of them
+        with plain autograd of it alone. Where more differs than rounding and the ReLUs that it switches explain
+        (`pss.engine.verification` says how that is decided), the loop is taken instead, with a warning in the log.
 
     Returns
     -------
@@ -156,29 +172,43 @@ def profile(
     ------
     ValueError
         If images, labels, units, outputs or losses are not what is described here.
+    RuntimeError
+        If the strategy cannot do it; or if the loop too, taken for what was found wrong, does not give what one of the
+        images has alone, as where a network draws random numbers.
 
     References
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1.
     """
-    parts = _profiles(model, images, labels, units, loss, signed, strategy, fold, precision)
-    return torch.cat([rows for rows, *_ in parts])
+    parts = _profiles(model, images, labels, units, loss, Options(signed, strategy, fold, precision), verify)
+    return _rows(parts)
 
 
 def profile_and_outputs(
-    model: nn.Module, images: Tensor, labels: Tensor, units: Units, loss: str | Loss, **options: Any
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    units: Units,
+    loss: str | Loss,
+    verify: bool = True,
+    verify_again: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Any, Tensor]:
     """`profile`, with the model's outputs and the losses ``(B,)``: from the same forward pass where that can be.
 
-    Parameters and errors are those of `profile`. Outputs are what the model returns for the batch, without gradients.
+    Parameters and errors are those of `profile`; ``verify_again`` verifies this batch also where another has been.
+    Outputs are what the model returns for the batch, without gradients.
     """
-    parts = _profiles(model, images, labels, units, loss, **options)
-    rows, outputs, losses = zip(*parts, strict=True)
-    if all(isinstance(part, Tensor) for part in outputs):
-        return torch.cat(rows), torch.cat(outputs), torch.cat(losses)
-    with _ready(model, images), torch.no_grad():
+    parts = _profiles(model, images, labels, units, loss, Options(**options), verify, verify_again)
+    if all(isinstance(part.outputs, Tensor) for part in parts):
+        return _rows(parts), torch.cat([part.outputs for part in parts]), torch.cat([part.losses for part in parts])
+    with ready(model, images), torch.no_grad():
         whole = model(_laid_out(images))
-        return torch.cat(rows), whole, get_loss(loss)(whole, labels)
+        return _rows(parts), whole, get_loss(loss)(whole, labels)
+
+
+def _rows(parts: list[Part]) -> Tensor:
+    return torch.cat([torch.cat([part.columns[i] for i in sorted(part.columns)], dim=1) for part in parts])
 
 
 def _profiles(
@@ -187,185 +217,43 @@ def _profiles(
     labels: Tensor,
     units: Units | None,
     loss: str | Loss,
-    signed: bool = False,
-    strategy: str = "auto",
-    fold: bool = True,
-    precision: str = "fp32",
-) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Profiles, outputs and losses, a part of the batch each: the last two only of the fast path, and if tensors."""
-    for value, known in ((strategy, ("auto", "fast", "vmap", "loop")), (precision, ("fp32", "bf16"))):
-        if value not in known:
-            raise ValueError(f"unknown option {value!r}: expected one of {known}")
-    loss, units = get_loss(loss), Units.of(model) if units is None else units
+    options: Options,
+    verify: bool,
+    verify_again: bool = False,
+) -> list[Part]:
+    """Profiles, outputs and losses, a part of the batch each."""
+    units = Units.of(model) if units is None else units
     check_inputs(model, images, labels, units)
+    task = _task(model, units, get_loss(loss), options)
     size = _images_at_once(images)
-    with _ready(model, images):
+    parts = []
+    with ready(model, images):
+        known = known_of(task, images)
         labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
-        chunks = zip(_laid_out(images).split(size), labels.split(size), strict=True)
-        return [_profile(model, *chunk, units, loss, signed, strategy, fold, precision) for chunk in chunks]
+        for chunk in zip(_laid_out(images).split(size), labels.split(size), strict=True):
+            part = compute(task, *chunk, known)
+            if verify and (verify_again or not known.verified) and known.ways != ("loop",):
+                part = verified(task, *chunk, part, known)
+                verify_again = False
+            parts.append(part)
+    return parts
 
 
-def _profile(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    units: Units,
-    loss: Loss,
-    signed: bool,
-    strategy: str,
-    fold: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Profile of as many images as are taken at once: the fast path, and the general path for what it leaves."""
+def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
+    """What the engine is asked for: a column for every group of units."""
     names = _canonical_names(model)
-    rest = dict.fromkeys(names[layer.parameter] for layer in units.layers)
-    vectorized = strategy != "loop"
-    means: dict[str, Tensor] = {}  # of the rows of the parameters that the fast path did
-    outputs, losses = None, None
-    if strategy in ("auto", "fast"):
-        in_rows = [name for name in rest if all(_in_rows(y) for y in units.layers if names[y.parameter] == name)]
-        try:
-            means, outputs, losses = _row_means(model, images, labels, in_rows, loss, signed, fold, precision == "bf16")
-            reason = "used in a way that the fast path does not know"
-        except RuntimeError as error:  # Unknown, or what an operation says that cannot be intercepted
-            if strategy == "fast" or _is_of_the_machine(error):
-                raise
-            reason = str(error)
-            vectorized = not isinstance(error, OwnGradients)  # vmap would take them wrongly, without a word
-        rest = [name for name in rest if name not in means]
-    if rest and strategy == "fast":
-        raise Unknown(f"strategy='fast' cannot do {', '.join(rest)}: {reason}; use strategy='auto'")
-    if rest and strategy == "auto":
-        log.info("general path for %d parameters (%s …), fast for %d: %s", len(rest), rest[0], len(means), reason)
-    slow: dict[int, Tensor] = {}
-    if rest:
-        numbers = [i for i, layer in enumerate(units.layers) if names[layer.parameter] in rest]
-        parts = []
-        for gradients in _gradients(model, images, labels, list(rest), loss, vectorized=vectorized):
-            whole = gradients if signed else {name: g.abs() for name, g in gradients.items()}
-            parts.append([units.layers[i].reduce(whole[names[units.layers[i].parameter]]) for i in numbers])
-        slow = {i: torch.cat(columns) for i, columns in zip(numbers, zip(*parts, strict=True), strict=True)}
-    columns = [
-        slow[i] if i in slow else layer.reduce(means[names[layer.parameter]]) for i, layer in enumerate(units.layers)
-    ]
-    return torch.cat(columns, dim=1), outputs, losses
+    groups: dict[str, dict[int, UnitGroup]] = {}
+    for number, group in enumerate(units.layers):
+        groups.setdefault(names.get(group.parameter, group.parameter), {})[number] = group
 
+    def reduce(name: str, values: Tensor) -> dict[int, Tensor]:
+        return {number: group.reduce(values) for number, group in groups[name].items()}
 
-def _row_means(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    names: list[str],
-    loss: Loss,
-    signed: bool,
-    fold: bool,
-    bf16: bool,
-) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-    """Fast path: mean (absolute) gradient of every row of the named parameters, where it knows their use.
-
-    With the outputs and losses of its forward pass, if the outputs are a tensor.
-    """
-    wanted = {name: model.get_parameter(name) for name in names}
-    if not wanted:
-        return {}, None, None
-    _require_gradients(model, wanted)
-    try:
-        sweep = Sweep(wanted, len(images), signed, fold, bf16)
-        outputs = sweep.outputs(model, images)
-        _check_outputs(outputs, labels, loss, len(images))
-        losses = loss(outputs, labels)
-        _check_losses(losses, labels)
-        if sweep.unplaced:
-            alone = Sweep(wanted, 1, signed, fold, bf16)
-            alone.watched = set(sweep.unplaced)
-            _refuse_company(outputs, alone.outputs(model, images[-1:]))
-            sweep.place(alone)
-        means = sweep.row_means(losses)
-        return means, outputs.detach() if isinstance(outputs, Tensor) else None, losses.detach()
-    except Unknown:
-        if not fold:
-            raise
-        return _row_means(model, images, labels, names, loss, signed, False, bf16)
-
-
-def _refuse_company(outputs: Tensor, alone: Tensor) -> None:
-    """Raise where the last image's outputs in the batch are not those that it has alone."""
-    if isinstance(outputs, Tensor) and outputs.is_floating_point():
-        slack = torch.finfo(outputs.dtype).eps ** 0.5 * alone.abs().max()
-        if (outputs[-1:] - alone).abs().max() > slack:
-            raise Unknown("the outputs of an image depend on the others of its batch")
-
-
-def _gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, names: list[str], loss: Loss, vectorized: bool = True
-) -> Iterator[dict[str, Tensor]]:
-    """General path: gradients of whole samples, ``{name: (b, *shape)}`` for a few samples after the other."""
-    parameters = {name: model.get_parameter(name) for name in names}
-    numbers = sum(p.numel() for p in parameters.values())
-    at_once = max(1, min(len(images), GRADIENT_BYTES // (numbers * images.element_size())))
-    _check_outputs(model(images[:1]), labels, loss, 1)
-    for chunk in zip(images.split(at_once), labels.split(at_once), strict=True):
-        if vectorized:
-            try:
-                yield _vectorized(model, *chunk, parameters, loss)
-                continue
-            except (RuntimeError, NotImplementedError) as error:
-                if _is_of_the_machine(error):
-                    raise
-                vectorized = False
-                log.info("one sample at a time, as torch.func.vmap cannot run this model: %s", error)
-        rows = [_of_one(model, image, label, parameters, loss) for image, label in _pairs(*chunk)]
-        yield {name: torch.stack(row) for name, row in zip(parameters, zip(*rows, strict=True), strict=True)}
-
-
-def _vectorized(
-    model: nn.Module, images: Tensor, labels: Tensor, parameters: dict[str, Tensor], loss: Loss
-) -> dict[str, Tensor]:
-    def total(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        losses = loss(torch.func.functional_call(model, parameters, (image[None],)), label[None])
-        _check_losses(losses, label[None], values=False)
-        return losses.sum(), losses
-
-    _require_gradients(model, parameters)
-    detached = {name: p.detach() for name, p in parameters.items()}
-    per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0, 0))
-    with warnings.catch_warnings():  # of operations that vmap runs one after the other: slow is what this path is
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        gradients, losses = per_sample(detached, images, labels)
-    if losses.requires_grad:  # by the parameters themselves, not those that were put in their place
-        raise RuntimeError("the model also holds a parameter outside of its modules' parameters")
-    _check_losses(losses[:, 0], labels)
-    return gradients
-
-
-def _of_one(
-    model: nn.Module, image: Tensor, label: Tensor, parameters: dict[str, Tensor], loss: Loss
-) -> tuple[Tensor, ...]:
-    _require_gradients(model, parameters)
-    losses = loss(model(image), label)
-    _check_losses(losses, label)
-    inputs = tuple(parameters.values())
-    if not losses.requires_grad:
-        return tuple(torch.zeros_like(p) for p in inputs)
-    gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(gradients, inputs, strict=True))
-
-
-def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(images.split(1), labels.split(1), strict=True)
-
-
-def _is_of_the_machine(error: Exception) -> bool:
-    """Out of memory, or a loader's worker that died: no reason to take a slower path."""
-    words = ("DataLoader worker", "allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-def _require_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:
-    """Of the wanted parameters, and of no other."""
-    ids = {id(p) for p in wanted.values()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in ids)
+    rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values()))
+    whole = tuple(name for name in groups if name not in rows)
+    labels = tuple(group.name for group in units.layers)
+    kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
+    return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, options, kind)
 
 
 def _in_rows(layer: UnitGroup) -> bool:
@@ -391,14 +279,6 @@ def _laid_out(images: Tensor) -> Tensor:
     images = images.clone() if images.is_inference() else images
     channels_last = images.dim() == 4 and not images.is_cuda
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
-
-
-@contextmanager
-def _ready(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Gradients on, whatever the caller has set, and the model preserved."""
-    without_autocast = torch.autocast(images.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast, preserved(model):
-        yield
 
 
 def check_inputs(
@@ -471,22 +351,10 @@ def check_labels(labels: Tensor, outputs: Tensor) -> None:
         raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")
 
 
-def _check_outputs(outputs: Tensor, labels: Tensor, loss: Loss, rows: int) -> None:
+def _check_outputs(loss: Loss, outputs: Tensor, labels: Tensor, rows: int) -> None:
     """Whether the losses of this module can take the outputs; own losses take what they like."""
     if loss not in LOSSES.values():
         return
     check_labels(labels, outputs)
     if len(outputs) != rows:
         raise ValueError(f"outputs are {tuple(outputs.shape)} for {rows} images: expected one row each")
-
-
-def _check_losses(losses: Tensor, labels: Tensor, values: bool = True) -> None:
-    """Whether there is one finite loss per sample; ``values=False`` looks at the shape alone, as under vmap."""
-    if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"the loss returned {shape} for {len(labels)} samples: expected ({len(labels)},), one value each"
-        )
-    if values and not torch.isfinite(losses).all():
-        bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
-        raise ValueError(f"the loss is not finite for samples {bad} of the batch")

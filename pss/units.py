@@ -13,7 +13,6 @@ A pruned head of values, for one, still adds its bias.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
 from bisect import bisect_right
@@ -24,6 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+
+from pss.storage.digests import digest
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -234,7 +235,7 @@ class Units:
     def fingerprint(self) -> str:
         """Hash of the units' structure (names, shapes, order): changes when the model's structure does."""
         text = repr([(layer, stage) for layer, stage in zip(self.layers, self.layer_stages, strict=True)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text)[:16]
 
     def reduce(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean over each unit: ``{parameter: (B, *shape)}`` to ``(B, U)``; the caller takes absolute values first."""

@@ -67,13 +67,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _write_store(folder: Path, version: int) -> None:
-    again = (folder / "store" / "manifest.json").exists()  # a cut-off pass goes on, another version replaces it
     options = {"batch_size": 9, "progress": False, "data_name": f"data {version}"}
     arguments = (make_model(), make_data(seed=version), None, folder / "store")
     try:
-        profile_dataset(*arguments, **options)
-    except ValueError:
-        if not again:
+        profile_dataset(*arguments, **options)  # goes on where a pass was cut off
+    except ValueError as error:
+        if "made of something else" not in str(error):
             raise
         profile_dataset(*arguments, rebuild=True, **options)
 
@@ -90,7 +89,7 @@ def saliencies(version: int) -> np.ndarray:
 
 
 def _write_reference(folder: Path, version: int) -> None:
-    Reference.fit(saliencies(version), about={"model": f"model {version}"}).save(folder / "reference.safetensors")
+    Reference.fit(saliencies(version), provenance={"model": f"model {version}"}).save(folder / "reference.safetensors")
 
 
 def _read_reference(folder: Path) -> dict:

@@ -60,7 +60,7 @@ GUARDS = {
         f"{TRACE}::test_leaves_no_trace[predict]",
     ),
     "loaders have a generator of their own": Guard(
-        "profiles",
+        "storage/passes",
         "generator=torch.Generator(),",
         "generator=None,",
         f"{TRACE}::test_leaves_no_trace[profile_dataset]",
@@ -154,7 +154,7 @@ GUARDS = {
     ),
     "references are of this model": Guard(
         "input_space",
-        "        reference.check_for(model, units, loss, signed)",
+        "        reference.check(units, model=model, loss=loss, signed=signed)",
         "        pass",
         f"{BAD}::test_is_refused[map with a reference of another model]",
     ),

@@ -39,7 +39,7 @@ from pss.data import builtin
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
-from pss.storage.folder import ProfileStore, remove
+from pss.storage.folder import ProfileStore, discard
 from pss.units import Units
 
 
@@ -337,7 +337,7 @@ def test_names_in_a_manifest_open_nothing_else(model, tmp_path):
         pss.profile_dataset(model, given, path=folder, progress=False, data_name=name, preprocessing=name)
         assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "profiles.npy", "samples.npy"]
         assert [p.name for p in tmp_path.iterdir()] == ["store"]
-        remove(folder)
+        discard(folder)
 
 
 def test_yaml_takes_values_only(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from pss.apps.parameters import check_values
+from pss.storage.digests import digest
 from pss.storage.whole import write_whole
 
 KERNEL = "python3"
@@ -140,5 +140,4 @@ def raised(error: Exception) -> str:
 
 def source_hash() -> str:
     """Hash of the package's own source, recorded with what it made."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))[:12]

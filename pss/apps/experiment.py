@@ -16,7 +16,6 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -43,16 +42,17 @@ from pss.fisher import fisher_diagonal, fisher_scores
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.profiles import profile_dataset
-from pss.ranking import METHODS, rank, stage_shares
+from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
-from pss.saliency import Loss, profile
+from pss.saliency import Loss, loss_name, profile
+from pss.statistics import paired_difference
+from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of, name_of_data
 from pss.storage.places import cache_folder
 from pss.storage.whole import write_whole
 from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
-OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw")
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
 FISHER = 500  # images on disk that the Fisher information is made of
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
@@ -74,8 +74,8 @@ def method_of(algo: str) -> str:
         For any other name.
     """
     method = PUBLISHED.get(algo, algo)
-    if method not in OURS:
-        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *OURS])}")
+    if method not in RANKINGS:
+        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *RANKINGS])}")
     return method
 
 
@@ -94,7 +94,7 @@ class Statistics:
     def provenance(self) -> dict[str, Any]:
         """What the references were made of, for the record."""
         both = {"plain": self.plain, "scale_free": self.scale_free}
-        return {name: {**r.about, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
+        return {name: {**r.provenance, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
 
 
 def statistics(
@@ -133,12 +133,12 @@ def statistics(
         If those found are of another model, units, data, loss or level; or there are no images to make them of.
     """
     methods = [method_of(name) for name in algo]
-    provenance = {"model": fingerprint(model), "loss": str(name_of(loss))}
+    provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
         reference = _read_reference(Path(path), units, provenance)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
@@ -157,7 +157,9 @@ def statistics(
         how = {"loss": loss, "preprocessing": preprocessing, "progress": progress}
         Reference.fit(profile_dataset(model, images, units, place, **how), level, scale_free).save(file)
 
-    kinds = {"plain": ""} | ({"scale_free": "-scale-free"} if any(m.startswith("scale_free") for m in methods) else {})
+    kinds = {"plain": ""} | (
+        {"scale_free": "-scale-free"} if any("scale_free" in RANKINGS[m].needs for m in methods) else {}
+    )
     found: dict[str, Any] = {}
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
@@ -187,8 +189,7 @@ def _in_memory(images: Dataset) -> Dataset | tuple[Tensor, Tensor]:
 
 def _cached(kind: str, provenance: Any) -> Path:
     """Folder in the cache for what is made of this."""
-    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:20]
-    return cache_folder() / kind / key
+    return cache_folder() / kind / key_of(provenance)
 
 
 def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
@@ -254,7 +255,7 @@ class Experiment:
         tables = []
         for name in _TABLES:
             content = (folder / f"{name}.csv").read_bytes()
-            if hashlib.sha256(content).hexdigest() != record["sha256"][name]:
+            if digest(content) != record["sha256"][name]:
                 raise ValueError(f"{folder / name}.csv is not as it was written: remove the folder and run it again")
             tables.append(_read_csv(name, content))
         return cls(folder, record, *tables)
@@ -330,7 +331,7 @@ def run(
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
     _check_statistics(usual, methods, model, units)
     if "last_stage_raw" in methods.values():
-        _members(units, filters)
+        _check_last_stage(units, filters)
     settings = {
         **(provenance or {}),
         "pss": pss.__version__,
@@ -345,7 +346,7 @@ def run(
         "step_norm": step_norm,
         "count": count,
         "seed": seed,
-        "loss": str(name_of(loss)),
+        "loss": loss_name(loss),
     }
     folder = Path(folder) if str(folder) else _cached("experiments", settings)
     record = _begin(folder, settings)
@@ -365,11 +366,11 @@ def _check_statistics(usual: Statistics, methods: dict[str, str], model: nn.Modu
         if reference is not None:
             reference.check(units, model=fingerprint(model))
     for name, method in methods.items():
-        kind = "fisher" if method == "fisher" else "scale_free" if method.startswith("scale_free") else "plain"
-        needed = method not in ("raw", "last_stage_raw", *_RANDOM[:2])
-        if needed and getattr(usual, kind) is None:
+        needs = {*RANKINGS[method].needs, *(("reference",) if method == "layer_matched_random" else ())}
+        kind = "fisher" if "gains" in needs else "scale_free" if "scale_free" in needs else "plain"
+        if needs & {"gains", "reference"} and getattr(usual, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
-        if method in ("pot", "exponential") and usual.plain.threshold is None:
+        if kind == "plain" and RANKINGS[method].tail and usual.plain.threshold is None:
             raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
 
 
@@ -399,7 +400,7 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     for name, table in tables.items():
         content = table.to_csv(index=False).encode() if len(table) else b""
         write_whole(folder / f"{name}.csv", content)
-        hashes[name] = hashlib.sha256(content).hexdigest()
+        hashes[name] = digest(content)
     last = tables["results"][tables["results"]["k"] == record["filters"]]
     summary = {"looked_at": looked_at, "edited": edited}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
@@ -482,10 +483,8 @@ class _Job:
         if method == "fisher":
             gains = fisher_scores(self.model, images, labels, self.units, self.usual.fisher, loss=self.how["loss"])
             return rank(s, plain, method, k, gains=gains)
-        if method == "last_stage_raw":
-            return _last_stage(s, self.units, k)
-        if method.startswith("scale_free_"):
-            return rank(s, self.usual.scale_free, method.removeprefix("scale_free_"), k)
+        if "scale_free" in RANKINGS[method].needs:
+            return rank(s, self.usual.scale_free, method, k)
         if method in _RANDOM:  # of each image alone: it does not matter which others it came with
             match = "pot" if plain is not None and plain.threshold is not None else "zscore"
             seeds = [np.random.SeedSequence([self.seed, int(at)]).generate_state(1)[0] for at in positions]
@@ -523,18 +522,11 @@ class _Job:
         )
 
 
-def _last_stage(s: Tensor, units: Units, k: int) -> Tensor:
-    """The units of the last stage with the largest saliency: the program's ``conv5``, with the stage that it names."""
-    members = torch.from_numpy(_members(units, k)).to(s.device)
-    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
-
-
-def _members(units: Units, k: int) -> np.ndarray:
-    """Units of the last stage; refused if they are fewer than k."""
-    members = np.flatnonzero(units.stage_ids == len(units.stages) - 1)
-    if k > len(members):
-        raise ValueError(f"the last stage, {units.stages[-1]}, has {len(members)} units: give filters of at most that")
-    return members
+def _check_last_stage(units: Units, k: int) -> None:
+    """Refuse more than the units of the last stage, before anything is computed."""
+    members = int((units.stage_ids == len(units.stages) - 1).sum())
+    if k > members:
+        raise ValueError(f"the last stage, {units.stages[-1]}, has {members} units: give filters of at most that")
 
 
 def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -639,44 +631,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def bands(
-    results: pd.DataFrame,
-    by: Sequence[str] = ("algo", "edit"),
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    r"""Means over images at each number of edits, with bootstrap intervals over images.
-
-    Each of the resamples draws as many images as there are, with replacement,
-
-    .. math:: m^*_r = \frac1n \sum_{i=1}^n v_{I_{ri}}, \qquad I_{ri} \sim \mathrm{U}\{1, \dots, n\},
-
-    so that its spread is that of a mean over n images. (Drawing fewer makes bands too wide, drawing more too narrow.)
-
-    Returns
-    -------
-    DataFrame
-        As `pss.editing.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
-        ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
-    """
-    by = list(by)
-    tables = [pd.DataFrame(columns=[*by, "k"])] if results.empty else []
-    for names, own in results.groupby(by, sort=False):
-        columns: dict[str, Any] = dict(zip(by, names, strict=True))
-        frames = dict(zip(("change_wrong", "change_true", "corrected"), published_frames(own), strict=True))
-        for name, frame in frames.items():
-            low, high = repair.bootstrap(frame.to_numpy(float), level, resamples, seed)
-            columns |= {"k": frame.columns, "n": len(frame), name: frame.mean().to_numpy()}
-            columns |= {f"{name}_low": low, f"{name}_high": high}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
 def differences(
     results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """A ranking less each other one after all edits, on the same images, with `pss.editing.paired_difference`.
+    """A ranking less each other one after all edits, on the same images, with `pss.statistics.paired_difference`.
 
     Returns
     -------
@@ -687,7 +645,7 @@ def differences(
     for edit, own in results.groupby("edit", sort=False):
         for other in own["algo"].unique():
             if other != first:
-                last = repair.paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                last = paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
                 rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
     return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 

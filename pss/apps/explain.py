@@ -23,12 +23,11 @@ from pss.editing import edit_curve, side_effects, unit_steps
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import fdr_significant, rank
+from pss.ranking import RANKINGS, fdr_significant
 from pss.reference import Reference
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
-_MAPPED = ("zscore", "abs_zscore", "pot", "exponential", "raw")  # what input-space saliency can differentiate
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 _COLUMNS = {
     "accuracy_before": "accuracy before",
@@ -37,7 +36,6 @@ _COLUMNS = {
     "kl_mean": "mean KL",
     "kl_worst": "worst KL",
 }
-_TAILS = {"pot": "gpd", "exponential": "exponential"}
 
 
 @dataclass(frozen=True)
@@ -213,21 +211,6 @@ def has_built_in(network: zoo.Network) -> bool:
     return True
 
 
-def ranked(saliency: Tensor, reference: Reference | None, method: str, units: Units, seed: int = 0) -> Tensor:
-    """All units, most anomalous first, (U,); as `pss.rank`, but says at once what a method would need here."""
-    if method == "fisher":
-        raise ValueError(
-            "method 'fisher' ranks by gradients and Fisher information, which explaining one image does not make: take "
-            "'zscore', which comes close to it, or pss.fisher_scores as notebook 10 does"
-        )
-    if method in _TAILS and reference is not None and reference.threshold is None:
-        raise ValueError(
-            f"method {method!r} needs tail probabilities, and this reference has mean and deviation only: take "
-            "'zscore', or give a folder of images to fit a reference to"
-        )
-    return rank(saliency, reference, method, units=units, generator=seed)[0]
-
-
 def unit_table(
     saliency: Tensor, reference: Reference, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
 ) -> pd.DataFrame:
@@ -237,7 +220,7 @@ def unit_table(
     ----------
     saliency : Tensor, shape (1, U)
     order : Tensor of int, shape (U,)
-        From `ranked`.
+        From `pss.rank`, of all units.
     method : str
         ``"exponential"`` takes that tail for p, everything else the generalized Pareto one.
     q : float
@@ -247,15 +230,15 @@ def unit_table(
     -------
     DataFrame
         ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail.
+        are missing where the reference has no tail. ``p`` is at least 1 / (n + 1) with n reference images.
     """
     table = units.table()[["unit", "name", "layer", "stage"]]
     table["saliency"] = saliency[0].cpu().numpy()
     table["z"] = reference.zscore(saliency)[0].cpu().numpy()
     if reference.threshold is not None:
-        log_p = reference.log_tail_probability(saliency, _TAILS.get(method, "gpd"))
-        table["p"] = log_p.exp()[0].cpu().numpy()
-        table["significant"] = fdr_significant(log_p, q)[0].cpu().numpy()
+        log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
+        table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
+        table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -291,7 +274,7 @@ def verdict(patch: Patch) -> tuple[str, str]:
 
 def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:
     """How to ask `pss.input_saliency` for the units of a ranking: rankings that it does not know are given by ids."""
-    return {"method": method} if method in _MAPPED else {"method": "zscore", "ids": order[:k]}
+    return {"method": method} if RANKINGS[method].differentiable else {"method": "zscore", "ids": order[:k]}
 
 
 def edits(network: zoo.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> pd.DataFrame:
@@ -364,8 +347,7 @@ def offer_patch(
     right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
     if int(right.sum()) < 2:
         return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
-    known = ("zscore", "abs_zscore", "ratio", "pot", "exponential", "raw")
-    ranking = method if method in known else "zscore"
+    ranking = method if RANKINGS[method].differentiable else "zscore"
     options = {"budget": budget, "method": ranking, "loss": loss, "rounds": 1, "progress": False}
     options["ks"] = sorted({k for k in ks if k <= len(units)}) or [len(units)]
     return fit_patch(network.model, (case.image, case.labels), retain, units, reference, **options)

@@ -18,7 +18,6 @@ summary. A run is finished once its ``run.json`` says so: whoever runs the sweep
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -40,6 +39,7 @@ from pss import __version__
 from pss.apps.execution import raised, run_notebook, source_hash
 from pss.apps.pages import render
 from pss.apps.parameters import Parameter, check_values, parameters_of, read_text, read_values, read_yaml
+from pss.storage.digests import digest, key_of
 from pss.storage.whole import write_whole
 
 _KEYS = ("notebook", "out", "parameters", "grid", "table")
@@ -164,7 +164,8 @@ def single_runs(notebooks: Sequence[Path], out: Path | None = None, texts: Mappi
     runs = []
     for notebook in notebooks:
         values = read_values(notebook, texts or {})
-        key, folder = _key(code_of(notebook), values), (out or Path("runs")).absolute() / notebook.stem
+        key = key_of([code_of(notebook), values, __version__], 12)
+        folder = (out or Path("runs")).absolute() / notebook.stem
         if values:
             own = values.get("output") if out is None else None
             folder = Path(own) if own else folder.with_name(f"{notebook.stem}__{_readable(values)}-{key}")
@@ -277,7 +278,7 @@ def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str]) -> I
     seen: dict[str, int] = {}
     outputs: set[str] = set()
     for number, values in enumerate(rows, 1):
-        key = _key(code, values)
+        key = key_of([code, values, __version__], 12)
         if key in seen:
             raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {values}")
         seen[key] = number
@@ -296,15 +297,11 @@ def _with_output(notebook: Path, values: dict[str, Any], folder: Path) -> dict[s
     return {"output": str(folder)} | values if own and (values or own.default) else values
 
 
-def _key(code: str, values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([code, values, __version__], sort_keys=True).encode()).hexdigest()[:12]
-
-
 def code_of(notebook: Path) -> str:
     """Hash of a notebook's code: text and outputs may change, and its runs stay finished."""
     cells = nbformat.read(notebook, as_version=4).cells
     code = [(c.source, c.metadata.get("tags", [])) for c in cells if c.cell_type == "code"]
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
+    return digest(json.dumps(code))
 
 
 def _readable(values: Mapping[str, Any]) -> str:

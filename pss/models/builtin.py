@@ -10,16 +10,14 @@ and see how it does on the built-in sets with ``python -m pss evaluate my.safete
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -35,7 +33,7 @@ from pss.saliency import check_labels
 from pss.storage import places
 from pss.storage.fingerprints import fingerprint as fingerprint
 from pss.storage.fingerprints import hash_state
-from pss.storage.tensors import load_tensors
+from pss.storage.tensors import load_tensors, pack, unpack
 from pss.storage.whole import write_whole
 
 WIDTH = 16
@@ -236,12 +234,8 @@ def train(
 
 def save_weights(model: nn.Module, path: str | os.PathLike, record: Mapping[str, str] | None = None) -> None:
     """Write a model's weights as safetensors, whole or not at all, with its `fingerprint` and a record beside them."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    record = {"pss": pss.__version__, **(record or {}), "sha256": hash_state(state)}
-    record["checksum"] = _record_checksum(record)
-    # One key only: safetensors writes several in an order that changes from run to run.
-    content = safetensors.torch.save(state, {"record": _as_text(record)})
-    write_whole(Path(path), content)
+    record = {"pss": pss.__version__, **(record or {}), "sha256": fingerprint(model)}
+    write_whole(Path(path), pack(model.state_dict(), "record", record))
 
 
 def read_record(path: str | os.PathLike) -> dict[str, str]:
@@ -252,24 +246,17 @@ def read_record(path: str | os.PathLike) -> dict[str, str]:
     ValueError
         If the file is damaged.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("record", "")
-        record = dict(line.split("=", 1) for line in text.splitlines())
-        noted = record.pop("checksum", None)
-        if noted != _record_checksum(record) and "pss" in record:  # the shipped weights are older than both
-            raise ValueError("the checksum of its record differs")
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
-    return record
+    return _read_weights(Path(path))[1]
 
 
-def _record_checksum(record: Mapping[str, str]) -> str:
-    return f"{zlib.crc32(_as_text(record).encode()):08x}"
-
-
-def _as_text(record: Mapping[str, str]) -> str:
-    return "\n".join(f"{key}={value}" for key, value in record.items())
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, and the record beside them: strangers have none, the shipped file has lines."""
+    state, record = unpack(path, "record", lambda text: json.loads(text) if text.startswith("{") else text)
+    if not isinstance(record, dict):
+        record = dict(line.partition("=")[::2] for line in (record or "").splitlines())
+        if record.get("sha256", "") not in ("", hash_state(state)):
+            raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
+    return state, record
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -307,14 +294,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        expected = read_record(path).get("sha256")
-        try:
-            state = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
-        if expected is not None and expected != hash_state(state):
-            raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
-        return state
+        return _read_weights(path)[0]
     content = load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

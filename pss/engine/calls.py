@@ -1,0 +1,166 @@
+"""One call of a convolution or a linear layer, whose weight autograd does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from pss.engine.kernels import Convolution, Linear
+from pss.engine.locating import BatchDimension
+
+
+class Unsupported(RuntimeError):
+    """It cannot be said whose gradient is whose in this network: use another strategy."""
+
+
+class OwnGradients(Unsupported):
+    """The network runs a backward pass within its forward pass."""
+
+
+class Recorder(Protocol):
+    """Who is told of calls, and of their gradients."""
+
+    token: Tensor  # makes the outputs of layers require a gradient
+    bf16: bool
+    record: Callable[[LayerCall, Tensor], None]
+    collect: Callable[[LayerCall, Tensor, Tensor], None]
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer: which parameter, how, and what to multiply its gradient by."""
+
+    recorder: Recorder
+    name: str
+    layer: Convolution | Linear
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None  # per row, where BatchNorm was folded into the weight
+    batch: BatchDimension | None = None  # None: the first dimension
+    recorded: bool = False
+    changed: bool = False  # the output was changed in place
+    passed: Tensor | None = None  # the gradient that came by way of the computed output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Output of the layer."""
+        self.recorder.record(self, x)
+        return _Output.apply(x, self.recorder.token, self)
+
+    def deferred(self, x: Tensor) -> DeferredConvolution:
+        """Output of the layer, computed when it is asked for."""
+        return _DeferredOutput.apply(x, self.recorder.token, self)
+
+
+class _Output(torch.autograd.Function):
+    """The output of a call. Its backward pass hands the call's input and gradient to the recorder."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, call: LayerCall) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.call = call
+        return call.layer.forward(x, call.weight, call.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple:
+        (x,), call = ctx.saved_tensors, ctx.call
+        if call.changed and (call.passed is None or call.passed.data_ptr() != g.data_ptr()):
+            raise Unsupported("an output was changed in place, and then used behind PyTorch's function overrides")
+        weight, call.passed = call.weight, None
+        if call.recorder.bf16 and call.layer.groups == 1:  # depthwise convolutions are slower in bfloat16
+            x, g, weight = x.bfloat16(), g.bfloat16(), weight.bfloat16()
+        call.recorder.collect(call, x, g)
+        return call.layer.input_gradient(x, g, weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+class _DeferredOutput(_Output):
+    """The same, of an output that is computed later: whoever uses it, the gradient comes here."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, call: LayerCall) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.call = call
+        return DeferredConvolution(call, x)
+
+
+class _Computed(torch.autograd.Function):
+    """The values of a deferred output, behind it in the graph."""
+
+    @staticmethod
+    def forward(ctx, deferred: DeferredConvolution, call: LayerCall, x: Tensor) -> Tensor:
+        ctx.call = call
+        return call.layer.forward(x, call.weight, call.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple:
+        ctx.call.passed = g
+        return g, None, None
+
+
+class DeferredConvolution(Tensor):
+    """The output of a convolution not yet computed, so that a BatchNorm that asks for it can be folded in.
+
+    Anything but a BatchNorm gets the plain output, computed when first asked for. If both ask, the weight is used
+    twice, and its gradients are added up like those of any weight that is used twice. It has its place in autograd's
+    graph: what PyTorch's overrides do not show, as an own autograd function, finds its way back too.
+    """
+
+    @staticmethod
+    def __new__(cls, call: LayerCall, x: Tensor):
+        """Make a tensor that has a shape, and no values yet."""
+        shape = call.layer.output_shape(x.shape)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device)
+
+    def __init__(self, call: LayerCall, x: Tensor):
+        self._call, self._x, self._version_of_x, self._value = call, x, x._version, None
+
+    def input(self) -> Tensor:
+        """Input of the call, as it was."""
+        if self._x._version != self._version_of_x:
+            raise Unsupported("the input of a convolution was modified in place before its output was used")
+        return self._x
+
+    def value(self) -> Tensor:
+        """The plain output, as it would be had it been computed at once."""
+        if self._value is None:
+            with torch.enable_grad():
+                self._call.recorder.record(self._call, self.input())
+                self._value = _Computed.apply(self, self._call, self._x.detach())
+        self._call.changed |= self._value._version > 0
+        return self._value
+
+    @property
+    def unused_call(self) -> LayerCall | None:
+        """The call, unless its output has been computed."""
+        return self._call if self._value is None else None
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in METADATA:
+            return super().__torch_function__(function, kinds, args, kwargs)
+        args, kwargs = computed((args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        raise Unsupported(f"{function} asked for the output of a convolution behind PyTorch's function overrides")
+
+
+def computed(tree):
+    """The same arguments or outputs, with plain tensors for deferred ones."""
+    return tree_map_only(DeferredConvolution, DeferredConvolution.value, tree)
+
+
+METADATA = {  # what a deferred output answers without being computed
+    Tensor.dim,
+    Tensor.size,
+    *(getattr(Tensor, k).__get__ for k in ("shape", "ndim", "dtype", "device")),
+}

@@ -1,0 +1,297 @@
+"""One forward and backward pass over a batch that leaves the saliency of each sample.
+
+While the network runs, its calls of convolutions and linear layers on wanted weights are replaced by an autograd
+function that hides the weight from autograd. Autograd thus makes no weight gradients; when the backward pass reaches
+the call, `pss.engine.kernels` reduces them to row sums. A wanted weight that autograd still reaches was used in
+some other way, and is handed back to the caller to be computed otherwise: never as zero.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradients, Unsupported, computed
+from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
+from pss.engine.kernels import Convolution, Linear
+from pss.engine.locating import BatchDimension, keeps_order, locate_batch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to profile: as documented there, where a profile is asked for."""
+
+    signed: bool = False
+    strategy: str = "auto"
+    fold: bool = True
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        known = {"strategy": ("auto", "fast", "vmap", "loop"), "precision": ("fp32", "bf16")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown option {getattr(self, name)!r}: expected one of {values}")
+
+
+class GradientRecorder(TorchFunctionMode):
+    """Watches one batch run through a network, and keeps the row sums of its weights' gradients.
+
+    Parameters
+    ----------
+    wanted : dict of str to Tensor
+        Parameters by name. They must require gradients, and no other parameter may but ``others``.
+    samples : int
+        Size of the batch.
+    options : Options
+    others : dict of str to Tensor
+        Parameters whose gradient is left to autograd.
+    visit : callable, optional
+        Gets the number of each call, the call and its input. There is no backward pass then, and nothing is kept.
+    """
+
+    def __init__(
+        self,
+        wanted: dict[str, Tensor],
+        samples: int,
+        options: Options,
+        others: dict[str, Tensor] | None = None,
+        visit: Callable[[int, LayerCall, Tensor], None] | None = None,
+    ):
+        super().__init__()
+        self.names = {id(p): name for name, p in wanted.items()}
+        self.wanted, self.others, self.samples = wanted, others or {}, samples
+        self.options, self.fold, self.visit = options, options.fold, visit
+        self.signed, self.bf16 = options.signed, options.precision == "bf16"
+        like = next(iter({**wanted, **self.others}.values()))
+        self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
+        self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
+        self.uses: Counter[str] = Counter()
+        self.lost: dict[str, str] = {}  # parameters of calls in which the batch is not found, and why
+        self.collecting = False
+        self.sums: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def watching(self, samples: int, visit: Callable[[int, LayerCall, Tensor], None]) -> GradientRecorder:
+        """A recorder alike that only has its calls visited."""
+        return GradientRecorder(self.wanted, samples, self.options, self.others, visit)
+
+    # Watching the forward pass
+
+    def outputs(self, model: nn.Module, images: Tensor):
+        """Outputs of the model under watch."""
+        self.fold = self.fold and not _has_hooks(model)  # they may keep what they see
+        with self:
+            outputs = model(images)
+        return computed(outputs)
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if DeferredConvolution in kinds and function not in METADATA:
+            if function is F.batch_norm and (folded := fold(*args, **kwargs)) is not None:
+                return folded
+            args, kwargs = computed((args, kwargs))
+        if function in _CONVOLUTIONS:
+            return self._convolution(function, *args, **kwargs)
+        if function is F.linear:
+            return self._linear(*args, **kwargs)
+        if function is F.multi_head_attention_forward:
+            with self:  # calls inside it must be seen too
+                return _attention(*args, **kwargs)
+        if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
+            raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
+        if function in NORMALIZATIONS:
+            return NORMALIZATIONS[function](*args, **kwargs)
+        if function in _DECISIONS and self.samples > 1:
+            raise Unsupported(f"the network reads values of a whole batch ({function.__name__})")
+        return function(*args, **kwargs)
+
+    def _convolution(self, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if not self._is_ours(input, weight, bias):
+            return function(input, weight, bias, stride, padding, dilation, groups)
+        dims = weight.dim() - 2
+        strided = padding == "same" and stride not in (1, (1,) * dims)
+        if isinstance(padding, str) and (strided or padding not in ("same", "valid")):
+            return function(input, weight, bias, stride, padding, dilation, groups)  # an error, in its own words
+        stride, dilation = _each(stride, dims), _each(dilation, dims)
+        if isinstance(padding, str):
+            input, padding = _numeric_padding(input, weight, padding, dilation)
+        geometry = Convolution(weight.shape, stride, _each(padding, dims), dilation, groups)
+        call = LayerCall(self, self.names[id(weight)], geometry, weight.detach(), bias)
+        return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
+
+    def _linear(self, input, weight, bias=None):
+        if not self._is_ours(input, weight, bias) or input.dim() < 2:
+            return F.linear(input, weight, bias)
+        return LayerCall(self, self.names[id(weight)], Linear(weight.shape), weight.detach(), bias)(input)
+
+    def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
+        batched = weight.dim() == 2 or input.dim() == weight.dim()
+        known = id(weight) in self.names and batched and not weight.is_complex()
+        return known and (bias is None or not bias.requires_grad)
+
+    def record(self, call: LayerCall, x: Tensor) -> None:
+        """Keep a call until the batch is found in its input."""
+        if not torch.is_grad_enabled():
+            return
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise Unsupported("what autograd saves is changed or computed again, as by checkpointing")
+        call.recorded = True
+        self.uses[call.name] += 1
+        if self.visit is not None:
+            self.visit(self.uses.total() - 1, call, x)
+        elif self.samples > 1:
+            self.calls.append((call, x))
+        elif isinstance(call.layer, Convolution) and len(x) > 1:  # one sample that was cut into several
+            call.batch = BatchDimension(0, 1, len(x))
+
+    def course(self) -> tuple:
+        """Which layers were called in which order, on what shapes: what decides where the batch is."""
+        return self.samples, tuple((call.name, tuple(x.shape)) for call, x in self.calls)
+
+    def place(self, batches: Iterable[BatchDimension | str | None]) -> None:
+        """Say of each call where the batch is in its input, or why that is not known."""
+        for (call, _), batch in zip(self.calls, batches, strict=True):
+            if isinstance(batch, str):
+                self.lost.setdefault(call.name, batch)
+            else:
+                call.batch = batch
+        self.calls.clear()
+
+    # Collecting in the backward pass
+
+    def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+        if not self.collecting:
+            raise OwnGradients("the network takes gradients on its way")
+        if not call.recorded:
+            raise Unsupported("the output of a convolution was passed on without being looked at")
+        if call.name in self.lost:
+            return
+        if call.batch is not None:
+            x, g = call.batch.first(x), call.batch.first(g)
+        if isinstance(call.layer, Linear):
+            x, g = (t.reshape(self.samples, -1, t.shape[-1]) for t in (x, g))
+        in_parts = isinstance(call.layer, Convolution) and call.batch is not None
+        dtype = self.wanted[call.name].dtype
+        if self.uses[call.name] == 1 and not in_parts:
+            sums = call.layer.row_sums(x, g, self.signed).to(dtype)
+            if call.scale is not None:
+                sums *= call.scale if self.signed else call.scale.abs()
+            self.sums[call.name] = sums
+            return
+        for xs, gs in zip(x.unbind(1), g.unbind(1), strict=True) if in_parts else [(x, g)]:
+            gradient = call.layer.gradients(xs, gs).to(dtype)
+            if call.scale is not None:
+                gradient *= call.scale.reshape(-1, *[1] * (gradient.dim() - 2))
+            total = self.gradients.get(call.name)
+            self.gradients[call.name] = gradient if total is None else total.add_(gradient)
+
+    def row_means(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the backward pass.
+
+        Returns
+        -------
+        means : dict of str to Tensor
+            Mean (absolute) gradient of every row of the wanted parameters, ``(B, O)``, without those that were (also)
+            used in a way that is not known here.
+        gradients : dict of str to Tensor
+            What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
+        """
+        watched = {**self.wanted, **self.others}
+        found: tuple[Tensor | None, ...] = (None,) * len(watched)
+        if losses.requires_grad:
+            self.collecting = True
+            found = torch.autograd.grad(losses.sum(), [self.token, *watched.values()], allow_unused=True)[1:]
+        reached = {name: g for name, g in zip(watched, found, strict=True) if g is not None}
+        means = {}
+        for name, parameter in self.wanted.items():
+            if name in self.gradients:
+                gradient = self.gradients.pop(name)
+                self.sums[name] = (gradient if self.signed else gradient.abs_()).flatten(2).sum(2)
+            sums = self.sums.get(name)
+            row = parameter[0].numel()
+            means[name] = parameter.new_zeros(self.samples, len(parameter)) if sums is None else sums / row
+        return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
+
+
+class Locator:
+    """Finds the batch in the inputs of recorded calls, from two more forward passes.
+
+    The last sample alone shows which dimension grows with the batch, and what its rows must be; the batch with its
+    samples moved on by one place shows that rows follow samples. What fails either is no batch: a table as long as
+    one, or samples that the network has sorted.
+    """
+
+    def __init__(self, recorder: GradientRecorder):
+        self.calls, self.samples = list(recorder.calls), recorder.samples
+        self.found: list[BatchDimension | str] = []
+        self.moved = 0
+
+    def alone(self, number: int, call: LayerCall, x: Tensor) -> None:
+        """Visit a call of the last sample alone."""
+        dims = 1 if isinstance(call.layer, Convolution) else x.dim() - 1
+        self.found.append(locate_batch(self._same(number, call), x, self.samples, dims))
+
+    def shifted(self, number: int, call: LayerCall, x: Tensor) -> None:
+        """Visit a call of the batch whose samples were moved on by one place."""
+        of_batch, where = self._same(number, call), self.found[number]
+        self.moved += 1
+        if not isinstance(where, str) and not keeps_order(where, of_batch, x):
+            self.found[number] = "a layer's input does not keep the order of the samples"
+
+    def batches(self) -> list[BatchDimension | str | None]:
+        """Where the batch is in each call: None where it is the first dimension, a reason where it is not known."""
+        if not len(self.found) == self.moved == len(self.calls):
+            raise Unsupported(_OTHER_COURSE)
+        plain = BatchDimension(0, self.samples, 1)
+        return [None if where == plain else where for where in self.found]
+
+    def _same(self, number: int, call: LayerCall) -> Tensor:
+        if number >= len(self.calls) or self.calls[number][0].name != call.name:
+            raise Unsupported(_OTHER_COURSE)
+        return self.calls[number][1]
+
+
+_OTHER_COURSE = "the network takes another course for one sample than for a batch, or for samples in another order"
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    everywhere = nn.modules.module
+    shared = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):
+    """Padding "same" or "valid" in numbers; an odd amount is padded beforehand, the larger part at the end."""
+    if padding == "valid":
+        return input, 0
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if all(t % 2 == 0 for t in total):
+        return input, tuple(t // 2 for t in total)
+    return F.pad(input, [side for t in reversed(total) for side in (t // 2, t - t // 2)]), 0
+
+
+def _each(value, dims: int) -> tuple[int, ...]:
+    """One number for each dimension, given one or a sequence."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
+_DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+# The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.
+_BLIND = {name: lambda *_: False for name in vars(F) if name.startswith("has_torch_function")}
+_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), **_BLIND},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)

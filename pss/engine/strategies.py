@@ -1,0 +1,387 @@
+"""The ways to gradients of each sample, and the choice between them.
+
+=========  =====================================================================================================
+``fast``   One recorded pass over the batch (`pss.engine.recorder`).
+``single`` The same, one sample at a time: no slower than a loop, and it knows nothing of batches. What the recorder
+           does not know how to reduce autograd computes in the same pass.
+``vmap``   Gradients of whole samples, vectorized over a few.
+``loop``   Gradients of whole samples by plain autograd, one after the other.
+=========  =====================================================================================================
+
+Each way returns what it could do, and why it left the rest to the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pss.engine.calls import OwnGradients, Unsupported
+from pss.engine.folding import ExplicitNormalization
+from pss.engine.locating import close
+from pss.engine.recorder import GradientRecorder, Locator, Options
+from pss.engine.state import preserved
+
+log = logging.getLogger(__name__)
+GRADIENT_BYTES = 2**28  # of whole gradients that are held at once
+COURSES = 64  # that are remembered of a network
+Loss = Callable[[Any, Tensor], Tensor]
+Columns = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to compute for each sample of a batch.
+
+    Attributes
+    ----------
+    model : nn.Module
+    loss : callable
+        ``(outputs, labels) -> (B,)``.
+    check : callable
+        ``(outputs, labels, rows)``: raises ValueError on outputs that the loss cannot take for so many samples.
+    rows, whole : tuple of str
+        Parameters of which the means of rows are enough, and the others.
+    reduce : callable
+        Columns of the result by number, from a parameter's name and its (absolute) gradients ``(B, *shape)``, or, for
+        one of ``rows``, their means over rows ``(B, O)``.
+    names : tuple of str
+        Of the columns.
+    options : Options
+    kind : hashable
+        Tells tasks apart that differ in nothing else of what decides how to compute them.
+    """
+
+    model: nn.Module
+    loss: Loss
+    check: Callable[[Any, Tensor, int], None]
+    rows: tuple[str, ...]
+    whole: tuple[str, ...]
+    reduce: Callable[[str, Tensor], Columns] = lambda name, values: {}
+    names: tuple[str, ...] = ()
+    options: Options = field(default_factory=Options)
+    kind: Hashable = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all."""
+        return self.rows + self.whole
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters by name."""
+        return {name: self.model.get_parameter(name) for name in names}
+
+    def sized(self, gradients: Tensor) -> Tensor:
+        """Absolute values, unless signs are asked for."""
+        return gradients if self.options.signed else gradients.abs()
+
+
+@dataclass
+class Part:
+    """Columns of the result that are known, by number; outputs and losses of the pass, if it had them."""
+
+    columns: Columns = field(default_factory=dict)
+    outputs: Any = None
+    losses: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: list[Part]) -> Part:
+        """Parts of a batch, one after the other."""
+        whole = all(isinstance(part.outputs, Tensor) for part in parts)
+        columns = {i: torch.cat([part.columns[i] for part in parts]) for i in parts[0].columns}
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("outputs", "losses"))
+        return cls(columns, *tensors) if whole else cls(columns)
+
+
+@dataclass
+class Known:
+    """What was found out about a network on one kind of input."""
+
+    ways: tuple[str, ...]  # in the order in which they are tried
+    fold: bool = True
+    courses: dict[Hashable, list] = field(default_factory=dict)  # where the batch is in the calls of each
+    plain: set[str] = field(default_factory=set)  # parameters that are used in a way the recorder does not know
+    verified: bool = False
+
+    def drop(self, way: str) -> None:
+        """Do not try a way again."""
+        self.ways = tuple(other for other in self.ways if other != way)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Known]] = WeakKeyDictionary()
+
+
+def known_of(task: Task, images: Tensor) -> Known:
+    """What is known of the task's model on such images, as long as the model lives."""
+    key = (tuple(images.shape[1:]), images.dtype, images.device, task.options, task.kind)
+    return _KNOWN.setdefault(task.model, {}).setdefault(key, Known(ways_of(task.options.strategy, images.is_cuda)))
+
+
+def ways_of(strategy: str, is_cuda: bool) -> tuple[str, ...]:
+    """Ways in the order in which a strategy tries them. Vectorized gradients pay on a GPU only."""
+    auto = ("fast", "vmap", "loop") if is_cuda else ("fast", "single", "loop")
+    return {"auto": auto, "fast": ("fast",), "vmap": ("vmap", "loop"), "loop": ("loop",)}[strategy]
+
+
+def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
+    """All columns of as many images as are taken at once: each way does what the one before it has left.
+
+    Raises
+    ------
+    Unsupported
+        If the last way leaves something.
+    """
+    part, left, queue = Part(), dict.fromkeys(task.parameters, ""), list(known.ways)
+    while queue:
+        way = queue.pop(0)
+        try:
+            done, left = WAYS[way](task, images, labels, tuple(left), known)
+        except (RuntimeError, NotImplementedError) as error:  # also what an operation says that cannot be intercepted
+            if not queue or is_of_the_machine(error):
+                raise
+            done, left = Part(), dict.fromkeys(left, str(error))
+            known.drop(way)
+            if isinstance(error, OwnGradients):  # vmap would take them wrongly, without a word
+                queue, known.ways = ["loop"], ("loop",)
+        if not left:
+            return Part({**part.columns, **done.columns}, done.outputs, done.losses) if part.columns else done
+        part.columns |= done.columns
+        name, reason = next(iter(left.items()))
+        if not queue:
+            raise Unsupported(f"strategy={way!r} cannot do {', '.join(left)}: {reason}; use strategy='auto'")
+        log.info("%s for %d parameters (%s …): %s", _TITLES[queue[0]], len(left), name, reason)
+        if queue[0] == "single":  # its pass does all at once
+            known.drop(way)
+            part, left = Part(), dict.fromkeys(task.parameters, "")
+    raise AssertionError("no way is left")  # the last one returns or raises
+
+
+# One recorded pass
+
+
+def _fast(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
+    left = {name: "its units are not made of rows" for name in names if name in task.whole}
+    wanted = task.tensors(name for name in names if name in task.rows)
+    if not wanted:
+        return Part(), left
+    require_gradients(task.model, wanted)
+    recorder, part, means, _ = _recorded(task, images, labels, wanted, {}, known)
+    for name in wanted:
+        if name in means:
+            part.columns |= task.reduce(name, means[name])
+        else:
+            left[name] = recorder.lost.get(name, "it is used in a way that is not known here")
+    return part, left
+
+
+def _single(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
+    require_gradients(task.model, task.tensors(names))
+    return Part.join([_alone(task, *pair, names, known) for pair in _pairs(images, labels)]), {}
+
+
+def _alone(task: Task, image: Tensor, label: Tensor, names: tuple[str, ...], known: Known) -> Part:
+    """All columns of one sample: of rows from the recorder, of anything else from autograd, in one pass."""
+    while True:
+        wanted = task.tensors(name for name in names if name in task.rows and name not in known.plain)
+        others = task.tensors(name for name in names if name not in wanted)
+        _, part, means, reached = _recorded(task, image, label, wanted, others, known)
+        if not (unknown := wanted.keys() & reached.keys()):
+            break
+        known.plain |= unknown
+    for name, mean in means.items():
+        part.columns |= task.reduce(name, mean)
+    for name, parameter in others.items():
+        gradient = torch.zeros_like(parameter) if name not in reached else reached[name]
+        part.columns |= task.reduce(name, task.sized(gradient)[None])
+    return part
+
+
+def _recorded(
+    task: Task,
+    images: Tensor,
+    labels: Tensor,
+    wanted: dict[str, Tensor],
+    others: dict[str, Tensor],
+    known: Known,
+) -> tuple[GradientRecorder, Part, dict[str, Tensor], dict[str, Tensor]]:
+    """A forward and a backward pass under a recorder; without folding where that cannot be."""
+    for fold in (True, False) if task.options.fold and known.fold else (False,):
+        recorder = GradientRecorder(wanted, len(images), replace(task.options, fold=fold), others)
+        try:
+            outputs = recorder.outputs(task.model, images)
+            losses = losses_of(task, outputs, labels)
+            if len(images) > 1:
+                recorder.place(_batches(task, recorder, images, labels, (outputs, losses), known))
+            means, reached = recorder.row_means(losses)
+            return recorder, Part({}, _detached(outputs), losses.detach()), means, reached
+        except Unsupported:
+            if not fold:
+                raise
+            known.fold = False
+        finally:
+            recorder.calls.clear()
+    raise AssertionError("the last pass returns or raises")
+
+
+def _batches(task: Task, recorder: GradientRecorder, images: Tensor, labels: Tensor, of_batch: tuple, known: Known):
+    """Where the batch is in each recorded call, looked for once for each course that the network takes."""
+    course = recorder.course()
+    if course not in known.courses:
+        locator = Locator(recorder)
+        alone = recorder.watching(1, locator.alone).outputs(task.model, images[-1:])
+        _refuse_company(of_batch, (alone, losses_of(task, alone, labels[-1:])))
+        recorder.watching(len(images), locator.shifted).outputs(task.model, images.roll(1, 0))
+        if len(known.courses) == COURSES:
+            known.courses.clear()
+        known.courses[course] = locator.batches()
+    return known.courses[course]
+
+
+def _refuse_company(of_batch: tuple[Any, Tensor], alone: tuple[Any, Tensor]) -> None:
+    """Raise where the last sample's outputs in the batch are not those that it has alone."""
+    for whole, one in zip(of_batch, alone, strict=True):
+        if isinstance(whole, Tensor) and whole.is_floating_point() and not close(whole[-1:], one):
+            raise Unsupported("the outputs of an image depend on the others of its batch")
+
+
+# Gradients of whole samples
+
+
+def _vmap(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
+    return _reduced(task, names, vectorized(task, images, labels, names)), {}
+
+
+def _loop(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
+    return _reduced(task, names, one_by_one(task, images, labels, names)), {}
+
+
+def _reduced(task: Task, names: tuple[str, ...], chunks: Iterable[dict[str, Tensor]]) -> Part:
+    parts = []
+    for gradients in chunks:
+        parts.append(Part())
+        for name in names:
+            parts[-1].columns |= task.reduce(name, task.sized(gradients[name]))
+    return Part.join(parts)
+
+
+def whole_gradients(task: Task, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+    """Gradients of whole samples, vectorized where that can be."""
+    try:
+        return list(vectorized(task, images, labels, task.parameters))
+    except (RuntimeError, NotImplementedError) as error:
+        if is_of_the_machine(error):
+            raise
+        log.info("gradients of one sample at a time: %s", error)
+        return list(one_by_one(task, images, labels, task.parameters))
+
+
+def vectorized(task: Task, images: Tensor, labels: Tensor, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Gradients of whole samples, ``{name: (b, *shape)}`` for a few samples after the other."""
+    parameters = task.tensors(names)
+
+    def total(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        losses = task.loss(torch.func.functional_call(task.model, parameters, (image[None],)), label[None])
+        check_losses(losses, label[None], values=False)
+        return losses.sum(), losses
+
+    numbers = sum(p.numel() for p in parameters.values())
+    at_once = max(1, min(len(images), GRADIENT_BYTES // (numbers * images.element_size())))
+    with ExplicitNormalization():
+        task.check(task.model(images[:1]), labels, 1)
+    require_gradients(task.model, parameters)
+    detached = {name: p.detach() for name, p in parameters.items()}
+    per_sample = torch.func.vmap(torch.func.grad(total, has_aux=True), in_dims=(None, 0, 0))
+    for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):
+        with warnings.catch_warnings(), ExplicitNormalization():
+            # Of operations that vmap runs one after the other: slow is what this way is.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            gradients, losses = per_sample(detached, some, theirs)
+        if losses.requires_grad:  # by the parameters themselves, not those that were put in their place
+            raise RuntimeError("the model also holds a parameter outside of its modules' parameters")
+        check_losses(losses[:, 0], theirs)
+        yield gradients
+
+
+def one_by_one(task: Task, images: Tensor, labels: Tensor, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Gradients of whole samples, ``{name: (1, *shape)}`` for one after the other, by plain autograd."""
+    parameters = task.tensors(names)
+    require_gradients(task.model, parameters)
+    for image, label in _pairs(images, labels):
+        with ExplicitNormalization():
+            losses = losses_of(task, task.model(image), label)
+        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), tuple(parameters.values()), allow_unused=True)
+        pairs = zip(parameters.items(), found, strict=True)
+        yield {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+
+
+WAYS = {"fast": _fast, "single": _single, "vmap": _vmap, "loop": _loop}
+_TITLES = {
+    "single": "one image at a time",
+    "vmap": "gradients of whole samples",
+    "loop": "gradients of one sample at a time",
+}
+
+
+# What surrounds them
+
+
+@contextmanager
+def ready(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Gradients on, whatever the caller has set, nothing compiled, and the model preserved."""
+    without_autocast = torch.autocast(images.device.type, enabled=False)
+    # Compiled code would be made anew under a recorder, and every recorder is another one.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast, eager, preserved(model):
+        yield
+
+
+def require_gradients(model: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """Of the wanted parameters, and of no other."""
+    ids = {id(p) for p in wanted.values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in ids)
+
+
+def losses_of(task: Task, outputs: Any, labels: Tensor) -> Tensor:
+    """One finite loss for each sample."""
+    task.check(outputs, labels, len(labels))
+    losses = task.loss(outputs, labels)
+    check_losses(losses, labels)
+    return losses
+
+
+def check_losses(losses: Any, labels: Tensor, values: bool = True) -> None:
+    """Whether there is one finite loss per sample; ``values=False`` looks at the shape alone, as under vmap."""
+    if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"the loss returned {shape} for {len(labels)} samples: expected ({len(labels)},), one value each"
+        )
+    if values and not torch.isfinite(losses).all():
+        bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
+        raise ValueError(f"the loss is not finite for samples {bad} of the batch")
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Out of memory, or a loader's worker that died: no reason to take another way."""
+    words = ("DataLoader worker", "allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+def _detached(outputs: Any) -> Any:
+    return outputs.detach() if isinstance(outputs, Tensor) else None
+
+
+def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(images.split(1), labels.split(1), strict=True)

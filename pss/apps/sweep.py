@@ -38,7 +38,7 @@ from tqdm import tqdm
 from pss import __version__
 from pss.apps.execution import raised, run_notebook, source_hash
 from pss.apps.pages import render
-from pss.apps.parameters import Parameter, check_values, parameters_of, read_text, read_values, read_yaml
+from pss.apps.parameters import Parameter, check_places, check_values, parameters_of, read_text, read_values, read_yaml
 from pss.storage.digests import digest, key_of
 from pss.storage.whole import write_whole
 
@@ -329,8 +329,10 @@ def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, 
     Raises
     ------
     ValueError
-        If there is no Dask.
+        If there is no Dask, or a place that a run is to read is not there; nothing has run then.
     """
+    for run in sweep.runs:
+        check_places(run.notebook, run.parameters)
     records = {run.key: run.record() for run in sweep.runs}
     finished = {key: r for key, r in records.items() if r and r["status"] == "finished" and not again}
     to_do = [run for run in sweep.runs if run.key not in finished]

@@ -310,9 +310,8 @@ class _Runner:
                 if layer.dim != 0 or layer.groups != 1:
                     raise _variants.NotCarried("units do not lie along the first dimension of their weight")
                 parameter = self.model.get_parameter(layer.parameter)
-                start = layer.offset + j * layer.rows
                 if parameter not in self.idle:
-                    change = _variants.Change(image, k if cumulative else 0, start, steps[image][k - 1])
+                    change = _variants.Change(image, k if cumulative else 0, layer.first(j), steps[image][k - 1])
                     changes.setdefault(parameter, []).append(change)
         return changes
 

@@ -339,7 +339,8 @@ def check_labels(labels: Tensor, outputs: Tensor) -> None:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"outputs are {shape}: expected logits (B, C) with C >= 2, or give a loss (outputs, labels) -> (B,)"
+            f"outputs are {shape}: expected logits (B, C) with C >= 2; have them made by pss.models.logits_of(model, "
+            "select), or for a profile give a loss (outputs, labels) -> (B,)"
         )
     if labels.dtype != torch.int64 or labels.dim() != 1:
         raise ValueError(

@@ -255,7 +255,7 @@ CASES = {
     "no images": (lambda w: saliency(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"images are \(0, 3, 8, 8\): .*B >= 1"),
     "images without pixels": (lambda w: saliency(w, images=w.x[:, :, :0]), ValueError, r"images are \(6, 3, 0, 8\): expected"),
     # --- models, losses, units
-    "model that gives a tuple": (lambda w: saliency(w, model=Answers(w.model, lambda z: (z, z)), units=None), ValueError, r"outputs are tuple: expected logits \(B, C\).*or give a loss"),
+    "model that gives a tuple": (lambda w: saliency(w, model=Answers(w.model, lambda z: (z, z)), units=None), ValueError, r"outputs are tuple: expected logits \(B, C\).*a loss"),
     "model that gives a dictionary": (lambda w: saliency(w, model=Answers(w.model, lambda z: {"logits": z}), units=None), ValueError, r"outputs are dict: expected logits"),
     "model that gives one number": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, 0]), units=None), ValueError, r"outputs are \(6,\): expected logits \(B, C\) with C >= 2"),
     "model that gives one class": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, :1]), units=None), ValueError, r"outputs are \(6, 1\): expected logits \(B, C\) with C >= 2"),

@@ -450,7 +450,10 @@ def _checked(network: Network) -> Network:
         ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes)")
+        raise ValueError(
+            f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes), "
+            "as pss.models.logits_of makes them"
+        )
     classes = network.classes or tuple(str(i) for i in range(outputs.shape[1]))
     if len(classes) != outputs.shape[1]:
         raise ValueError(f"{network.name} has {outputs.shape[1]} outputs, but there are {len(classes)} class names")

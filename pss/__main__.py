@@ -34,8 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["profile"]:
-        import_module("pss.engine.process").keep_freed_memory()  # the process is the command's own
     if sys.argv[1:2] == ["profile"]:  # a process of its own, which does nothing else
         import_module("pss.engine.process").keep_freed_memory()
     sys.exit(main())

@@ -348,6 +348,18 @@ def test_a_grid_of_runs_is_summed_up_goes_on_past_failures_and_runs_again_what_f
     assert sorted(line.split()[1] for line in ran) == ["10.0"] * 4 + ["3.0"] * 2
 
 
+def test_places_are_seen_from_the_file_of_the_sweep_wherever_it_names_them(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "books")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).touch()
+    grid = read_sweep(sweep_file(parameters={"name": "x"}, grid={"log_file": ["a.txt", "./b.txt"]}))
+    assert [run.parameters["log_file"] for run in grid.runs] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    table = read_sweep(sweep_file(parameters={"name": "x"}, table=[{"log_file": "c.txt"}]))
+    assert [run.parameters["log_file"] for run in table.runs] == [str(tmp_path / "c.txt")]
+    fixed = read_sweep(sweep_file(parameters={"log_file": "a.txt"}, grid={"k": [1, 2]}))
+    assert {run.parameters["log_file"] for run in fixed.runs} == {str(tmp_path / "a.txt")}
+
+
 def test_finished_runs_are_known_by_code_parameters_and_version(sweep_file, tmp_path, monkeypatch):
     keys = lambda path: [run.key for run in read_sweep(path).runs]  # noqa: E731
     path = sweep_file(grid={"k": [1, 2]})

@@ -199,6 +199,24 @@ def test_the_step_corrects_and_a_slightly_shorter_one_does_not(net):
         np.testing.assert_allclose(row["relative"], row["step"] / model.one.weight[:4].detach().norm())
 
 
+def test_images_of_several_chunks_are_each_their_own(net, monkeypatch):
+    model, x, y, retain = net
+    units, names = Units.of(model), list("uvwxyz")
+    ids = torch.stack([torch.randperm(len(units), generator=torch.Generator().manual_seed(i))[:3] for i in range(6)])
+    how = {"k": 3, "retain": retain, "max_relative_step": 30, "progress": False}
+    one_by_one = [
+        smallest_correction(model, x[i : i + 1], y[i : i + 1], units, ids[i : i + 1], image_ids=names[i : i + 1], **how)
+        for i in range(6)
+    ]
+    expected = pd.concat(one_by_one, ignore_index=True)
+    assert expected["corrected"].sum() > 1 and expected["step"].nunique() > 2
+    monkeypatch.setattr("pss.fisher._GRADIENTS", 2 * sum(p.numel() for p in model.parameters()))  # two images a chunk
+    monkeypatch.setattr("pss.editing._CHUNK", 1)  # one
+    found = smallest_correction(model, x, y, units, ids, image_ids=names, **how)
+    assert found["image"].tolist() == names and found["label"].tolist() == y.tolist()
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6)
+
+
 def test_growing_batch_carries_points_on_a_line(net):
     model, x, *_ = net
     delta = {n: torch.randn_like(p) for n, p in model.named_parameters() if n in ("one.weight", "two.weight")}
@@ -449,8 +467,11 @@ def test_right_images_are_refused(net):
     units = Units.of(model)
     y = y.clone()
     y[1] = model(x).argmax(dim=1)[1]
+    args = (model, x, y, units, rows_in_order(x, units), 2)
     with pytest.raises(ValueError, match=r"images \[1\] are classified correctly"):
-        smallest_correction(model, x, y, units, rows_in_order(x, units), 2, retain=retain, progress=False)
+        smallest_correction(*args, retain=retain, progress=False)
+    with pytest.raises(ValueError, match=r"images \['v'\] are classified correctly"):  # by the names given
+        smallest_correction(*args, retain=retain, image_ids=list("uvwxyz"), progress=False)
 
 
 # ---------------------------------------------------------------------------------------------- Fisher information
@@ -481,6 +502,21 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
             expected = (gradients[name][index] ** 2 / (fisher[name][index].double() + 0.2 * together.mean())).sum()
             torch.testing.assert_close(scores[b, unit], expected, rtol=1e-6, atol=0)
     assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
+
+
+def test_fisher_information_and_scores_do_not_depend_on_the_chunks(net, monkeypatch):
+    model, x, y, retain = net
+    units = Units.of(model)
+    whole = fisher_diagonal(model, retain, progress=False)
+    scores = fisher_scores(model, x, y, units, whole)
+    weights = sum(p.numel() for p in model.parameters())
+    for images in (1, 4, 7):  # a chunk; there are 30 and 6
+        monkeypatch.setattr("pss.fisher._GRADIENTS", images * weights)
+        parts = fisher_diagonal(model, retain, progress=False)
+        assert parts.keys() == whole.keys()
+        for name, values in whole.items():
+            torch.testing.assert_close(parts[name], values, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(fisher_scores(model, x, y, units, whole), scores, rtol=1e-9, atol=0)
 
 
 def test_digest_is_of_the_bytes_whatever_their_type():

@@ -112,7 +112,7 @@ GUARDS = {
     ),
     "checksums are compared": Guard(
         "storage/tensors",
-        'held.pop("checksum", None) != checksum(tensors, held)',
+        'held.pop("checksum", None) != _checksum(tensors, held)',
         'held.pop("checksum", None) is None',
         "tests/test_patches.py::test_damaged_or_other_files_are_refused",
     ),
@@ -124,7 +124,7 @@ GUARDS = {
     ),
     "files are whole or absent": Guard(
         "storage/whole",
-        "        beside.unlink(missing_ok=True)",
+        "        unfinished.unlink(missing_ok=True)",
         "        pass",
         "tests/test_patches.py::test_file_is_whole_or_not_there",
     ),

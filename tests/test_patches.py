@@ -1,6 +1,7 @@
 """Patches: fitted within a budget, saved, applied, removed bit-identical, refused where they do not belong."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -216,28 +217,56 @@ def test_says_when_no_step_corrects(case):
     assert "no step" in repr(none)
 
 
+class Watched(Net):
+    """Remembers the images of which it was asked for gradients."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.seen.extend(x.detach())
+        return super().forward(x)
+
+
 def test_several_mistakes_at_once_with_some_held_out(case):
-    model, (x, y), _, _ = case
-    several = fitted(case, slice(0, 6), budget=1e9, ks=(12,), held_out=0.5, max_relative_step=3)
-    assert several.corrected
+    model, (x, y), retain, _ = case
+    watched = Watched().double().eval()
+    watched.load_state_dict(model.state_dict())
+    watched.seen = []
+    how = {"budget": 1e9, "ks": (5,), "held_out": 0.5, "max_relative_step": 30, "method": "raw", "progress": False}
+    several = fit_patch(watched, (x[:6], y[:6]), retain, Units.of(model), **how)
+    assert several.corrected and several.tried["k"].tolist() == [5]
+    used = [i for i in range(6) if any(torch.equal(x[i], image) for image in watched.seen)]
+    assert len(used) == 3 and not any(torch.equal(g, image) for g in retain[0] for image in watched.seen)
+    order, everything = (
+        pss.profile(model, x[i], y[i]).mean(dim=0).argsort(descending=True)[:5].tolist() for i in (used, range(6))
+    )
+    assert list(several.units) == order != everything
     evidence = several.evidence.set_index("part")
     assert evidence["n"].to_dict() == {"mistakes": 3, "mistakes held out": 3, "retain": 50, "retain held out": 50}
-    assert evidence.loc["mistakes", "accuracy_after"] == 1
     right = by_hand(model, several)(x[:6]).argmax(dim=1) == y[:6]
-    assert right.sum() == 3 + round(3 * evidence.loc["mistakes held out", "accuracy_after"])
+    assert right[used].all() and evidence.loc["mistakes", "accuracy_after"] == 1
+    assert right.sum() == 3 + round(3 * evidence.loc["mistakes held out", "accuracy_after"]) < 6
     all_of_them = fitted(case, slice(0, 3), budget=1e9, ks=(12,), held_out=0)
     assert set(all_of_them.evidence["part"]) == {"mistakes", "retain"}
+
+
+def test_a_patch_goes_beyond_the_boundary_by_its_margin(case):
+    """A tenth further than what was found to correct, which lies at most 5% beyond the boundary: 9% less does."""
+    model, (x, y), _, _ = case
+    for i in range(4):
+        patch = fitted(case, slice(i, i + 1), budget=1e9, ks=(12,))
+        for part, right in ((1 / 1.09, True), (1 / 1.1 / 1.06, False)):
+            shorter = dataclasses.replace(patch, difference=tuple(part * d for d in patch.difference))
+            assert (by_hand(model, shorter)(x[i : i + 1]).argmax() == y[i]).item() is right
 
 
 def test_ranking_and_direction_can_be_chosen(case):
     model, _, retain, _ = case
     store = pss.profile(model, *retain)
     reference = pss.Reference.fit(store)
-    plain = fitted(case, fisher=None, reference=reference, ks=(4,))
+    plain = fitted(case, fisher=None, reference=reference, ks=(4,), budget=1e9)
     assert plain.about["method"] == "zscore" and plain.about["direction"] == "gradient"
     s = pss.profile(model, case[1][0][:1], case[1][1][:1])
-    if plain.corrected:
-        assert plain.units == tuple(pss.rank(s, reference, "zscore", 4)[0].tolist())
+    assert plain.units == tuple(pss.rank(s, reference, "zscore", 4)[0].tolist())
     with_fisher = fitted(case, reference=reference, ks=(4,))
     assert with_fisher.about["method"] == with_fisher.about["direction"] == "fisher"
     raw = fitted(case, method="raw", direction="gradient", ks=(4,), budget=1e9)

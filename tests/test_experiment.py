@@ -158,7 +158,7 @@ def test_rankings_are_those_of_the_methods(done, digits, units, network, given):
     profiles = pss.profile(network.model, digits.images, digits.labels, units)
     at = {name: number for number, name in enumerate(digits.ids)}
     for algo, method in (("baseline", "zscore"), ("POT", "pot"), ("raw", "raw")):
-        table = done.ranking[done.ranking["algo"] == algo].pivot(index="image", columns="k", values="unit")
+        table = done.ranking[done.ranking["algo"] == algo].pivot(index="image", columns="k", values="unit")  # noqa: PD010
         expected = pss.rank(profiles[[at[name] for name in table.index]], given.plain, method, 3)
         assert (table.to_numpy() == expected.numpy()).mean() > 0.98  # near ties may swap with the batch
     conv5 = done.ranking[done.ranking["algo"] == "conv5"]

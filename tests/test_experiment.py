@@ -369,26 +369,3 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
     runs = read_sweep(NOTEBOOK.parent / "params" / "imagenet.yaml").runs
     assert [run.parameters["level"] for run in runs] == [0.85, 0.95]
     assert all(experiment.method_of(name) for run in runs for name in run.parameters["algo"])
-
-
-def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.apps.execution import run_notebook
-
-    parameters = {
-        "dataset_path": str(trees[0]),
-        "reference_path": str(tmp_path / "statistics"),
-        "reference_images_path": str(trees[1]),
-        "algo": ["baseline", "POT", "random"],
-        "n_images": 12,
-        "filters": 4,
-        "zero_clear": True,
-        "output": str(tmp_path / "output"),
-    }
-    figures = run_notebook(NOTEBOOK, tmp_path / "executed", parameters)
-    assert len(figures) >= 3
-    found = experiment.Experiment.open(tmp_path / "output")
-    assert found.provenance["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}
-    assert found.provenance["network"] == "digits"
-    assert json.loads((tmp_path / "output" / "results.json").read_text())["algo"] == parameters["algo"]
-    assert (tmp_path / "statistics" / "reference-0.9.safetensors").is_file()
-    assert pd.read_csv(tmp_path / "output" / "results.csv")["image"].str.endswith(".png").all()

@@ -272,7 +272,8 @@ def smallest_correction(
     r"""Smallest step that corrects each image, and what it does to the retain images.
 
     Through ``gains`` the step is the :math:`d` of least :math:`d^\top F d` (see the module) that closes the margins,
-    taken to be linear; through ``weights`` it is along the gradient of the loss. Then the first of 25 sizes, over six decades, that makes the label the predicted class is refined to ``tolerance``.
+    taken to be linear; through ``weights`` it is along the gradient of the loss. Then the first of 25 sizes, over six
+    decades, that makes the label the predicted class is refined to ``tolerance``.
 
     Parameters
     ----------

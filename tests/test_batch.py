@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from pss.__main__ import main
 from pss.apps import execution
 from pss.apps.execution import refresh, run_notebook
-from pss.apps.parameters import check_values, parameters_of, read_text, read_yaml
+from pss.apps.parameters import check_places, check_values, parameters_of, read_text, read_yaml
 from pss.apps.sweep import read_sweep, run_sweep
 
 PICTURE = """
@@ -268,15 +268,15 @@ def test_only_what_the_notebook_calls_a_place_is_seen_from_the_caller(placed, tm
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("picture", "dog.jpg", "picture = 'dog.jpg': there is no .*here.dog.jpg; relative places are seen from .*here"),
-        ("model", "other.yaml", "there is no .*other.yaml"),
-        ("many", ["cat.jpg", "x"], "many = 'x': there is no"),
+        ("picture", "dog.jpg", "picture = '.*here.dog.jpg' is not there; relative places are seen from"),
+        ("model", "other.yaml", "model = '.*here.other.yaml' is not there"),
+        ("many", ["cat.jpg", "x"], "many = '.*here.x' is not there"),
         ("method", "fisher", "method = 'fisher': expected one of zscore, pot"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_runs(placed, tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
-        check_values(placed, {name: value}, tmp_path / "here")
+        check_places(placed, check_values(placed, {name: value}, tmp_path / "here"))
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -346,6 +346,18 @@ def test_a_grid_of_runs_is_summed_up_goes_on_past_failures_and_runs_again_what_f
     assert again["status"].tolist() == table["status"].tolist() and again["run"].tolist() == table["run"].tolist()
     ran = (tmp_path / "log").read_text().splitlines()
     assert sorted(line.split()[1] for line in ran) == ["10.0"] * 4 + ["3.0"] * 2
+
+
+def test_places_are_seen_from_the_file_of_the_sweep_wherever_it_names_them(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "books")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).touch()
+    grid = read_sweep(sweep_file(parameters={"name": "x"}, grid={"log_file": ["a.txt", "./b.txt"]}))
+    assert [run.parameters["log_file"] for run in grid.runs] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    table = read_sweep(sweep_file(parameters={"name": "x"}, table=[{"log_file": "c.txt"}]))
+    assert [run.parameters["log_file"] for run in table.runs] == [str(tmp_path / "c.txt")]
+    fixed = read_sweep(sweep_file(parameters={"log_file": "a.txt"}, grid={"k": [1, 2]}))
+    assert {run.parameters["log_file"] for run in fixed.runs} == {str(tmp_path / "a.txt")}
 
 
 def test_finished_runs_are_known_by_code_parameters_and_version(sweep_file, tmp_path, monkeypatch):

@@ -450,5 +450,7 @@ def test_right_images_are_refused(net):
     units = Units.of(model)
     y = y.clone()
     y[1] = model(x).argmax(dim=1)[1]
+    with pytest.raises(ValueError, match=r"images \['v'\] are classified correctly"):  # by the names given
+        through_weights(model, x, y, units, rows_in_order(x, units), 2, retain=retain, image_ids=list("uvwxyz"))
     with pytest.raises(ValueError, match=r"images \[1\] are classified correctly"):
         through_weights(model, x, y, units, rows_in_order(x, units), 2, retain=retain)

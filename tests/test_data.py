@@ -150,6 +150,10 @@ def test_subset_and_fingerprint():
     whole = data.mnist("test")
     part = whole.subset([4, 2])
     assert list(part.ids) == [whole.ids[4], whole.ids[2]]
+    few = data.ImageSet(
+        whole.images[:4], whole.labels[:4], name="x", split="y", classes=data.DIGITS, sources=[7, 7, 9, 5]
+    )
+    assert few.subset([3, 1]).sources.tolist() == [5, 7]
     assert torch.equal(part.labels, whole.labels[[4, 2]])
     assert part.fingerprint != whole.subset([2, 4]).fingerprint
     relabelled = data.ImageSet(part.images, part.labels.flip(0), name="x", split="y", classes=data.DIGITS)

@@ -29,6 +29,18 @@ GUARDS = {
     "images are finite": Guard(
         "saliency", "        if not finite.all():", "        if False:", f"{BAD}::test_is_refused[image with NaN]"
     ),
+    "a pass verifies itself": Guard(
+        "saliency",
+        "            if verify and (",
+        "            if False and (",
+        "tests/test_verification.py::test_a_broken_guard_is_seen[float64-gains]",
+    ),
+    "rows follow samples": Guard(
+        "engine/locating",
+        "x.shape == shifted.shape and close(",
+        "True or close(",
+        "tests/test_gradients.py::test_a_sorted_batch_whose_last_image_keeps_its_place",
+    ),
     "labels are classes": Guard(
         "saliency",
         "    if len(outside):",
@@ -112,7 +124,7 @@ GUARDS = {
     ),
     "checksums are compared": Guard(
         "storage/tensors",
-        'held.pop("checksum", None) != checksum(tensors, held)',
+        'held.pop("checksum", None) != _checksum(tensors, held)',
         'held.pop("checksum", None) is None',
         "tests/test_patches.py::test_damaged_or_other_files_are_refused",
     ),
@@ -124,7 +136,7 @@ GUARDS = {
     ),
     "files are whole or absent": Guard(
         "storage/whole",
-        "        beside.unlink(missing_ok=True)",
+        "        unfinished.unlink(missing_ok=True)",
         "        pass",
         "tests/test_patches.py::test_file_is_whole_or_not_there",
     ),

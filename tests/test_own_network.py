@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import pss
+from pss.apps import explain
 from pss.models import zoo
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -40,7 +42,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.texts = [], "", defaultdict(list)
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -48,6 +50,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.tags and data.strip():
+            self.texts[self.tags[-1][0]].append(data)
 
     def named(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -92,6 +96,15 @@ def mistake(desk):
     tree = zoo.reference_set(network, desk / "photos")
     at = int(pss.models.misclassified(network.model, tree).index[0])
     return network, str(tree.ids[at]), *tree[at]
+
+
+def test_retain_images_are_without_the_explained_image(desk, mistake):
+    network, name, image, label = mistake
+    case = explain.take_image(network, data_root=str(desk / "photos"), index=name)
+    assert torch.equal(case.image[0], image)
+    retain, labels = explain.retain_images(network, case, count=30)
+    assert len(retain) == len(labels) == 29 and not any(torch.equal(x, image) for x in retain)
+    assert sorted([*labels.tolist(), int(label)]) == sorted([0, 1, 2] * 10)
 
 
 def type_in(desk, *arguments):
@@ -164,8 +177,8 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (set_all(model="net.yaml", image_path="dog.jpg"), "image_path = 'dog.jpg': there is no .*my desk.*dog.jpg"),
-        (set_all(model="nets.yaml"), "model = 'nets.yaml': there is no .*nets.yaml; relative places are seen from"),
+        (set_all(model="net.yaml", image_path="dog.jpg"), "image_path = '.*my desk.*dog.jpg' is not there"),
+        (set_all(model="nets.yaml"), "model = '.*nets.yaml' is not there; relative places are seen from"),
         (set_all(method="fisher"), "method = 'fisher': expected one of zscore, abs_zscore, pot"),
         (set_all(imgae_path="x.png"), "has no parameter imgae_path: it has model, weights"),
         (set_all(k="many"), "k = 'many' is a text, but its default 10 is a whole number"),

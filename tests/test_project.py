@@ -1,7 +1,9 @@
 """What the files of the project promise each other."""
 
 import re
+import runpy
 import tomllib
+from itertools import chain
 
 import yaml
 
@@ -25,8 +27,9 @@ def everything(project: dict) -> list[str]:
 
 
 def allowed(project: dict) -> list[str]:
-    """What an extra may bring beside `everything`: `make test-zoo` installs one more."""
-    return everything(project) + project["optional-dependencies"]["zoo"]
+    """What any extra brings, also those that a target of their own installs."""
+    extras = project["optional-dependencies"].values()
+    return [line for line in chain(project["dependencies"], *extras) if not line.startswith("pss[")]
 
 
 def test_environment_yml_equals_pyproject(root):
@@ -59,6 +62,12 @@ def test_contracts_of_imports_name_every_file_of_the_core(root):
     named = {contract["name"]: contract for contract in contracts}
     assert set(named["The core knows storage and the engine, and no room in front of it"]["source_modules"]) == core
     assert set(named["Storage and the engine know no papers"]["forbidden_modules"]) == core
+
+
+def test_mutation_run_names_files_and_tests_that_are_there(root):
+    table = runpy.run_path(root / ".ci" / "mutants.py")["TESTS"]
+    assert all((root / "pss" / f"{name}.py").is_file() for name in table)
+    assert all((root / "tests" / f"test_{name}.py").is_file() for names in table.values() for name in names)
 
 
 def test_ci_calls_the_test_command_of_the_readme(root):

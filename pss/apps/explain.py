@@ -20,11 +20,10 @@ from torch import Tensor
 from pss import data
 from pss.apps.pages import sentence
 from pss.editing import edit_curve, side_effects, unit_steps
-from pss.engine.checks import check_known
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import RANKINGS, fdr_significant, rank
+from pss.ranking import RANKINGS, fdr_significant
 from pss.reference import Reference
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
@@ -212,17 +211,6 @@ def has_built_in(network: zoo.Network) -> bool:
     return True
 
 
-def ranked(saliency: Tensor, reference: Reference | None, method: str, units: Units, seed: int = 0) -> Tensor:
-    """All units, most anomalous first, (U,); as `pss.rank`, but says at once what a method would need here."""
-    check_known("method", method, RANKINGS)
-    if RANKINGS[method].tail and reference is not None and reference.threshold is None:
-        raise ValueError(
-            f"method {method!r} needs tail probabilities, and this reference has mean and deviation only: take "
-            "'zscore', or give a folder of images to fit a reference to"
-        )
-    return rank(saliency, reference, method, units=units, generator=seed)[0]
-
-
 def unit_table(
     saliency: Tensor, reference: Reference, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
 ) -> pd.DataFrame:
@@ -232,7 +220,7 @@ def unit_table(
     ----------
     saliency : Tensor, shape (1, U)
     order : Tensor of int, shape (U,)
-        From `ranked`.
+        From `pss.rank`, of all units.
     method : str
         ``"exponential"`` takes that tail for p, everything else the generalized Pareto one.
     q : float

@@ -13,7 +13,9 @@ MACHINE_PATHS = re.compile(r"/(home|root|work|tmp|Users|var|mnt)/|[A-Z]:\\\\")
 PROGRESS = re.compile(r"it/s\]|\d+%\|")
 POLITE = re.compile(r"(です|ます|でした|ました|ください|でしょう)[．。，、\s)」]")
 WITHOUT_FINDINGS = {"00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12"}  # not yet rewritten
-KANA = re.compile(r"[ぁ-んァ-ン]")# One word for one thing: what is not written, and the word of the glossary that stands for it.
+KANA = re.compile(r"[ぁ-んァ-ン]")
+
+# One word for one thing: what is not written, and the word of the glossary that stands for it.
 INSTEAD = {
     r"標準化顕著性(?!（z得点）)": "z得点",
     r"閾値超過法": "POT",
@@ -184,7 +186,8 @@ def test_one_word_for_one_thing(path):
 def test_card_asks_a_question_and_answers_it_in_a_sentence(path):
     if path.stem[:2] in WITHOUT_FINDINGS:
         return
-    for card, names, stop in zip(pairs(path)[0], (("Question", "Answer"), ("問い", "答え")), (r"[.?](?=\s)", "[．？]")):
+    rules = ((("Question", "Answer"), r"[.?](?=\s)"), (("問い", "答え"), "[．？]"))
+    for card, (names, stop) in zip(pairs(path)[0], rules, strict=True):
         rows = [re.search(rf"^\| \*\*{name}\*\* \| (.+) \|$", card, re.MULTILINE) for name in names]
         assert all(rows) and all(len(re.findall(stop, row[1])) <= 1 for row in rows)
 

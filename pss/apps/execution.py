@@ -11,6 +11,7 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -29,7 +30,7 @@ def run_notebook(
     parameters: Mapping[str, Any] | None = None,
     caller: Path | None = None,
 ) -> list[Path]:
-    """Execute a notebook in its own folder; the copy and ``figures/NN.png`` go to another.
+    """Execute a notebook in its own folder; the copy, as a page too, and ``figures/NN.png`` go to another.
 
     Parameters
     ----------
@@ -60,6 +61,7 @@ def run_notebook(
     output.parent.mkdir(parents=True, exist_ok=True)
     with _executed(notebook, output, parameters, caller) as beside:
         write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
+    write_page(output)
     return write_figures(output)
 
 
@@ -113,6 +115,12 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
     finally:
         del os.environ["PYTHONPATH"]
         os.environ.update({} if before is None else {"PYTHONPATH": before})
+
+
+def write_page(executed: Path) -> None:
+    """Write the notebook as HTML beside it: a browser opens it, with its pictures inside."""
+    body, _ = HTMLExporter().from_filename(str(executed))
+    write_whole(executed.with_suffix(".html"), body)
 
 
 def write_figures(executed: Path) -> list[Path]:

@@ -60,9 +60,7 @@ def run_notebook(
         raise ValueError(f"the executed copy would take the place of {notebook}: give another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with _executed(notebook, output, parameters, caller) as beside:
-        write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
-    write_page(output)
-    return write_figures(output)
+        return _keep(beside, output)
 
 
 def refresh(notebook: str | os.PathLike) -> None:
@@ -90,8 +88,7 @@ def _executed(
         yield beside
     except Exception:
         if failed and beside.exists():
-            write_whole(output, beside.read_bytes())
-            write_figures(output)
+            _keep(beside, output)
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -117,10 +114,11 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
         os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
-def write_page(executed: Path) -> None:
-    """Write the notebook as HTML beside it: a browser opens it, with its pictures inside."""
-    body, _ = HTMLExporter().from_filename(str(executed))
-    write_whole(executed.with_suffix(".html"), body)
+def _keep(beside: Path, output: Path) -> list[Path]:
+    """Put the executed notebook in its place, and beside it as a page that a browser opens, and its figures."""
+    write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
+    write_whole(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
+    return write_figures(output)
 
 
 def write_figures(executed: Path) -> list[Path]:

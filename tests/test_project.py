@@ -77,7 +77,9 @@ def without(packages: list[str], code: str) -> str:
     import sys
 
     block = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
-    made = subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120, check=False)
+    made = subprocess.run(
+        [sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120, check=False
+    )
     return made.stdout + made.stderr.strip().split("\n")[-1]
 
 

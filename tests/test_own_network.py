@@ -166,7 +166,7 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     verdict, place = done.stdout.splitlines()[-2:]
     assert re.match(r"3 misread images edited: most are corrected by .*% after 2 units", verdict)
     results = pd.read_csv(Path(place).parent / "results.csv")
-    assert {"fisher", "scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
+    assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
 
     listed = type_in(desk, "cache").stdout
     assert "profiles" in listed and listed.splitlines()[-1].endswith(f"in {desk / 'cache'}")

@@ -83,3 +83,14 @@ def test_commands_name_notebooks_and_parameters_that_are_there(name):
     assert len(commands) == 3
     for notebook, options in commands:
         assert set(re.findall(r"-p (\w+)", options)) <= set(parameters_of(ROOT / notebook))
+
+
+@each
+def test_a_patch_is_used_as_its_module_says(name):
+    import pss
+
+    block = TEXTS[name].split("```python")[1].split("```")[0].replace('"fix.safetensors"', "path")
+    lines = [line.split("  #")[0].strip() for line in block.strip().splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        assert f">>> {line}" in pss.patches.__doc__, line

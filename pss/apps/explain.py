@@ -265,11 +265,10 @@ def outcome(curves: pd.DataFrame) -> tuple[str, str]:
 
 def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
-    if not patch.units:
+    if not len(patch.gains):
         return sentence("no patch", reason=patch.reason)
-    held_out = patch.evidence.set_index("part")["kl_mean"].get("retain held out", np.nan)
-    numbers = {"units": len(patch.units), "size": patch.kilobytes, "kl": patch.tried["kl"].iloc[-1]}
-    return sentence("patch", **numbers, held_out=held_out)
+    held_out, fitted = (patch.evidence.set_index("part")["kl_mean"][part] for part in ("retain held out", "retain"))
+    return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
 
 
 def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:
@@ -328,26 +327,15 @@ def offer_patch(
     case: Case,
     retain: tuple[Tensor, Tensor] | None,
     units: Units,
-    reference: Reference,
     budget: float = 0.01,
-    method: str = "zscore",
-    loss: str = "cross_entropy",
-    ks: Sequence[int] = (10, 100),
 ) -> Patch:
-    """`pss.fit_patch` for one image; where it cannot be asked, a patch without units that says why.
-
-    Through the top units of the ranking, first of those in ``ks``, in one straight step each; a ranking that is not
-    of one number a unit is replaced by the z-score.
-    """
+    """`pss.fit_patch` for one image; where it cannot be asked, a patch without gains that says why."""
     none = partial(Patch, fingerprint(network.model))
     if int(predict(network.model, case.image).argmax()) == case.label:
         return none(reason="the image is read correctly: there is nothing to repair")
     if retain is None:
         return none(reason="there are no retain images to measure the damage on: give data_root or reference")
     right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
-    if int(right.sum()) < 2:
+    if int(right.sum()) < 4:
         return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
-    ranking = method if RANKINGS[method].differentiable else "zscore"
-    options = {"budget": budget, "method": ranking, "loss": loss, "rounds": 1, "progress": False}
-    options["ks"] = sorted({k for k in ks if k <= len(units)}) or [len(units)]
-    return fit_patch(network.model, (case.image, case.labels), retain, units, reference, **options)
+    return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)

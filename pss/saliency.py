@@ -116,10 +116,18 @@ def profile(
     fold: bool = True,
     precision: str = "fp32",
     verify: bool = True,
-) -> Tensor:
-    r"""Saliency profile of each sample: mean absolute gradient of every unit.
+    of: str | tuple[str, ...] = "gradient",
+) -> Tensor | tuple[Tensor, ...]:
+    r"""Saliency profile of each sample: mean absolute gradient of every unit, or what the unit contributes to the loss.
 
     .. math:: \bar s(x, y)_k = \frac{1}{|\alpha_k|} \sum_{i \in \alpha_k} |\partial L(x, y; \theta) / \partial \theta_i|
+    .. math:: c(x, y)_k = \sum_{i \in \alpha_k} \theta_i \, \partial L / \partial \theta_i
+        = \left. \frac{\partial L}{\partial a_k} \right|_{a_k = 1}
+        = \sum_p \frac{\partial L}{\partial o_{pk}} (o_{pk} - b_k)
+
+    The second, gain saliency, is the derivative of the loss to a gain :math:`a_k` on the unit's weights: pruning the
+    unit changes the loss by about :math:`-c_k`. It comes from the unit's output :math:`o` alone, at less than the cost
+    of a gradient, and does not change when a row is scaled before a BatchNorm.
 
     A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found.
 
@@ -142,7 +150,7 @@ def profile(
     loss : str or callable
         One of `LOSSES`, or a callable ``(outputs, labels) -> (B,)``.
     signed : bool
-        Mean gradient, instead of mean absolute gradient.
+        Mean gradient instead of mean absolute gradient; :math:`c` instead of :math:`|c|`.
     strategy : {"auto", "fast", "vmap", "loop"}
         ``fast``: one forward and backward pass over the batch, an error where that cannot be; ``vmap``: gradients of
         whole samples, vectorized over a few, otherwise as ``loop``; ``loop``: plain autograd, one sample at a time.
@@ -156,6 +164,8 @@ def profile(
         The first time that a model is profiled on images of a shape, with these units and options, compare one of them
         with plain autograd of it alone. Where more differs than rounding and the ReLUs that it switches explain
         (`pss.engine.verification` says how that is decided), the loop is taken instead, with a warning in the log.
+    of : {"gradient", "gain"} or tuple of these
+        Which of the two; of both a tuple of profiles, from one pass.
 
     Returns
     -------
@@ -172,10 +182,11 @@ def profile(
 
     References
     ----------
-    Levin et al. 2022, arXiv 2108.01335, section 2.1.
+    Levin et al. 2022, arXiv 2108.01335, section 2.1; Molchanov et al. 2017, arXiv 1611.06440.
     """
-    parts = _profiles(model, images, labels, units, loss, Options(signed, strategy, fold, precision), verify)
-    return _rows(parts)
+    options = Options(signed, strategy, fold, precision, (of,) if isinstance(of, str) else tuple(of))
+    found = _rows(_profiles(model, images, labels, units, loss, options, verify)).chunk(len(options.of), dim=1)
+    return found[0] if isinstance(of, str) else found
 
 
 def profile_and_outputs(
@@ -240,12 +251,18 @@ def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
     for number, group in enumerate(units.layers):
         groups.setdefault(names.get(group.parameter, group.parameter), {})[number] = group
 
-    def reduce(name: str, values: Tensor) -> dict[int, Tensor]:
-        return {number: group.reduce(values) for number, group in groups[name].items()}
+    def reduce(name: str, values: Tensor, of: str) -> dict[int, Tensor]:
+        if of == "gradient":
+            return {first(of) + number: group.reduce(values) for number, group in groups[name].items()}
+        sums = {number: group.reduce(values) * group.size for number, group in groups[name].items()}
+        return {first(of) + number: c if options.signed else c.abs() for number, c in sums.items()}
+
+    def first(of: str) -> int:
+        return options.of.index(of) * len(units.layers)
 
     rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values()))
     whole = tuple(name for name in groups if name not in rows)
-    labels = tuple(group.name for group in units.layers)
+    labels = tuple(group.name for group in units.layers) * len(options.of)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
     return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, options, kind)
 

@@ -60,7 +60,7 @@ def verified(task: Task, images: Tensor, labels: Tensor, part: Part, known: Know
 def _alone(task: Task, image: Tensor, label: Tensor) -> Columns:
     """Columns of one image by plain autograd."""
     (gradients,) = one_by_one(task, image, label, task.parameters)
-    parts = [task.reduce(name, task.sized(gradient)) for name, gradient in gradients.items()]
+    parts = [task.columns(name, gradient) for name, gradient in gradients.items()]
     return {number: values for part in parts for number, values in part.items()}
 
 

@@ -10,9 +10,9 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests and notebooks run two at a time: one thread each.
-test test-faults test-lowest test-newest: export OMP_NUM_THREADS := 1
+test test-faults test-zoo test-lowest test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: run test test-faults test-lowest test-newest lab notebooks site bench lint clean
+.PHONY: run test test-faults test-zoo test-lowest test-newest lab notebooks site bench lint clean
 
 run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
 	@$(PY) -m pss run --out runs notebooks
@@ -26,6 +26,10 @@ FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.p
 
 test-faults: $(STAMP)  ## kills, full disks, damaged files, bad input, untrusted files, counted; under 20 minutes
 	@$(PY) -m pytest -n 2 --dist worksteal -m "" $(FAULTS)
+
+test-zoo: $(STAMP)  ## profiles of architectures of timm and transformers against autograd; installs them, about half an hour
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,zoo]"
+	@$(PY) -m pytest -n 2 --dist worksteal -m zoo tests/test_architectures.py
 
 # Older builds of torch bring gigabytes where there is no index of CPU builds: these stay as in constraints.txt.
 KEEP ?= torch torchvision

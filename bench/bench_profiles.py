@@ -28,18 +28,17 @@ import torch
 
 import pss
 from pss.storage import folder
+from pss.storage.passes import choose_batch_size
 
 
 def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None:
     """A finished store of heavy-tailed rows, made and written 256 rows at a time."""
-    made_of = dict.fromkeys(folder.IDENTITY + folder.WHILE_PENDING, "synthetic")
-    manifest = {**made_of, "format": folder.FORMAT, "samples": samples, "n_units": units}
-    folder.begin(path, {**manifest, "batch_size": 256, "threads": 1})
-    manifest = folder.read_manifest(path)
-    folder.lay_out(path, manifest)
+    made_of = {"samples": samples, "n_units": units, "provenance": {}, "computed_with": {"torch": torch.__version__}}
+    folder.begin(path, made_of | {"batch_size": 256, "threads": 1})
+    partial = folder.partial_of(path)
     rng = np.random.default_rng(seed)
     scale = rng.lognormal(-7, 2, units).astype(np.float32)
-    with folder.Writer(path, manifest) as writer:
+    with folder.Writer(partial, made_of) as writer:
         for start in range(0, samples, 256):
             count = min(256, samples - start)
             rows = rng.standard_exponential((count, units), np.float32)
@@ -47,7 +46,7 @@ def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None
             _, records = folder.empty_rows(count, 0)
             records["status"] = folder.FINISHED
             writer.write(start, rows, records)
-    folder.finish(path, manifest)
+    folder.finish(path)
 
 
 class OwnMemory:
@@ -128,7 +127,7 @@ def run_pass(repeats: int = 3, threads: int | None = None) -> pd.DataFrame:
     torch.set_num_threads(threads or before)
     model, data = pss.models.digits(), pss.data.digits("test")
     images, labels = data.tensors
-    size = pss.profiles.choose_batch_size(model, images[0])
+    size = choose_batch_size(model, images[0])
     alone, stored, reopened = [], [], []
     try:
         for _ in range(repeats):

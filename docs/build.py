@@ -79,7 +79,7 @@ def build(site: Path, work: Path, *explorer: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python docs/build.py SITE [WORK [options of pss.apps.explorer]]; SITE is replaced")
+        raise SystemExit("usage: python docs/build.py SITE [WORK [options of python -m pss explorer]]; replaces SITE")
     site, *others = sys.argv[1:]
     work, *options = others or [ROOT / "build" / "site"]
     build(Path(site).resolve(), Path(work).resolve(), *options)

@@ -12,7 +12,7 @@ _HOMES = {  # imported when first used: `import pss` is quick
     "ProfileStore": "profiles",
     "profile_dataset": "profiles",
     "Reference": "reference",
-    "METHODS": "ranking",
+    "RANKINGS": "ranking",
     "rank": "ranking",
     "fdr_significant": "ranking",
     "stage_shares": "ranking",
@@ -44,6 +44,7 @@ _MODULES = (
     "ranking",
     "reference",
     "saliency",
+    "statistics",
     "units",
 )
 __all__ = [*_HOMES, *_MODULES]

@@ -1,27 +1,39 @@
-"""``python -m pss COMMAND``: notebooks and sweeps, profiles of a data set, the built-in model, the explorer."""
+"""``python -m pss COMMAND``: notebooks and sweeps, profiles of a data set, the built-in model, the explorer, caches."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
-_COMMANDS = {
-    "run": ("pss.apps.batch", "execute notebooks, or a sweep of one"),
-    "profile": ("pss.profiles", "profile a data set into a folder"),
-    "train": ("pss.models.builtin", "train a ResNet-18 on the built-in digits"),
-    "evaluate": ("pss.models.builtin", "accuracy on every built-in set"),
-    "explorer": ("pss.apps.explorer", "write the explorer of the site"),
+COMMANDS = {  # each has a home with add_options(parser, command) and main(options), imported when it is asked for
+    "run": ("batch", "execute notebooks"),
+    "sweep": ("batch", "execute one notebook over a grid or a table of parameters"),
+    "profile": ("profiling", "profile a data set into a folder"),
+    "train": ("training", "train a ResNet-18 on the built-in digits"),
+    "evaluate": ("training", "accuracy of the built-in model, or one like it, on every built-in set"),
+    "explorer": ("explorer", "write the explorer of the site"),
+    "cache": ("caches", "list what is kept in the cache, or empty it"),
 }
 
 
-def main() -> int:
-    """Run a command; its own options follow it."""
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command not in _COMMANDS:
-        lines = "".join(f"  {name:10} {what}\n" for name, (_, what) in _COMMANDS.items())
-        print(f"usage: python -m pss COMMAND …\n\n{lines}\npython -m pss COMMAND --help tells its options")
-        return 0 if command in ("-h", "--help") else 2
-    home = _COMMANDS[command][0]
-    return import_module(home).main([command, *arguments] if home == "pss.models.builtin" else arguments) or 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its own module is imported, and its options known, once it is asked for."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m pss", description="Parameter-space saliency.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (home, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if name in arguments[:1]:
+            module = import_module(f"pss.apps.{home}")
+            module.add_options(command, name)
+            command.set_defaults(run=module.main, refuse=command.error)
+    options = parser.parse_args(arguments)
+    return options.run(options) or 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["profile"]:  # a process of its own, which does nothing else
+        import_module("pss.engine.process").keep_freed_memory()
     sys.exit(main())

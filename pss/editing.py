@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -311,9 +310,8 @@ class _Runner:
                 if layer.dim != 0 or layer.groups != 1:
                     raise _variants.NotCarried("units do not lie along the first dimension of their weight")
                 parameter = self.model.get_parameter(layer.parameter)
-                start = layer.offset + j * layer.rows
                 if parameter not in self.idle:
-                    change = _variants.Change(image, k if cumulative else 0, start, steps[image][k - 1])
+                    change = _variants.Change(image, k if cumulative else 0, layer.first(j), steps[image][k - 1])
                     changes.setdefault(parameter, []).append(change)
         return changes
 
@@ -447,150 +445,6 @@ def _records(logits: Tensor, labels: Tensor, ids: np.ndarray, image_ids: np.ndar
         "unit": np.insert(ids, 0, -1, axis=1).ravel(),
     }
     return pd.DataFrame(first | {name: t.detach().cpu().numpy().ravel() for name, t in tensors.items()})
-
-
-def summarize(curves: pd.DataFrame, by: str | Sequence[str] = "method", level: float = 0.95) -> pd.DataFrame:
-    """Means over images at each number of edits, with confidence intervals.
-
-    Parameters
-    ----------
-    curves : DataFrame
-        From `edit_curves`; those of several methods put together, with their names in a column.
-    by : str or list of str
-        Column or columns that tell the methods apart. ``"method"`` may be missing: then there is one.
-    level : float
-        Of the intervals: Student's t over the images for the changes in confidence, Wilson's for the share corrected.
-
-    Returns
-    -------
-    DataFrame
-        One row per method and k: ``n`` images; mean ``change_wrong`` and ``change_true`` of the confidence
-        against k = 0, and the share ``corrected``, each with ``…_low`` and ``…_high`` (NaN for the changes of a
-        single image).
-    """
-    _check_level(level)
-    by = [by] if isinstance(by, str) else list(by)
-    by = [] if by == ["method"] and "method" not in curves else by
-    _require(curves, [*by, "image", "k", "confidence_wrong", "confidence_true", "corrected"])
-    _refuse_duplicates(curves, [*by, "image", "k"])
-    start = curves[curves["k"] == 0].set_index([*by, "image"])
-    rows = pd.MultiIndex.from_frame(curves[[*by, "image"]]) if by else pd.Index(curves["image"])
-    missing = ~rows.isin(start.index)
-    if missing.any():
-        raise ValueError(
-            f"{int(missing.sum())} rows belong to curves without a row k = 0: keep the row before any edit"
-        )
-    changes = curves.assign(
-        change_wrong=curves["confidence_wrong"].to_numpy() - start["confidence_wrong"].reindex(rows).to_numpy(),
-        change_true=curves["confidence_true"].to_numpy() - start["confidence_true"].reindex(rows).to_numpy(),
-    )
-    groups = changes.groupby([*by, "k"], observed=True)
-    table = groups.agg(
-        n=("image", "size"),
-        change_wrong=("change_wrong", "mean"),
-        change_true=("change_true", "mean"),
-        corrected=("corrected", "mean"),
-    )
-    n = table["n"].to_numpy()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        width = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) / np.sqrt(n)
-    for name in ("change_wrong", "change_true"):
-        margin = groups[name].std() * width
-        table[f"{name}_low"], table[f"{name}_high"] = table[name] - margin, table[name] + margin
-    successes = groups["corrected"].sum().astype(int)
-    wilson = [stats.binomtest(s, m).proportion_ci(level, "wilson") for s, m in zip(successes, n, strict=True)]
-    table["corrected_low"], table["corrected_high"] = [w.low for w in wilson], [w.high for w in wilson]
-    order = [
-        "n",
-        *(f"{v}{end}" for v in ("change_wrong", "change_true", "corrected") for end in ("", "_low", "_high")),
-    ]
-    return table[order].reset_index()
-
-
-def paired_difference(
-    curves: pd.DataFrame,
-    a: Any,
-    b: Any,
-    value: str = "confidence_true",
-    by: str = "method",
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Method a less method b on the same images, at each number of edits.
-
-    The interval is the percentile bootstrap over images: as many as there are, drawn with replacement, the same draws
-    for every k.
-
-    Parameters
-    ----------
-    curves : DataFrame
-        From `edit_curves`, with the method in column ``by``.
-    a, b
-        Two values of that column.
-    value : str
-        Column to compare: ``confidence_true``, ``confidence_wrong``, ``corrected``, ``loss``.
-
-    Returns
-    -------
-    DataFrame
-        One row per k: ``k``, ``n`` images, ``mean`` difference, ``low``, ``high``.
-
-    Raises
-    ------
-    ValueError
-        If a method is not there, or the two do not have the same images and numbers of edits.
-    """
-    _check_level(level)
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
-    _require(curves, [by, "image", "k", value])
-    tables = []
-    for method in (a, b):
-        own = curves[curves[by] == method]
-        if own.empty:
-            raise ValueError(f"no rows with {by} = {method!r}: there are {sorted(map(str, curves[by].unique()))}")
-        _refuse_duplicates(own, ["image", "k"])
-        tables.append(own.pivot(index="image", columns="k", values=value).astype(float))  # noqa: PD010
-    first, second = tables
-    if not first.index.equals(second.index):
-        only = first.index.symmetric_difference(second.index)
-        raise ValueError(f"{a!r} and {b!r} are not on the same images: {len(only)} in one only, as {list(only[:5])}")
-    if not first.columns.equals(second.columns):
-        raise ValueError(
-            f"{a!r} and {b!r} have different numbers of edits: {len(first.columns)}, {len(second.columns)}"
-        )
-    difference = (first - second).to_numpy()
-    if np.isnan(difference).any():
-        raise ValueError(f"{value} is missing for some image and k: give whole curves")
-    low, high = bootstrap(difference, level, resamples, seed)
-    return pd.DataFrame(
-        {"k": first.columns, "n": len(first), "mean": difference.mean(axis=0), "low": low, "high": high}
-    )
-
-
-def bootstrap(
-    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of the mean over images: as many as there are, drawn with replacement.
-
-    Parameters
-    ----------
-    values : ndarray, shape (N, K)
-        One row an image. The same seed draws the same images for every column, and for every table of N images.
-
-    Returns
-    -------
-    low, high : ndarray, shape (K,)
-    """
-    n, rng = len(values), np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 200):  # never resamples x images x K in memory, nor resamples x images
-        draws = rng.integers(n, size=(min(200, resamples - start), n))
-        # Means as products with how often each image was drawn.
-        means.append(np.stack([np.bincount(drawn, minlength=n) for drawn in draws]) / n @ values)
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
 
 
 def side_effects(
@@ -741,19 +595,3 @@ def _check_logits(labels: Tensor, outputs: Tensor) -> None:
 def predicted(logits: Tensor) -> Tensor:
     """Class of the largest logit over the last dimension; -1, no class, where an edit made a logit NaN."""
     return logits.argmax(dim=-1).masked_fill(logits.isnan().any(dim=-1), -1)
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, not {level}")
-
-
-def _require(curves: pd.DataFrame, columns: list[str]) -> None:
-    if missing := [name for name in columns if name not in curves]:
-        raise ValueError(f"the curves have no column {missing[0]!r}: they have {list(curves.columns)}")
-
-
-def _refuse_duplicates(curves: pd.DataFrame, columns: list[str]) -> None:
-    if (twice := curves.duplicated(columns)).any():
-        row = curves.loc[twice.idxmax(), columns].to_dict()
-        raise ValueError(f"two rows for {row}: name what tells them apart (by=) or drop one")

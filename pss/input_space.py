@@ -15,20 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pss.engine.checks import check_ids, check_known, check_positive
 from pss.engine.state import preserved
-from pss.ranking import rank
+from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
 from pss.saliency import Loss, check_inputs, get_loss, profile
 from pss.units import Units
 
-METHODS = ("zscore", "abs_zscore", "pot", "exponential", "raw")
 ORDERS = ("absolute_first", "published", "gradient")
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,8 +80,9 @@ def input_saliency(
         Number of units to boost.
     boost : float
         Factor that they are multiplied by; the paper takes 10 and 100.
-    method : {"zscore", "abs_zscore", "pot", "exponential", "raw"}
-        How the profile is standardized, and which units are the most salient (as in `pss.rank`). With ``pot`` and
+    method : str
+        How the profile is standardized, and which units are the most salient: any ``differentiable`` one of
+        `pss.RANKINGS`, as ``zscore``, ``abs_zscore``, ``pot``, ``exponential``, ``raw``. With ``pot`` and
         ``exponential`` :math:`-\log P(\bar S_k \ge \bar s_k)` is differentiated: above the threshold its slope is
         :math:`1/(\beta + \xi(\bar s - u))`, below it that of the line between two reference quantiles, over the
         probability. A bounded tail (:math:`\xi < 0`) has no finite value beyond its end and is taken as exponential.
@@ -109,7 +108,7 @@ def input_saliency(
     Returns
     -------
     Tensor, shape (B, H, W) or (H, W); with ``order="gradient"`` that of the images
-        The raw map. `render_map` prepares it for display.
+        The raw map. `pss.plots.render_map` prepares it for display.
 
     Raises
     ------
@@ -123,22 +122,20 @@ def input_saliency(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.2. The tail probability: Wang and Sato 2023, arXiv 2310.17951.
     """
-    images, labels, single = _as_batch(images, labels)
-    _check_options(boost, method, reference, ids, random, noise_iters, noise_share, order)
-    ids = None if ids is None else _check_ids(ids, len(images), units)
-    generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+    single = isinstance(images, Tensor) and images.dim() == 3
+    images, labels = _as_batch(images, labels)
+    check_known("method", method, [name for name, entry in RANKINGS.items() if entry.differentiable])
+    check_known("order", order, ORDERS)
+    check_positive(boost=boost)
+    if noise_iters < 1 or not 0 <= noise_share <= 1:
+        given = f"noise_iters = {noise_iters}, noise_share = {noise_share}"
+        raise ValueError(f"{given}: expected at least 1, and a share in 0..1")
+    ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
     check_inputs(model, images, labels, units)
     if reference is not None:
-        reference.check_for(model, units, loss, signed)
-    loss = get_loss(loss)
-
-    def alike(saliency: Tensor, boosted_ids: Tensor) -> Tensor:
-        standard = standardize(saliency, reference, method)
-        boosted = standard.detach().clone()
-        boosted[:, boosted_ids] *= boost
-        return similarity(standard, boosted).sum()
-
-    total, chosen_by = 0.0, "random" if random else method
+        reference.check(units, model=model, loss=loss, signed=signed)
+    generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+    loss, total, chosen_by = get_loss(loss), 0.0, "random" if random else method
     with _twice_differentiable(model, units, images):
         labels = labels.clone()
         for _ in range(noise_iters):
@@ -148,8 +145,10 @@ def input_saliency(
             gradients = []
             for image, label, of_image in zip(noisy.split(1), labels.split(1), top, strict=True):
                 image = image.clone().requires_grad_()
-                saliency = _profile(model, image, label, units, loss, signed)
-                gradients.append(_gradient(alike(saliency, of_image), image))
+                standard = standardize(_profile(model, image, label, units, loss, signed), reference, method)
+                boosted = standard.detach().clone()
+                boosted[:, of_image] *= boost
+                gradients.append(_gradient(similarity(standard, boosted).sum(), image))
             total = total + torch.cat(gradients)
     maps = channel_map(total / noise_iters, order)
     if not torch.isfinite(maps).all():
@@ -163,7 +162,7 @@ def channel_map(gradient: Tensor, order: str = "absolute_first") -> Tensor:
     ``absolute_first``: the largest absolute value, which does not depend on the sign of what was differentiated;
     ``published``: the absolute value of the largest, which does; ``gradient``: as it is, (B, C, H, W).
     """
-    _check_known("order", order, ORDERS)
+    check_known("order", order, ORDERS)
     if order == "gradient":
         return gradient
     return gradient.abs().amax(dim=1) if order == "absolute_first" else gradient.amax(dim=1).abs()
@@ -171,45 +170,9 @@ def channel_map(gradient: Tensor, order: str = "absolute_first") -> Tensor:
 
 def standardize(profiles: Tensor, reference: Reference | None, method: str = "zscore") -> Tensor:
     """Standardized profiles that can be differentiated, float64 (B, U); see `input_saliency` for the methods."""
-    profiles = profiles.double()
-    if method == "raw":
-        return profiles
-    if method in ("zscore", "abs_zscore"):
-        return getattr(reference, method)(profiles)
-    if reference.threshold is not None:
+    if reference is not None and RANKINGS[method].tail and reference.fitted is not None:
         reference = replace(reference, fitted=reference.fitted & (reference.xi >= 0))
-    return -reference._tail(profiles, "gpd" if method == "pot" else "exponential", _log_tail)
-
-
-def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8) -> Tensor:
-    """Prepare raw maps for display on a fixed scale from 0 to 1.
-
-    Each map is clipped to two of its percentiles, stretched to 0..1 and blurred, as in the first paper's program.
-
-    Parameters
-    ----------
-    raw : Tensor, shape (B, H, W) or (H, W)
-    low, high : float
-        Percentiles.
-    blur : float
-        Standard deviation of a Gaussian, in pixels; 0 for none. That of the program is 3 pixels across, so 0.8.
-
-    Returns
-    -------
-    Tensor, as ``raw``
-        A map of one value throughout becomes zero.
-    """
-    if not 0 <= low < high <= 100:
-        raise ValueError(f"percentiles {low} and {high}: expected 0 <= low < high <= 100, as 90 and 99")
-    if not raw.isfinite().all():
-        raise ValueError("raw maps hold NaN or infinities: input_saliency makes none, what was done to them since?")
-    if raw.dim() not in (2, 3):
-        raise ValueError(f"raw maps are {tuple(raw.shape)}: expected (B, H, W) or (H, W), from input_saliency")
-    maps = raw.detach().cpu().numpy()
-    start, stop = np.percentile(maps, [low, high], axis=(-2, -1), keepdims=True)
-    maps = (maps.clip(start, stop) - start) / np.where(stop > start, stop - start, 1)
-    width = blur * np.array([0, 1, 1][-maps.ndim :])
-    return torch.from_numpy(gaussian_filter(maps, width, mode="mirror")).to(raw)
+    return score(profiles, reference, method)
 
 
 @contextmanager
@@ -231,25 +194,16 @@ def _profile(model: nn.Module, image: Tensor, label: Tensor, units: Units, loss:
     """Profile of one image, (1, U), as a function of the image that can be differentiated."""
     parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
     value = loss(model(image), label).sum()
-    gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
-    whole = {
-        name: (torch.zeros_like(parameter) if gradient is None else gradient)[None]
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
+    gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
+    whole = {name: gradient[None] for name, gradient in zip(parameters, gradients, strict=True)}
     return units.reduce(whole if signed else {name: gradient.abs() for name, gradient in whole.items()})
 
 
 def _gradient(value: Tensor, image: Tensor) -> Tensor:
     """Gradient to the image; zero where the value does not depend on it."""
-    gradient = torch.autograd.grad(value, image, allow_unused=True)[0] if value.requires_grad else None
-    return torch.zeros_like(image) if gradient is None else gradient
-
-
-def _log_tail(excess: Tensor, xi: Tensor, scale: Tensor, mass: Tensor) -> Tensor:
-    """Log P above the threshold for xi >= 0, without the 0/0 that would make a derivative NaN at xi = 0."""
-    z, heavy = excess / scale, xi > 0
-    safe = torch.where(heavy, xi, 1.0)
-    return mass.log() - torch.where(heavy, torch.log1p(safe * z) / safe, z)
+    if not value.requires_grad:
+        return torch.zeros_like(image)
+    return torch.autograd.grad(value, image, materialize_grads=True)[0]
 
 
 def _with_noise(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -260,47 +214,21 @@ def _with_noise(images: Tensor, share: float, generator: torch.Generator) -> Ten
     return (1 - share) * images.detach() + share * noise.to(images.device)
 
 
-def _as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor, bool]:
+def _as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor]:
+    """One image and its label as a batch of one; a batch as it is."""
     if not isinstance(images, Tensor) or images.dim() not in (3, 4):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images are {shape}: expected a tensor (B, C, H, W), or one image (C, H, W)")
-    labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device=images.device)
-    if images.dim() == 4:
-        return images, labels, False
-    if labels.numel() != 1:
-        raise ValueError(f"labels are {tuple(labels.shape)} for one image: expected one label")
-    return images[None], labels.reshape(1), True
+    labels = torch.as_tensor(labels, device=images.device)
+    return (images, labels) if images.dim() == 4 else (images[None], labels.reshape(-1))
 
 
-def _check_known(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-
-
-def _check_options(boost, method, reference, ids, random, noise_iters, noise_share, order) -> None:
-    _check_known("method", method, METHODS)
-    _check_known("order", order, ORDERS)
-    if reference is None and method != "raw":
-        raise ValueError(f"method {method!r} needs a reference: pss.Reference.fit(profiles of a validation set)")
-    if not (np.isfinite(boost) and boost > 0):
-        raise ValueError(f"boost = {boost}: expected a positive factor, as 10 or 100")
-    if ids is not None and random:
+def _units_of_each(ids: Tensor, images: int, units: int, random: bool) -> Tensor:
+    """Ids of the units to boost, a row an image."""
+    if random:
         raise ValueError("ids= and random=True both say which units to boost: give one of them")
-    if noise_iters < 1 or not 0 <= noise_share <= 1:
-        raise ValueError(
-            f"noise_iters = {noise_iters}, noise_share = {noise_share}: expected at least 1, and a share in 0..1"
-        )
-
-
-def _check_ids(ids: Tensor, images: int, units: Units) -> Tensor:
-    """Unit ids of every image, (B, k)."""
     ids = torch.as_tensor(ids)
-    ids = ids.expand(images, -1) if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != images or ids.is_floating_point() or ids.numel() == 0:
-        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}: expected ints of shape (k,) or ({images}, k)")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < len(units):
-        raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}: expected 0..{len(units) - 1}")
-    ordered = ids.sort(dim=1).values
-    if len(twice := ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]):
-        raise ValueError(f"unit {int(twice[0])} is given twice for one image: each is boosted once")
+    ids = torch.from_numpy(check_ids(ids.expand(images, -1) if ids.dim() == 1 else ids, units))
+    if len(ids) != images:
+        raise ValueError(f"ids have {len(ids)} rows for {images} images: give (k,) for all, or a row for each")
     return ids

@@ -289,13 +289,12 @@ def fit_patch(
         units or loss, or an option is not one of those above.
     """
     ks = [k for k in KS if k <= len(units)] if ks is None else ks
-    fisher = reference.fisher if fisher is None and reference is not None else fisher
     method = method or ("zscore" if fisher is None else "fisher")
     direction = direction or ("gradient" if fisher is None else "fisher")
     _check_fit(mistakes, retain, units, budget, measure, direction, fisher, held_out, ks, rounds, max_relative_step)
     check_inputs(model, *mistakes, units, "mistakes")
     if reference is not None:
-        reference.check_for(model, units, loss)
+        reference.check(units, model=model, loss=loss, signed=False)
     refuse_overlap(mistakes[0], retain[0])
     rng = np.random.default_rng(seed)
     parts = dict(zip(("mistakes", "mistakes held out"), _split(mistakes, held_out, rng, SEVERAL), strict=True))

@@ -1,12 +1,15 @@
 """Rank the units of each image by how unusual their saliency is.
 
-All methods rank the same population, every unit of the model, so that their tops can be compared. Dead units
-(constant over the reference set) come last whatever the method.
+`RANKINGS` holds every way to do so: a new one is one entry. All rank the same population, every unit of the model, so
+that their tops can be compared. Dead units (constant over the reference set) come last whatever the method. A ranking
+knows profiles and their reference only, so it serves every quantity that a profile can hold.
 """
 
 from __future__ import annotations
 
-from numbers import Integral
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,23 +17,49 @@ import torch
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
+from pss.engine.checks import check_count, check_finite, check_known, check_share
 from pss.reference import Reference
 from pss.units import Units
 
-METHODS = (
-    "zscore",
-    "abs_zscore",
-    "pot",
-    "exponential",
-    "ratio",
-    "raw",
-    "fisher",
-    "random_last_stage",
-    "random",
-    "layer_matched_random",
-    "lowest_zscore",
-)
-_NEEDS_UNITS = ("random_last_stage", "layer_matched_random")
+
+@dataclass(frozen=True)
+class Question:
+    """What a ranking may look at; see `rank`."""
+
+    profiles: Tensor
+    reference: Reference | None
+    units: Units | None
+    gains: Tensor | None
+    generator: torch.Generator
+    match: str
+    k: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One way to rank.
+
+    Attributes
+    ----------
+    label, color : str
+        How figures show it; the colours are those of Okabe and Ito and their shades.
+    score : callable ``(Question) -> (B, U)``
+        float64, larger is more anomalous; ``-inf`` for a unit that does not take part.
+    needs : tuple of str
+        Of "reference", "scale_free" (that it is fitted so), "units", "gains".
+    tail : str
+        The tail of the reference whose probability it ranks by: "gpd" or "exponential".
+    differentiable : bool
+        A standardization, one number for each unit that follows its saliency: `pss.input_saliency` can differentiate
+        it, `pss.nearest` compare by it, and a mean over images ranks for all of them.
+    """
+
+    label: str
+    color: str
+    score: Callable[[Question], Tensor]
+    needs: tuple[str, ...] = ("reference",)
+    tail: str = ""
+    differentiable: bool = False
 
 
 def rank(
@@ -41,7 +70,6 @@ def rank(
     units: Units | None = None,
     generator: torch.Generator | int = 0,
     match: str = "pot",
-    stage: str | None = None,
     gains: Tensor | None = None,
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
@@ -50,24 +78,23 @@ def rank(
     ----------
     profiles : Tensor, shape (B, U)
     reference : Reference, optional
-        Needed by every method but ``raw``, ``fisher``, ``random`` and ``random_last_stage``; where given, dead units
+        Needed by every method but ``raw``, ``fisher``, ``random`` and those of the last stage; where given, dead units
         come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
-        (POT with the shape held at zero), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
-        (gain over cost: ``gains``), ``random_last_stage`` (the papers' conv5 heuristic: random units of the last
-        stage), ``random``, ``layer_matched_random`` (random units with as many in each layer as the top k by
-        ``match``), ``lowest_zscore`` (the lowest z-scores first).
+        (POT with the shape held at zero), ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference
+        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
+        (gain over cost: ``gains``), ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
+        of the last stage at random, or by raw saliency), ``random``, ``layer_matched_random`` (random units with as
+        many in each layer as the top k by ``match``), ``lowest_zscore`` (the lowest z-scores first).
     k : int, optional
         How many; all units by default.
     units : Units, optional
-        Needed by ``random_last_stage`` and ``layer_matched_random``.
+        Needed by ``random_last_stage``, ``last_stage_raw`` and ``layer_matched_random``.
     generator : torch.Generator or int
         Source of randomness, or its seed.
     match : str
         Method whose layers ``layer_matched_random`` copies.
-    stage : str, optional
-        Stage that ``random_last_stage`` draws from; the last by default.
     gains : Tensor, shape (B, U), optional
         Needed by ``fisher``: `pss.fisher_scores` of the same images. They are of gradients, and no profile has them.
 
@@ -80,30 +107,14 @@ def rank(
     ValueError
         For an unknown method, a k outside 1..U, a missing reference, units or gains, or a profile that is not finite.
     """
-    if not isinstance(profiles, Tensor):
-        raise TypeError(f"profiles are a {type(profiles).__name__}: expected a tensor (B, U), as pss.profile gives it")
-    if profiles.ndim != 2:
-        raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (B, U); of one image profile[None]")
-    count = profiles.shape[1]
-    if reference is not None and len(reference) != count:
-        raise ValueError(f"profiles have {count} units, the reference {len(reference)}: they are of different models")
-    k = count if k is None else k
-    if not isinstance(k, Integral):
-        raise TypeError(f"k = {k} is a {type(k).__name__}: expected an int")
-    if not 1 <= k <= count:
-        raise ValueError(f"k = {k} is outside 1..{count}, the number of units")
-    if method in _NEEDS_UNITS and units is None:
-        raise ValueError(f"method {method!r} needs units=: pass the Units that the profiles were made with")
-    if units is not None and len(units) != count:
-        raise ValueError(f"profiles have {count} units, units= has {len(units)}: they are of different models")
-    if method == "random_last_stage":
-        return _random_in_stage(profiles, k, units, stage or units.stages[-1], _generator(generator), reference)
-    if method == "layer_matched_random":
-        base = rank(profiles, reference, match, k, units, gains=gains)
-        return _layer_matched(base, units, _generator(generator), reference)
-    scores = score(profiles, reference, method, generator, gains)
-    if reference is not None:
-        scores = scores.masked_fill(reference.dead.to(scores.device), -torch.inf)
+    scores = score(profiles, reference, method, generator, gains, units, match, k)
+    k = scores.shape[1] if k is None else k
+    take_part = scores > -torch.inf
+    if (few := take_part.sum(dim=1) < k).any():
+        raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
+    if reference is not None:  # after all that are alive, before those that take no part
+        dead = reference.dead.to(scores.device) & take_part
+        scores = scores.masked_fill(dead, torch.finfo(scores.dtype).min)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
@@ -113,96 +124,143 @@ def score(
     method: str,
     generator: torch.Generator | int = 0,
     gains: Tensor | None = None,
+    units: Units | None = None,
+    match: str = "pot",
+    k: int | None = None,
 ) -> Tensor:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.
 
     For ``pot`` and ``exponential`` the negative log tail probability, and beyond the end of a bounded tail, where the
-    probability is zero, by how far beyond. A profile that is not finite is refused: it would come first.
+    probability is zero, by how far beyond; ``-inf`` for units that take no part. Arguments and errors as of `rank`.
     """
-    if not profiles.isfinite().all():
-        bad = (~profiles.isfinite().all(dim=1)).nonzero()[:10, 0].tolist()
-        raise ValueError(f"profiles {bad} are not finite: leave them out or mend them")
-    if method == "raw":
-        return profiles.double()
-    if method == "fisher":
-        return _gains(profiles, gains)
-    if method == "random":
-        draws = torch.rand(profiles.shape, generator=_generator(generator), dtype=torch.float64)
-        return draws.to(profiles.device)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    if reference is None:
+    if not isinstance(profiles, Tensor):
+        raise TypeError(f"profiles are a {type(profiles).__name__}: expected a tensor (B, U), as pss.profile gives it")
+    if profiles.ndim != 2:
+        raise ValueError(f"profiles of shape {tuple(profiles.shape)}: expected (B, U); of one image profile[None]")
+    check_known("method", method, RANKINGS)
+    entry, count = RANKINGS[method], profiles.shape[1]
+    for what, given in (("the reference", reference), ("units=", units)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"profiles have {count} units, {what} has {len(given)}: they are of different models")
+    check_count("k", count if k is None else k, count, "the number of units")
+    if "units" in entry.needs and units is None:
+        raise ValueError(f"method {method!r} needs units=: pass the Units that the profiles were made with")
+    check_finite(profiles)
+    if "reference" in entry.needs and reference is None:
         raise ValueError(f"method {method!r} needs a reference: pss.Reference.fit(profiles of a validation set)")
-    profiles = profiles.double()
-    if method in ("pot", "exponential"):
-        tail = "gpd" if method == "pot" else "exponential"
-        return reference.tail_score(profiles, tail)
-    if method == "lowest_zscore":
-        return -reference.zscore(profiles)
-    return getattr(reference, method)(profiles)
+    if "scale_free" in entry.needs and not reference.scale_free:
+        raise ValueError(f"method {method!r} needs a reference fitted with scale_free=True: this one is not")
+    generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+    return entry.score(Question(profiles.double(), reference, units, gains, generator, match, k or count))
 
 
-def _gains(profiles: Tensor, gains: Tensor | None) -> Tensor:
-    if gains is None:
+# --- what they rank by ------------------------------------------------------------------------------------------------
+
+
+def _zscore(q: Question) -> Tensor:
+    return q.reference.zscore(q.profiles)
+
+
+def _pot(q: Question) -> Tensor:
+    return q.reference.tail_score(q.profiles, "gpd")
+
+
+def _exponential(q: Question) -> Tensor:
+    return q.reference.tail_score(q.profiles, "exponential")
+
+
+def _random(q: Question) -> Tensor:
+    return torch.rand(q.profiles.shape, generator=q.generator, dtype=torch.float64).to(q.profiles.device)
+
+
+def _fisher(q: Question) -> Tensor:
+    if q.gains is None:
         raise ValueError(
             "method 'fisher' needs gains=: pss.fisher_scores(model, images, labels, units, reference), of a reference "
             "with fisher=pss.fisher_diagonal(…), or of that diagonal"
         )
-    if gains.shape != profiles.shape or not gains.isfinite().all():
-        raise ValueError(f"gains of shape {tuple(gains.shape)}: expected {tuple(profiles.shape)}, as profiles, finite")
-    return gains.double()
+    if q.gains.shape != q.profiles.shape or not q.gains.isfinite().all():
+        expected = f"expected {tuple(q.profiles.shape)}, as profiles, finite"
+        raise ValueError(f"gains of shape {tuple(q.gains.shape)}: {expected}")
+    return q.gains.double()
 
 
-def _generator(source: torch.Generator | int) -> torch.Generator:
-    return source if isinstance(source, torch.Generator) else torch.Generator().manual_seed(source)
+def _last_stage(q: Question, scores: Tensor) -> Tensor:
+    """The scores, and ``-inf`` for the units of all stages but the last."""
+    inside = torch.from_numpy(q.units.stage_ids == len(q.units.stages) - 1).to(scores.device)
+    return scores.masked_fill(~inside, -torch.inf)
 
 
-def _dead(reference: Reference | None, units: Units) -> Tensor:
-    return torch.zeros(len(units), dtype=torch.bool) if reference is None else reference.dead.cpu()
+def _random_last_stage(q: Question) -> Tensor:
+    members = q.units.stage_ids == len(q.units.stages) - 1
+    draws = torch.rand(len(q.profiles), int(members.sum()), generator=q.generator)
+    scores = torch.zeros_like(q.profiles)
+    scores[:, members] = -draws.to(scores)
+    return _last_stage(q, scores)
 
 
-def _random_in_stage(
-    profiles: Tensor, k: int, units: Units, stage: str, generator: torch.Generator, reference: Reference | None
-) -> Tensor:
-    if stage not in units.stages:
-        raise ValueError(f"unknown stage {stage!r}: this model has {', '.join(units.stages)}")
-    members = torch.from_numpy(np.flatnonzero(units.stage_ids == units.stages.index(stage)))
-    if k > len(members):
-        raise ValueError(f"k = {k} is more than the {len(members)} units of stage {stage}")
-    draws = torch.rand(len(profiles), len(members), generator=generator)
-    order = draws.masked_fill(_dead(reference, units)[members], torch.inf).argsort(dim=1)[:, :k]
-    return members[order].to(profiles.device)
-
-
-def _layer_matched(base: Tensor, units: Units, generator: torch.Generator, reference: Reference | None) -> Tensor:
-    """Replace every unit by a random one of its layer, without repeats within an image, dead ones last."""
-    dead = _dead(reference, units)
-    layers = torch.from_numpy(units.layer_ids)[base.cpu()]
+def _layer_matched_random(q: Question) -> Tensor:
+    """In the place of each of the top k a random unit of its layer, none twice for an image, dead ones last."""
+    base = rank(q.profiles, q.reference, q.match, q.k, q.units, gains=q.gains)
+    dead = torch.zeros(len(q.units), dtype=torch.bool) if q.reference is None else q.reference.dead.cpu()
+    layers = torch.from_numpy(q.units.layer_ids)[base.cpu()]
     drawn = torch.empty_like(base, device="cpu")
     for row, row_layers in enumerate(layers):
         for layer in row_layers.unique():
             at = (row_layers == layer).nonzero()[:, 0]
-            span = units.span(int(layer))
-            ids = span.start + torch.randperm(span.stop - span.start, generator=generator)
+            span = q.units.span(int(layer))
+            ids = span.start + torch.randperm(span.stop - span.start, generator=q.generator)
             drawn[row, at] = ids[dead[ids].to(torch.uint8).argsort(stable=True)][: len(at)]
-    return drawn.to(base.device)
+    places = -torch.arange(q.k, dtype=torch.float64, device=base.device).expand(base.shape)
+    return torch.full_like(q.profiles, -torch.inf).scatter_(1, drawn.to(base.device), places)
 
 
-def fdr_significant(log_p: Tensor, q: float = 0.05, dependent: bool = False) -> Tensor:
+_FREE = ("reference", "scale_free")
+RANKINGS: dict[str, Ranking] = {  # in the order of legends
+    "zscore": Ranking("z-score", "#0072B2", _zscore, differentiable=True),
+    "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: _zscore(q).abs(), differentiable=True),
+    "pot": Ranking("POT (GPD)", "#D55E00", _pot, tail="gpd", differentiable=True),
+    "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
+    "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),
+    "ratio": Ranking("ratio to mean", "#009E73", lambda q: q.reference.ratio(q.profiles), differentiable=True),
+    "fisher": Ranking("gain over cost", "#6A3D9A", _fisher, ("gains",)),
+    "random_last_stage": Ranking("last stage, random", "#8C6D31", _random_last_stage, ("units",)),
+    "last_stage_raw": Ranking("last stage, raw", "#882255", lambda q: _last_stage(q, q.profiles), ("units",)),
+    "random": Ranking("random", "#777777", _random, ()),
+    "layer_matched_random": Ranking("random, same layers", "#333333", _layer_matched_random, ("units",)),
+    "lowest_zscore": Ranking("least salient", "#B8B8B8", lambda q: -_zscore(q)),
+    "scale_free_zscore": Ranking("z-score, scale-free", "#00324F", _zscore, _FREE, differentiable=True),
+    "scale_free_pot": Ranking("POT, scale-free", "#7A2E00", _pot, _FREE, tail="gpd", differentiable=True),
+}
+
+
+def fdr_significant(log_p: Tensor, n: int, q: float = 0.05, dependent: bool = False) -> Tensor:
     """Units whose tail probability is significant at false-discovery rate q; bool, (B, U).
 
-    Benjamini and Hochberg (1995) over the units of each image; ``dependent`` takes Benjamini and Yekutieli (2001),
-    valid under any dependence between units, which do share their image's gradient size.
+    Benjamini and Hochberg (1995) over the units of each image. What a fitted tail says below 1 / (n + 1) no n images
+    have shown, and beyond the end of a bounded one it says zero: such a probability counts as 1 / (n + 1), so that no
+    unit is significant by extrapolation alone.
+
+    Parameters
+    ----------
+    log_p : Tensor, shape (B, U)
+        From `Reference.log_tail_probability`.
+    n : int
+        Number of reference images, ``reference.n``.
+    q : float
+    dependent : bool
+        Take Benjamini and Yekutieli (2001), valid under any dependence between units, which do share their image's
+        gradient size.
     """
-    if not 0 < q < 1:
-        raise ValueError(f"q = {q} is outside (0, 1): it is the share of false discoveries allowed, as 0.05")
+    check_count("n", n, sys.maxsize, "the number of reference images")
+    check_share("q", q, "the share of false discoveries allowed, as 0.05")
     if log_p.isnan().any():
         raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
     if (log_p > 0).any():
         raise ValueError(
             "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
         )
-    p = log_p.double().exp().clamp(max=1).cpu().numpy()
+    p = log_p.double().exp().clamp(min=1 / (n + 1)).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)
 

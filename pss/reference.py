@@ -12,10 +12,10 @@ one, so that every unit has a rank.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,19 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss.saliency import Loss
-from pss.storage.fingerprints import fingerprint, name_of
-from pss.storage.folder import blocks
+from pss.saliency import loss_name
+from pss.storage.fingerprints import fingerprint
+from pss.storage.folder import map_blocks
 from pss.storage.tensors import load_tensors, pack, unpack
 from pss.storage.whole import write_whole
 from pss.units import Units
 
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%
 MIN_IMAGES = 20
-_TAIL = ("threshold", "xi", "scale", "fitted", "n_excess", "mean_excess", "quantiles")  # all of them, or none
-_FISHER = "fisher."  # before a parameter's name, in a file
-_PLAIN = ("n", "level", "scale_free", "about")  # of a file, beside its tensors
+_TAIL = ("threshold", "quantiles", "n_excess", "mean_excess", "fitted", "xi", "scale")  # all of them, or none
+_TENSORS = ("mean", "std", *_TAIL, "se_xi", "se_scale")
+_GPD = ("xi", "scale", "se_xi", "se_scale")  # NaN where a tail is not fitted
+_PLAIN = ("n", "level", "scale_free", "provenance")  # of a file, beside its tensors
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ class Reference:
         Shape (U, 101): quantiles at evenly spaced levels from 0 to ``level``.
     scale_free : bool
         Whether every profile was first divided by its own mean over units.
-    about : dict of str to str
+    provenance : dict of str to str
         What the reference was made of: fingerprints of model, units and data, loss, version.
-    fisher : dict of str to Tensor, or None
-        Diagonal Fisher information of the same images by parameter name, for the ranking and direction ``fisher``.
     """
 
     mean: Tensor
@@ -83,8 +82,22 @@ class Reference:
     mean_excess: Tensor | None = None
     quantiles: Tensor | None = None
     scale_free: bool = False
-    about: dict[str, str] = field(default_factory=dict)
-    fisher: dict[str, Tensor] | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no reference: statistics that are missing, of other shapes, or not finite."""
+        held = self._tensors()
+        missing = [name for name in _TAIL if name not in held]
+        if 0 < len(missing) < len(_TAIL):
+            raise ValueError(f"a reference with a tail lacks {missing}")
+        for name, tensor in held.items():
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            if len(shape) != (2 if name == "quantiles" else 1) or shape[0] != len(self.mean):
+                raise ValueError(f"{name!r} is {shape}, expected one number for each unit, as many as 'mean' has")
+            if name not in _GPD and not tensor.isfinite().all():
+                raise ValueError(f"{name!r} is not finite for {int((~tensor.isfinite()).sum())} units")
+        if not missing and (self.fitted.dtype != torch.bool or not self.n >= MIN_IMAGES):
+            raise ValueError(f"'fitted' is {self.fitted.dtype}, n = {self.n}; expected bool, and n >= {MIN_IMAGES}")
 
     @classmethod
     def fit(
@@ -93,8 +106,7 @@ class Reference:
         level: float = 0.90,
         scale_free: bool = False,
         max_bytes: int = 1 << 27,
-        about: dict[str, str] | None = None,
-        fisher: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, str] | None = None,
     ) -> Reference:
         """Fit the statistics of every unit, a block of units at a time.
 
@@ -109,8 +121,8 @@ class Reference:
             its overall gradient size; this takes it out.
         max_bytes : int
             Size of a block; memory in use stays within a few times this.
-        fisher : mapping of str to Tensor, optional
-            `pss.fisher_diagonal` of the same images, to be kept and saved with the rest.
+        provenance : mapping of str to str, optional
+            To be recorded beside what a `ProfileStore` says of itself.
 
         Raises
         ------
@@ -128,22 +140,27 @@ class Reference:
         n = len(profiles)
         if n < MIN_IMAGES:
             raise ValueError(f"a reference needs at least {MIN_IMAGES} images, here are {n}: profile more images")
-        sizes = _row_means(profiles, max_bytes) if scale_free else None
-        parts = _map_blocks(profiles, max_bytes, level, sizes)
-        whole = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in parts[0]}
-        about = {**getattr(profiles, "about", {}), **(about or {})}
-        return cls(n=n, level=float(level), scale_free=scale_free, about=about, fisher=_whole(fisher), **whole)
+        sizes = None
+        if scale_free:
+            sums = map_blocks(partial(np.sum, axis=1, dtype=np.float64), profiles, max_bytes)
+            sizes = _positive(sum(sums) / shape[1])
+        parts = map_blocks(partial(_fit_block, level=level, sizes=sizes), profiles, max_bytes)
+        whole = [torch.from_numpy(np.concatenate(blocks)) for blocks in zip(*parts, strict=True)]
+        provenance = {**getattr(profiles, "provenance", {}), **(provenance or {})}
+        whole = dict(zip(_TENSORS, whole, strict=True))
+        return cls(n=n, level=float(level), scale_free=scale_free, provenance=provenance, **whole)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def __repr__(self) -> str:
-        if self.threshold is None:
-            return f"Reference({len(self)} units, mean and deviation only, {int(self.dead.sum())} dead)"
-        return (
-            f"Reference({len(self)} units, {self.n} images, level {self.level}, "
-            f"{int((~self.fitted).sum())} tails not fitted, {int(self.dead.sum())} dead)"
-        )
+        what = "mean and deviation only"
+        if self.threshold is not None:
+            what = f"{self.n} images, level {self.level}, {int((~self.fitted).sum())} tails not fitted"
+        return f"Reference({len(self)} units, {what}, {int(self.dead.sum())} dead)"
 
     @property
     def dead(self) -> Tensor:
@@ -190,23 +207,21 @@ class Reference:
 
     def _tail(self, profiles: Tensor, tail: str, above_threshold: Callable[..., Tensor]) -> Tensor:
         if self.threshold is None:
-            raise ValueError(
-                "this reference has no tail, only mean and deviation: rank by 'zscore', or fit one with Reference.fit"
-            )
+            raise ValueError("this reference has no tail, only mean and deviation: rank by 'zscore', or fit one")
         if tail not in ("gpd", "exponential"):
             raise ValueError(f"unknown tail {tail!r}: expected 'gpd' or 'exponential'")
         s = self._prepare(profiles)
-        here = self.to(s.device)
-        excess = s - here.threshold
-        use = here.fitted if tail == "gpd" else torch.zeros_like(here.fitted)
-        scale = torch.where(use, here.scale, here.mean_excess)  # where a fit was not possible the tail is exponential
-        scale = torch.where(scale > 0, scale, here.std)  # nothing lay above the threshold
-        xi, scale = torch.where(use, here.xi, 0.0), torch.where(here.dead, 1.0, scale)
-        mass = here.n_excess.clamp(min=1).double() / self.n
-        above = above_threshold(excess.clamp(min=0), xi, scale, mass)
+        here = {name: tensor.to(s.device) for name, tensor in self._tensors().items()}
+        excess, dead = s - here["threshold"], self.dead.to(s.device)
+        use = here["fitted"] if tail == "gpd" else torch.zeros_like(here["fitted"])
+        # Where a fit was not possible the tail is exponential, and where nothing lay above the threshold like the rest.
+        scale = torch.where(use, here["scale"], here["mean_excess"])
+        scale = torch.where(dead, 1.0, torch.where(scale > 0, scale, here["std"]))
+        mass = here["n_excess"].clamp(min=1).double() / self.n
+        above = above_threshold(excess.clamp(min=0), torch.where(use, here["xi"], 0.0), scale, mass)
         # For many n the share above the threshold is not exactly 1 - level: below, no probability is less than it.
         below = self._log_empirical(s).maximum(mass.log())
-        return torch.where(excess > 0, above, below).masked_fill(here.dead, 0)
+        return torch.where(excess > 0, above, below).masked_fill(dead, 0)
 
     def _log_empirical(self, s: Tensor) -> Tensor:
         """Log P(S >= s) below the threshold, linear between the kept quantiles; 0 at and below the smallest."""
@@ -215,61 +230,54 @@ class Reference:
         right = torch.searchsorted(grid, values).clamp(1, grid.shape[1] - 1)  # first quantile at or above s
         low, high = grid.gather(1, right - 1), grid.gather(1, right)
         part = ((values - low) / torch.where(high > low, high - low, 1.0)).clamp(0, 1)
-        step = self.level / (grid.shape[1] - 1)
-        return torch.log1p(-step * (right - 1 + part)).T
+        return torch.log1p(-self.level / (grid.shape[1] - 1) * (right - 1 + part)).T
 
     def _prepare(self, profiles: Tensor) -> Tensor:
         if profiles.ndim != 2 or profiles.shape[1] != len(self):
-            raise ValueError(
-                f"profiles of shape {tuple(profiles.shape)} do not fit this reference of {len(self)} units: "
-                f"expected (B, {len(self)}); were they made with the same units?"
-            )
+            what = f"profiles of shape {tuple(profiles.shape)} do not fit this reference of {len(self)} units"
+            raise ValueError(f"{what}: expected (B, {len(self)}); were they made with the same units?")
         if not profiles.is_floating_point():
             raise ValueError(f"profiles are {profiles.dtype}: expected floating-point saliencies")
         s = profiles.double()
         return s / _positive(s.mean(dim=1, keepdim=True)) if self.scale_free else s
 
-    def check(self, units: Units, **about: str) -> Reference:
+    def check(self, units: Units, **provenance: Any) -> Reference:
         """Refuse units, a model, data or a loss other than what this reference was fitted with; returns itself.
 
         What the reference has no record of is not compared (published statistics record nothing).
 
+        Parameters
+        ----------
+        units : Units
+        **provenance
+            Compared as text with what is recorded: ``model`` (itself, or its fingerprint), ``loss`` (by name, or the
+            function), ``signed``, ``data``, ``preprocessing`` and whatever else there is. The version of pss always is.
+
         Raises
         ------
         ValueError
-            Naming every fingerprint that differs.
+            Naming every entry that differs.
         """
         if len(units) != len(self):
             raise ValueError(f"the reference has {len(self)} units, the model {len(units)}: fit one for this model")
-        if self.fisher is not None and (lacks := {layer.parameter for layer in units.layers} - set(self.fisher)):
-            raise ValueError(f"the reference's Fisher information lacks {sorted(lacks)[0]!r}: fit one for these units")
-        given = {"units": units.fingerprint, **about}
-        other = {k: (self.about[k], v) for k, v in given.items() if k in self.about and str(self.about[k]) != str(v)}
-        if other:
-            what = "; ".join(f"{k}: reference {a}, given {b}" for k, (a, b) in other.items())
+        given = {"units": units.fingerprint, "pss": pss.__version__, **provenance}
+        given = {key: value for key, value in given.items() if key in self.provenance}
+        if isinstance(model := given.get("model"), nn.Module):
+            given["model"] = fingerprint(model)
+        if "loss" in given:
+            given["loss"] = loss_name(given["loss"])
+        differ = [key for key, value in given.items() if str(value) != str(self.provenance[key])]
+        if differ:
+            what = "; ".join(f"{key}: reference {self.provenance[key]}, given {given[key]}" for key in differ)
             raise ValueError(f"the reference was fitted with something else ({what}): fit one for this use")
         return self
 
-    def check_for(self, model: nn.Module, units: Units, loss: str | Loss, signed: bool = False) -> Reference:
-        """Refuse a model, units, loss, sign or version of pss other than this was fitted with; as `check`."""
-        given = {
-            "model": lambda: fingerprint(model),
-            "loss": lambda: name_of(loss),
-            "signed": lambda: bool(signed),
-            "pss": lambda: pss.__version__,
-        }
-        return self.check(units, **{key: value() for key, value in given.items() if key in self.about})
-
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        tensors |= {f"{_FISHER}{name}": tensor for name, tensor in (self.fisher or {}).items()}
-        plain = {"n": self.n, "level": self.level, "scale_free": self.scale_free, "about": self.about}
-        content = pack(tensors, "pss", plain)
-        write_whole(Path(path), content)
+        write_whole(Path(path), pack(self._tensors(), "pss", {name: getattr(self, name) for name in _PLAIN}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, units: Units | None = None, **about: str) -> Reference:
+    def load(cls, path: str | os.PathLike, units: Units | None = None, **provenance: Any) -> Reference:
         """Read a reference of ours, or the published ``ImageNet_val_saliency_stat_<model>_filter_wise.pth``.
 
         The published files hold mean and deviation only, from a run over ImageNet's validation set; they may predate a
@@ -280,80 +288,39 @@ class Reference:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is damaged, holds no such statistics, or `check` with ``units`` and ``about`` says that they are
-            of something else.
+            If the file is damaged, holds no such statistics, or `check` with ``units`` and ``provenance`` says that
+            they are of something else.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no reference at {path}: make one with Reference.fit and save it there")
-        published = path.suffix in (".pth", ".pt")
-        tensors, plain = _read_published(path) if published else _read_own(path)
-        held = {key.removeprefix(_FISHER): tensors.pop(key) for key in list(tensors) if key.startswith(_FISHER)}
-        wrong = _what_is_wrong(tensors, plain)
-        if wrong:
-            raise ValueError(f"{path.name} holds no reference that can be used: {wrong}")
-        if published:
-            tensors = {key: tensor.double() for key, tensor in tensors.items()}
-        reference = cls(**tensors, **plain, fisher=_whole(held or None))
-        return reference if units is None else reference.check(units, **about)
-
-    def to(self, device: torch.device | str) -> Reference:
-        """Copy on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        held = self.fisher and {name: tensor.to(device) for name, tensor in self.fisher.items()}
-        return replace(self, fisher=held, **{key: tensor.to(device) for key, tensor in moved.items()})
+        values = _read_published(path) if path.suffix in (".pth", ".pt") else _read_own(path)
+        try:
+            reference = cls(**values)
+        except (TypeError, ValueError) as error:  # the first of names that it lacks, or has too many
+            raise ValueError(f"{path.name} holds no reference that can be used: {error}") from error
+        return reference if units is None else reference.check(units, **provenance)
 
 
-def _whole(fisher: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Fisher information that is one: mean squares, finite."""
-    for name, tensor in (fisher or {}).items():
-        if not (tensor.isfinite() & (tensor >= 0)).all():
-            raise ValueError(f"the Fisher information of {name!r} is negative or not finite: it is a mean of squares")
-    return None if fisher is None else dict(fisher)
-
-
-def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean and deviation of the first paper's files, and the plain values that they lack."""
+def _read_published(path: Path) -> dict[str, Any]:
+    """Mean and deviation of the first paper's files."""
     held = load_tensors(path)
     if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
         raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
-    about = {"source": path.name}
-    return {key: held[key] for key in ("mean", "std")}, {"n": 0, "level": 0.9, "scale_free": False, "about": about}
+    statistics = {key: held[key].double() if isinstance(held[key], Tensor) else held[key] for key in ("mean", "std")}
+    return {**statistics, "provenance": {"source": path.name}}
 
 
-def _read_own(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and plain values as `Reference.save` wrote them."""
+def _read_own(path: Path) -> dict[str, Any]:
+    """What `Reference.save` wrote."""
     tensors, plain = unpack(path, "pss")
-    if plain is None:
-        raise ValueError(f"{path.name} is no reference of pss: its header has no 'pss' entry")
-    if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["about"], dict):
+    if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["provenance"], dict):
         raise ValueError(f"{path.name} is no reference of pss: expected {', '.join(_PLAIN)} in its header")
-    return tensors, plain
+    return tensors | plain
 
 
-def _what_is_wrong(tensors: dict[str, Any], plain: dict[str, Any]) -> str:
-    """Say what keeps these from being a reference; empty where nothing does."""
-    known = {f.name for f in fields(Reference)} - {*_PLAIN, "fisher"}
-    needed = {"mean", "std", *_TAIL} if len(tensors) > 2 else {"mean", "std"}
-    if not needed <= set(tensors) <= known:
-        return f"it lacks {sorted(needed - set(tensors))} and has {sorted(set(tensors) - known)} too much"
-    mean = tensors["mean"]
-    count = mean.numel() if isinstance(mean, Tensor) else np.size(mean)
-    for key, tensor in tensors.items():
-        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
-        if shape is None or shape[:1] != (count,) or len(shape) != (2 if key == "quantiles" else 1):
-            found = type(tensor).__name__ if shape is None else shape
-            return f"{key!r} is {found}, expected one number for each of {count} units"
-    for key in {"mean", "std", "threshold", "quantiles", "mean_excess"} & set(tensors):
-        if not tensors[key].isfinite().all():
-            return f"{key!r} is not finite for {int((~tensors[key].isfinite()).sum())} units"
-    if "fitted" in tensors and (tensors["fitted"].dtype != torch.bool or not plain["n"] >= MIN_IMAGES):
-        return f"'fitted' is {tensors['fitted'].dtype}, n = {plain['n']}; expected torch.bool, and n >= {MIN_IMAGES}"
-    return ""
-
-
-def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Statistics of a block of units, (N, b) to arrays of length b."""
+def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> list[np.ndarray]:
+    """Statistics of a block of units, (N, b) to arrays of length b, in the order of their names above."""
     if not np.isfinite(block).all():
         bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
         raise ValueError(f"profiles of images {bad[:10].tolist()} are not finite: leave them out or mend them")
@@ -372,45 +339,14 @@ def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> dic
     excess[excess <= 0] = np.nan
     fit = evt.fit_gpd(torch.from_numpy(excess))
     n_excess = np.isfinite(excess).sum(axis=1)
-    return {
-        "mean": mean,
-        "std": std,
-        "threshold": threshold,
-        "quantiles": np.ascontiguousarray(quantiles),
-        "n_excess": n_excess,
-        "mean_excess": np.nansum(excess, axis=1) / np.maximum(n_excess, 1),
-        "xi": fit.xi.numpy(),
-        "scale": fit.scale.numpy(),
-        "se_xi": fit.se_xi.numpy(),
-        "se_scale": fit.se_scale.numpy(),
-        "fitted": fit.fitted.numpy(),
-    }
-
-
-def _map_blocks(profiles: Any, max_bytes: int, level: float, sizes: np.ndarray | None) -> list[dict[str, np.ndarray]]:
-    """Apply `_fit_block` to every block of columns; a dask array computes them on its own scheduler."""
-    if hasattr(profiles, "dask"):
-        import dask
-
-        width = max(1, math.floor(max_bytes / (len(profiles) * profiles.dtype.itemsize)))
-        columns = profiles.rechunk({0: -1, 1: width}).to_delayed()[0]
-        return list(dask.compute(*[dask.delayed(_fit_block)(c, level, sizes) for c in columns]))
-    return [_fit_block(block, level, sizes) for _, block in blocks(profiles, max_bytes)]
-
-
-def _row_means(profiles: Any, max_bytes: int) -> np.ndarray:
-    """Mean over units of every profile, shape (N,): what `scale_free` divides by."""
-    if hasattr(profiles, "dask"):
-        return _positive(np.asarray(profiles.astype(np.float64).mean(axis=1)))
-    total = sum(block.sum(axis=1, dtype=np.float64) for _, block in blocks(profiles, max_bytes))
-    return _positive(total / profiles.shape[1])
+    mean_excess = np.nansum(excess, axis=1) / np.maximum(n_excess, 1)
+    of_tail = [getattr(fit, name).numpy() for name in ("fitted", *_GPD)]
+    return [mean, std, threshold, np.ascontiguousarray(quantiles), n_excess, mean_excess, *of_tail]
 
 
 def _positive(size: Any) -> Any:
     """An image whose gradient vanishes altogether keeps its zeros; means of signed gradients are no size."""
     if (size < 0).any():
-        raise ValueError(
-            "scale_free divides each profile by its mean over units, which is negative for some image: take profiles "
-            "of absolute gradients, signed=False"
-        )
+        what = "scale_free divides each profile by its mean over units, which is negative for some image"
+        raise ValueError(f"{what}: take profiles of absolute gradients, signed=False")
     return size + (size == 0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pss.engine.recorder import Options
 from pss.engine.strategies import Part, Task, compute, known_of, ready, whole_gradients
 from pss.engine.verification import verified
+from pss.storage.fingerprints import name_of
 from pss.units import UnitGroup, Units, check_model
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -63,6 +64,11 @@ def get_loss(loss: str | Loss) -> Loss:
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: expected one of {sorted(LOSSES)} or a callable (outputs, labels)")
     return LOSSES[loss]
+
+
+def loss_name(loss: str | Loss) -> str:
+    """What records call a loss: one of `LOSSES` by its short name, also if the function itself is given."""
+    return next((name for name, function in LOSSES.items() if function is loss), None) or name_of(loss)
 
 
 def parameter_saliency(
@@ -350,7 +356,8 @@ def check_labels(labels: Tensor, outputs: Tensor) -> None:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"outputs are {shape}: expected logits (B, C) with C >= 2, or give a loss (outputs, labels) -> (B,)"
+            f"outputs are {shape}: expected logits (B, C) with C >= 2; have them made by pss.models.logits_of(model, "
+            "select), or for a profile give a loss (outputs, labels) -> (B,)"
         )
     if labels.dtype != torch.int64 or labels.dim() != 1:
         raise ValueError(

@@ -13,17 +13,23 @@ A pruned head of values, for one, still adds its bias.
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+
+from pss.engine.attention import count_heads, heads_of, is_conv1d
+from pss.storage.digests import digest
+
+log = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -32,7 +38,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Some units of equal shape in one parameter: unit ``j`` is ``rows`` slices of it from ``offset + j * rows`` on.
+    """Some units of equal shape in one parameter: unit ``j`` is ``rows`` slices of it from ``offset + j * stride`` on.
 
     Attributes
     ----------
@@ -48,6 +54,8 @@ class UnitGroup:
         Slices per unit: 1 for filters and linear rows, the head size for heads.
     offset : int
         First slice of the first unit.
+    stride : int
+        Slices from one unit to the next: by default ``rows``, more where other units lie between.
     label : str
         What the units are, as ``filter``, ``row``, ``q``, ``k``, ``v``.
     groups : int
@@ -60,8 +68,12 @@ class UnitGroup:
     dim: int = 0
     rows: int = 1
     offset: int = 0
+    stride: int = 0
     label: str = "filter"
     groups: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "stride", self.stride or self.rows)
 
     @property
     def name(self) -> str:
@@ -83,9 +95,17 @@ class UnitGroup:
             whole[0] = slice(group * inputs, (group + 1) * inputs)
             whole[1] = slice(channel, channel + 1)
         else:
-            start = self.offset + j * self.rows
-            whole[self.dim] = slice(start, start + self.rows)
+            whole[self.dim] = slice(self.first(j), self.first(j) + self.rows)
         return tuple(whole)
+
+    def first(self, j: int) -> int:
+        """First slice of unit ``j`` along ``dim``."""
+        return self.offset + j * self.stride
+
+    @property
+    def slices(self) -> np.ndarray:
+        """Slices of every unit along ``dim``, shape (count, rows)."""
+        return self.first(np.arange(self.count))[:, None] + np.arange(self.rows)
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the parameters of each unit: ``(B, *shape)`` to ``(B, count)``."""
@@ -93,8 +113,8 @@ class UnitGroup:
             batch, (inputs, outputs) = len(values), self.shape[:2]
             grouped = values.reshape(batch, self.groups, inputs // self.groups, outputs, -1)
             return grouped.mean(dim=(2, 4)).reshape(batch, self.count)
-        values = values.movedim(self.dim + 1, 1)[:, self.offset : self.offset + self.count * self.rows]
-        return values.reshape(len(values), self.count, -1).mean(dim=2)
+        units = values.movedim(self.dim + 1, 1)[:, self.offset :].unfold(1, self.rows, self.stride)
+        return units[:, : self.count].flatten(2).mean(dim=2)
 
 
 class Units:
@@ -124,7 +144,7 @@ class Units:
         kind : {"filters", "rows", "heads", "all"} or callable
             ``filters``: output channels of every convolution (grouped, depthwise and transposed too);
             ``rows``: rows (output features) of every linear layer; ``heads``: the q, k and v heads of every attention
-            layer; ``all``: filters and rows. A callable takes the model and yields `Layer`.
+            layer; ``all``: filters and rows. A callable takes the model and yields `UnitGroup`.
 
         Returns
         -------
@@ -133,13 +153,16 @@ class Units:
         Raises
         ------
         ValueError
-            If the kind is unknown, or the model has no unit of that kind.
+            If the kind is unknown, the model has no unit of that kind, or weights that cannot be edited: scripted,
+            quantized, or computed from other parameters.
         """
         check_model(model)
         if callable(kind):
             layers, kind = list(kind(model)), "own"
         elif kind in _KINDS:
-            layers = list(_KINDS[kind](model))
+            _refuse_hidden_weights(model)
+            once = {name for name, _ in model.named_parameters()}  # a weight of several names has only the first here
+            layers = [layer for layer in _KINDS[kind](model) if layer.parameter in once]
         else:
             raise ValueError(f"unknown kind of unit {kind!r}: expected one of {sorted(_KINDS)} or a callable")
         if not layers:
@@ -152,7 +175,7 @@ class Units:
                     f"(there it is {shapes.get(layer.parameter)})"
                 )
             there = layer.shape[1] * layer.groups if layer.groups > 1 else layer.shape[layer.dim]
-            if layer.offset < 0 or layer.offset + layer.count * layer.rows > there:
+            if layer.offset < 0 or layer.slices.max(initial=0) >= there:
                 raise ValueError(
                     f"{layer.parameter!r} is listed with {layer.count} units of {layer.rows} slices from "
                     f"{layer.offset} on, but has {there} slices along dimension {layer.dim}"
@@ -167,7 +190,7 @@ class Units:
         return f"Units({len(self)} {self.kind} in {len(self.layers)} layers, stages {', '.join(self.stages)})"
 
     def locate(self, unit: int) -> tuple[int, int]:
-        """UnitGroup number and index within the layer of a unit id."""
+        """Layer number and index within the layer of a unit id."""
         try:
             unit = operator.index(unit)
         except TypeError:
@@ -234,7 +257,7 @@ class Units:
     def fingerprint(self) -> str:
         """Hash of the units' structure (names, shapes, order): changes when the model's structure does."""
         text = repr([(layer, stage) for layer, stage in zip(self.layers, self.layer_stages, strict=True)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text)[:16]
 
     def reduce(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean over each unit: ``{parameter: (B, *shape)}`` to ``(B, U)``; the caller takes absolute values first."""
@@ -249,48 +272,38 @@ def check_model(model: nn.Module) -> None:
 
 def _refuse_overlap(layers: Sequence[UnitGroup]) -> None:
     """Two units that share parameters would be edited twice."""
-    taken: dict[str, list[UnitGroup]] = {}
+    taken: dict[str, tuple[int, set[int]]] = {}
     for layer in layers:
-        for other in taken.setdefault(layer.parameter, []):
-            first, second = sorted((layer, other), key=lambda x: x.offset)
-            if first.dim != second.dim or first.offset + first.count * first.rows > second.offset:
-                raise ValueError(f"units overlap: {layer.parameter} is listed twice for the same slices")
-        taken[layer.parameter].append(layer)
+        own = set(layer.slices.flat)
+        dim, others = taken.setdefault(layer.parameter, (layer.dim, set()))
+        if dim != layer.dim or others & own or len(own) < layer.count * layer.rows:
+            raise ValueError(f"units overlap: {layer.parameter} is listed twice for the same slices")
+        others |= own
+
+
+def _refuse_hidden_weights(model: nn.Module) -> None:
+    """Refuse a model whose layers hold their weights where neither gradients nor edits come."""
+    for name, module in model.named_modules():
+        name = name or type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise ValueError(f"{name} is scripted or traced: give the model as it was before torch.jit")
+        if "quantized" in type(module).__module__.split(".") and callable(getattr(module, "weight", None)):
+            raise ValueError(f"{name} is quantized, and has no gradients: give the model as it was before")
 
 
 def _filters(model: nn.Module) -> Iterable[UnitGroup]:
-    for name, module in _modules(model, _CONVOLUTIONS + _TRANSPOSED):
-        shape, groups = tuple(module.weight.shape), module.groups
+    for name, module, weight in _weights(model, _is_convolution):
+        shape, groups = tuple(weight.shape), module.groups
         if isinstance(module, _TRANSPOSED):  # weight: (in, out / groups, …)
-            yield UnitGroup(f"{name}weight", shape, shape[1] * groups, dim=1, groups=groups)
+            yield UnitGroup(name, shape, shape[1] * groups, dim=1, groups=groups)
         else:
-            yield UnitGroup(f"{name}weight", shape, shape[0])
+            yield UnitGroup(name, shape, shape[0])
 
 
 def _rows(model: nn.Module) -> Iterable[UnitGroup]:
-    for name, module in _modules(model, (nn.Linear,)):
-        yield UnitGroup(f"{name}weight", tuple(module.weight.shape), module.out_features, label="row")
-
-
-def _heads(model: nn.Module) -> Iterable[UnitGroup]:
-    """Heads of ``nn.MultiheadAttention``, and of any module with ``num_heads`` and one linear layer ``qkv``.
-
-    The latter is as timm and torchvision's Swin have it: all rows of q, then all of k, then all of v, head by head.
-    """
-    for name, module in _modules(model, (nn.Module,)):
-        parts, heads = {}, getattr(module, "num_heads", None)
-        if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is None:  # keys or values of another width: three weights
-                parts = {f"{name}{label}_proj_weight": label for label in "qkv"}
-            else:
-                parts = {f"{name}in_proj_weight": "qkv"}
-        elif isinstance(getattr(module, "qkv", None), nn.Linear) and heads is not None:
-            parts = {f"{name}qkv.weight": "qkv"}
-        for parameter, labels in parts.items():
-            shape = tuple(model.get_parameter(parameter).shape)
-            width = shape[0] // len(labels)
-            for part, label in enumerate(labels):
-                yield UnitGroup(parameter, shape, heads, rows=width // heads, offset=part * width, label=label)
+    for name, module, weight in _weights(model, _is_linear):
+        dim = int(is_conv1d(module))
+        yield UnitGroup(name, tuple(weight.shape), weight.shape[dim], dim=dim, label="row")
 
 
 def _all(model: nn.Module) -> Iterable[UnitGroup]:
@@ -298,35 +311,68 @@ def _all(model: nn.Module) -> Iterable[UnitGroup]:
     return sorted([*_filters(model), *_rows(model)], key=lambda layer: order[layer.parameter])
 
 
+def _weights(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Name of the weight, module and weight of every wanted module."""
+    for prefix, module in model.named_modules():
+        if not wanted(module):
+            continue
+        name = f"{prefix}.weight" if prefix else "weight"
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # module.weight may compute, and change it
+        if weight is None:
+            how = next((how for mark, how in _REMOVALS.items() if hasattr(module, mark)), "")
+            advice = f"make it one by torch.nn.utils.{how} on a copy in evaluation mode, or " if how else ""
+            raise ValueError(f"{name} is no parameter, it is computed from others: {advice}give units of your own")
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise ValueError(f"{name} is quantized to {weight.dtype}: give the model as it was before, with floats")
+        yield name, module, weight
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _CONVOLUTIONS + _TRANSPOSED)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _heads(model: nn.Module) -> Iterable[UnitGroup]:
+    """Heads of every attention module; the log says which are left out, because their layout is not known."""
+    prefixes = {f"{name}." if name else "": module for name, module in model.named_modules()}
+    listed, unknown = {}, {}
+    for prefix, module in prefixes.items():
+        try:
+            if layers := [UnitGroup(prefix + name, *place) for name, *place in heads_of(module)]:
+                listed[prefix] = layers
+        except ValueError as error:
+            unknown[prefix] = str(error)
+    seen = [*listed, *unknown]
+    for prefix, module in prefixes.items():
+        if count_heads(module) and not any(prefix.startswith(s) or s.startswith(prefix) for s in seen):
+            unknown[prefix] = "it has heads, but no queries, keys and values by a name that is known"
+    if unknown:
+        reasons = [f"{prefix.rstrip('.') or type(model).__name__}: {reason}" for prefix, reason in unknown.items()]
+        said = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+        if not listed:
+            raise ValueError(f"the heads of {type(model).__name__} are not known; {said}")
+        log.warning("heads left out of %s; %s", type(model).__name__, said)
+    return chain.from_iterable(listed.values())
+
+
 _KINDS = {"filters": _filters, "rows": _rows, "heads": _heads, "all": _all}
-
-
-def _modules(model: nn.Module, types: tuple[type, ...]) -> Iterable[tuple[str, nn.Module]]:
-    """Modules of the types that own a parameter, each parameter once, with the prefix of their parameters' names."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, types) and (weight is None or id(weight) not in seen):
-            seen.add(id(weight))
-            yield (f"{name}." if name else ""), module
-
-
-_CONTAINERS = {
-    "features",
-    "encoder",
-    "layers",
-    "blocks",
-    "model",
-    "module",
-    "backbone",
-    "trunk",
-    "stages",
-    "net",
+_REMOVALS = {  # an attribute that a computed weight leaves on its module, and the function that makes it a parameter
+    "parametrizations": "parametrize.remove_parametrizations(module, 'weight')",
+    "weight_g": "remove_weight_norm(module)",
+    "weight_mask": "prune.remove(module, 'weight')",
+    "weight_orig": "remove_spectral_norm(module)",
 }
+
+
+_CONTAINER = r"_?(?:features|encoder|layers?|blocks?|h|model|module|backbone|transformer|trunk|stages|net)"
+_NUMBERED = re.compile(rf"(?:.*?\.)??{_CONTAINER}\.\d+(?=\.)")
 _RESNET = re.compile(r"(?:^|\.)layer(\d+)\.")
-_DENSENET = re.compile(r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)")
-_INCEPTION = re.compile(r"(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits)")
-_TRANSFORMER = re.compile(r"(?:^|[._])(encoder_layer_\d+|blocks\.\d+)\.")
+_NAMED_STAGE = re.compile(  # of DenseNet, Inception and torchvision's transformers
+    r"features\.(denseblock\d+|transition\d+|conv0|norm\d+)|(?:^|\.)(Conv2d_\d|Mixed_\d|AuxLogits|encoder_layer_\d+)"
+)
 
 
 def stage_names(model: nn.Module) -> Callable[[str], str]:
@@ -334,8 +380,8 @@ def stage_names(model: nn.Module) -> Callable[[str], str]:
 
     ResNets have the papers' names (``conv1``, ``conv2_x`` … ``conv5_x``), from the names of their parameters and never
     from constants; DenseNet, Inception, transformers and EfficientNet-Lite their blocks; VGG's convolutions are
-    numbered by the pooling layers before them. Anything else: the first component of the name that is not a mere
-    container.
+    numbered by the pooling layers before them. Anything else: up to the first number in a container, as
+    ``encoder.layer.3``, or the first component of the name that is not a mere container.
     """
     pools: dict[str, int] = {}
     features = getattr(model, "features", None)
@@ -350,15 +396,16 @@ def stage_names(model: nn.Module) -> Callable[[str], str]:
         if is_resnet:
             found = _RESNET.search(parameter)
             return f"conv{int(found[1]) + 1}_x" if found else parameter.split(".")[-2 if "." in parameter else 0]
-        for pattern in (_DENSENET, _INCEPTION, _TRANSFORMER):
-            if found := pattern.search(parameter):
-                return found[1]
+        if found := _NAMED_STAGE.search(parameter):
+            return found[1] or found[2]
         parts = parameter.split(".")
         if (prefix := ".".join(parts[:2])) in pools:
             return f"conv{pools[prefix]}"
+        if numbered := _NUMBERED.match(parameter):
+            return numbered[0].lstrip("_")  # a plot would leave out what begins with one
         for depth, part in enumerate(parts[:-1]):
-            if part not in _CONTAINERS:
-                return ".".join(parts[: depth + 1]).lstrip("_")  # a plot would leave out what begins with one
+            if not re.fullmatch(_CONTAINER, part):
+                return ".".join(parts[: depth + 1]).lstrip("_")
         return parts[0]
 
     return stage

@@ -22,7 +22,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_profiles import make_data, make_model
 
-from pss.apps import execution
+from pss.apps.execution import write_figures
 from pss.apps.sweep import Run, Sweep
 from pss.data import builtin
 from pss.fisher import fisher_diagonal
@@ -67,13 +67,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _write_store(folder: Path, version: int) -> None:
-    again = (folder / "store" / "manifest.json").exists()  # a cut-off pass goes on, another version replaces it
     options = {"batch_size": 9, "progress": False, "data_name": f"data {version}"}
     arguments = (make_model(), make_data(seed=version), None, folder / "store")
     try:
-        profile_dataset(*arguments, **options)
-    except ValueError:
-        if not again:
+        profile_dataset(*arguments, **options)  # goes on where a pass was cut off
+    except ValueError as error:
+        if "made of something else" not in str(error):
             raise
         profile_dataset(*arguments, rebuild=True, **options)
 
@@ -90,7 +89,7 @@ def saliencies(version: int) -> np.ndarray:
 
 
 def _write_reference(folder: Path, version: int) -> None:
-    Reference.fit(saliencies(version), about={"model": f"model {version}"}).save(folder / "reference.safetensors")
+    Reference.fit(saliencies(version), provenance={"model": f"model {version}"}).save(folder / "reference.safetensors")
 
 
 def _read_reference(folder: Path) -> dict:
@@ -198,13 +197,14 @@ KINDS = [
 
 
 def _write_sweep(folder: Path, version: int) -> None:
-    runs = [Run({"k": k}, f"{k:012d}", folder / "sweep" / f"k={k}-{k:012d}", {"k": k}) for k in range(3)]
+    places = [folder / "sweep" / f"k={k}-{k:012d}" for k in range(3)]
+    runs = [Run(Path("06_repair.ipynb"), p, {"k": k}, {"k": k}, f"{k:012d}") for k, p in enumerate(places)]
     for run in runs[: 2 + version]:
         run.folder.mkdir(parents=True, exist_ok=True)
         plain = {"key": run.key, "status": "finished", "seconds": 1.5, "error": "", "source": "x", "pss": "x"}
         record = plain | {"parameters": run.parameters, "results": {"accuracy": run.parameters["k"] + version}}
         write_whole(run.folder / "run.json", json.dumps(record))
-    Sweep(Path("06_repair.ipynb"), folder / "sweep", tuple(runs[: 2 + version])).write_summary()
+    Sweep("06_repair", folder / "sweep", tuple(runs[: 2 + version])).write_summary()
 
 
 def _write_figures(folder: Path, version: int) -> None:
@@ -213,14 +213,14 @@ def _write_figures(folder: Path, version: int) -> None:
     outputs = [new_output("display_data", {"image/png": picture}) for picture in pictures]
     book = new_notebook(cells=[new_code_cell("plot()", outputs=outputs, id="plot")])
     write_whole(folder / "executed.ipynb", nbformat.writes(book))
-    execution._write_figures(folder / "executed.ipynb")
+    write_figures(folder / "executed.ipynb")
 
 
 def _read_files(folder: Path) -> dict:
     return {name: content.hex() for name, content in contents(folder).items()}
 
 
-FIGURES = ("executed.ipynb", "executed/01.png", "executed/02.png")
+FIGURES = ("executed.ipynb", "figures/01.png", "figures/02.png")
 SHOWN = [
     Kind("sweep", ("sweep/summary.csv", "sweep/index.html"), _write_sweep, _read_files),
     Kind("figures", FIGURES, _write_figures, _read_files),

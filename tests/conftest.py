@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from served import chromium
@@ -41,11 +42,21 @@ def generator() -> torch.Generator:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What the tests counted: `record_property("count kills", 3)` adds three kills."""
+    """What the tests counted, and the table whose rows they gave.
+
+    `record_property("count kills", 3)` adds three kills, `record_property("table row", {"name": "a"})` a row.
+    """
     passed = {report.nodeid for report in terminalreporter.stats.get("passed", [])}
     counts = Counter()
-    for report in terminalreporter.stats.get("", []):  # of setup and teardown, the last of which has every property
-        if report.when == "teardown" and report.nodeid in passed:
+    teardowns = [report for report in terminalreporter.stats.get("", []) if report.when == "teardown"]
+    rows = [value for report in teardowns for name, value in report.user_properties if name == "table row"]
+    if rows:
+        table = pd.DataFrame(rows)
+        terminalreporter.write_line(table.to_string(index=False, na_rep="", float_format="{:.2f}".format))
+        for name in table.select_dtypes("float"):
+            terminalreporter.write_line(f"median of {name!r}: {table[name].median():.2f}")
+    for report in teardowns:  # these have every property
+        if report.nodeid in passed:
             for name, number in report.user_properties:
                 if name.startswith("count "):
                     counts[name.removeprefix("count ")] += number

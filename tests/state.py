@@ -46,7 +46,7 @@ def state_of(model: nn.Module) -> dict:
 
 
 def state_of_process() -> dict:
-    """Random generators, threads, gradient modes, function modes, deterministic and default settings."""
+    """Random generators, threads, gradient and function modes, attention kernels, default settings."""
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "numpy": str(np.random.get_state(legacy=False)),  # noqa: NPY002
@@ -56,6 +56,7 @@ def state_of_process() -> dict:
         "function modes": list(map(id, _get_current_function_mode_stack())),
         "dispatch modes": list(map(id, _get_current_dispatch_mode_stack())),
         "saved tensors hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
+        "attention": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
         "settings": (torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(), np.geterr()),
     }
 

@@ -27,9 +27,9 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import pss
-from pss import data, evt, input_space, neighbors, patches, profiles
+from pss import data, evt, patches, plots, profiles, statistics
 from pss import editing as repair
-from pss.apps import batch, execution
+from pss.apps import execution, parameters, sweep
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
@@ -255,7 +255,7 @@ CASES = {
     "no images": (lambda w: saliency(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"images are \(0, 3, 8, 8\): .*B >= 1"),
     "images without pixels": (lambda w: saliency(w, images=w.x[:, :, :0]), ValueError, r"images are \(6, 3, 0, 8\): expected"),
     # --- models, losses, units
-    "model that gives a tuple": (lambda w: saliency(w, model=Answers(w.model, lambda z: (z, z)), units=None), ValueError, r"outputs are tuple: expected logits \(B, C\).*or give a loss"),
+    "model that gives a tuple": (lambda w: saliency(w, model=Answers(w.model, lambda z: (z, z)), units=None), ValueError, r"outputs are tuple: expected logits \(B, C\).*a loss"),
     "model that gives a dictionary": (lambda w: saliency(w, model=Answers(w.model, lambda z: {"logits": z}), units=None), ValueError, r"outputs are dict: expected logits"),
     "model that gives one number": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, 0]), units=None), ValueError, r"outputs are \(6,\): expected logits \(B, C\) with C >= 2"),
     "model that gives one class": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:, :1]), units=None), ValueError, r"outputs are \(6, 1\): expected logits \(B, C\) with C >= 2"),
@@ -280,14 +280,13 @@ CASES = {
     "profiles, batch of 0": (lambda w: dataset(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
     "profiles of an empty set": (lambda w: dataset(w, Items()), ValueError, r"the data set has no items"),
     "profiles of an endless set": (lambda w: dataset(w, Endless()), ValueError, r"no length.*expected a map-style data set"),
-    "profiles, model elsewhere": (lambda w: dataset(w, device="cuda"), ValueError, r"the model is on cpu, but device is cuda: move it first"),
-    "profiles, model without parameters": (lambda w: dataset(w, model=nn.ReLU()), ValueError, r"ReLU has no parameters"),
+    "profiles, model without parameters": (lambda w: dataset(w, model=nn.ReLU()), ValueError, r"the units are not of this model"),
     "profiles, a lambda as the loss": (lambda w: dataset(w, loss=lambda z, y: z[:, 0]), ValueError, r"a lambda has no name.*write it as a function"),
     "profiles, units of another model": (lambda w: dataset(w, model=w.wide), ValueError, r"the units are not of this model"),
     "profiles into a folder in use": (lambda w: dataset(w, path="taken"), FileExistsError, r"taken holds other files \(letter.txt"),
     "profiles of another model": (lambda w: dataset(w, path="store", model=w.other), ValueError, r"made of something else:\n  model: stored .*\ngive another path, or rebuild"),
     "profiles of another loss": (lambda w: dataset(w, path="store", loss="logit"), ValueError, r"loss: stored 'cross_entropy', given 'logit'"),
-    "profiles of another set": (lambda w: dataset(w, TensorDataset(w.x, w.y), path="store"), ValueError, r"data: stored .*samples: stored 24, given 6"),
+    "profiles of another set": (lambda w: dataset(w, TensorDataset(w.x, w.y), path="store"), ValueError, r"samples: stored 24, given 6.*data: stored"),
     "profiles with another sign": (lambda w: dataset(w, path="store", signed=True), ValueError, r"signed: stored False, given True"),
     "no store": (lambda w: ProfileStore.open(w.tmp / "absent"), FileNotFoundError, r"absent holds no profiles: make them with profile_dataset"),
     "store that is a file": (lambda w: ProfileStore.open(w.tmp / "text.pth"), FileNotFoundError, r"text.pth holds no profiles"),
@@ -330,27 +329,29 @@ CASES = {
     "rank of a list": (lambda w: pss.rank(w.s.tolist(), w.plain), TypeError, r"profiles are a list: expected a tensor"),
     "rank by an unknown method": (lambda w: pss.rank(w.s, w.plain, "gradient"), ValueError, r"unknown method 'gradient': expected one of zscore"),
     "rank without a reference": (lambda w: pss.rank(w.s, None, "pot"), ValueError, r"method 'pot' needs a reference: pss.Reference.fit"),
-    "rank with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
-    "rank of raw with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain, "raw"), ValueError, r"profiles have 5 units, the reference 8: they are of different models"),
+    "rank with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain), ValueError, r"profiles have 5 units, the reference has 8: they are of different models"),
+    "rank of raw with another reference": (lambda w: pss.rank(w.s[:, :5], w.plain, "raw"), ValueError, r"profiles have 5 units, the reference has 8: they are of different models"),
     "rank without units": (lambda w: pss.rank(w.s, w.plain, "random_last_stage"), ValueError, r"method 'random_last_stage' needs units=: pass the Units"),
     "rank with other units": (lambda w: pss.rank(w.s, w.plain, "random_last_stage", units=Units.of(w.wide)), ValueError, r"profiles have 8 units, units= has 12: they are of different models"),
-    "rank in an unknown stage": (lambda w: pss.rank(w.s, None, "random_last_stage", 1, w.units, stage="conv9"), ValueError, r"unknown stage 'conv9': this model has one, two"),
-    "rank beyond the stage": (lambda w: pss.rank(w.s, None, "random_last_stage", 5, w.units), ValueError, r"k = 5 is more than the 4 units of stage two"),
+    "rank by a plain reference": (lambda w: pss.rank(w.s, w.plain, "scale_free_pot"), ValueError, r"needs a reference fitted with scale_free=True"),
+    "rank beyond the stage": (lambda w: pss.rank(w.s, None, "random_last_stage", 5, w.units), ValueError, r"k = 5 is more than the 4 units that 'random_last_stage' ranks"),
     "rank of NaN": (lambda w: pss.rank(with_(w.s, (1, 0), NAN), w.plain), ValueError, r"profiles \[1\] are not finite: leave them out"),
     "rank by an unfitted tail": (lambda w: pss.rank(w.s, Reference(torch.ones(8), torch.ones(8)), "pot"), ValueError, r"this reference has no tail, only mean and deviation: rank by 'zscore'"),
-    "significant at 0": (lambda w: pss.fdr_significant(-w.s, 0), ValueError, r"q = 0 is outside \(0, 1\): .*as 0\.05"),
-    "significant of NaN": (lambda w: pss.fdr_significant(w.s * NAN), ValueError, r"log_p has NaN entries: leave the images out"),
-    "significant of probabilities": (lambda w: pss.fdr_significant(w.s), ValueError, r"log_p has positive entries: expected logarithms"),
+    "significant at 0": (lambda w: pss.fdr_significant(-w.s, 40, 0), ValueError, r"q = 0 is outside \(0, 1\): .*as 0\.05"),
+    "significant of NaN": (lambda w: pss.fdr_significant(w.s * NAN, 40), ValueError, r"log_p has NaN entries: leave the images out"),
+    "significant of probabilities": (lambda w: pss.fdr_significant(w.s, 40), ValueError, r"log_p has positive entries: expected logarithms"),
+    "significant of no images": (lambda w: pss.fdr_significant(-w.s, 0), ValueError, r"n = 0 is outside .* the number of reference images"),
+    "significant at q for n": (lambda w: pss.fdr_significant(-w.s, 0.05), TypeError, r"n = 0\.05 is a float: expected an int"),
     "shares of unknown units": (lambda w: pss.stage_shares(torch.tensor([[8]]), w.units), ValueError, r"unit 8 is outside 0\.\.7"),
     "shares of one ranking": (lambda w: pss.stage_shares(torch.tensor([1, 2]), w.units), ValueError, r"ids have shape \(2,\): expected \(B, k\)"),
     # --- extreme values
     "fit with two excesses": (lambda w: evt.fit_gpd(w.s, 2), ValueError, r"min_excesses is 2; .*at least 3"),
     "fit of nothing": (lambda w: evt.fit_gpd(w.s[:0]), ValueError, r"shape \(0, 8\); expected \(rows, excesses\).*not empty"),
     "fit of a cube": (lambda w: evt.fit_gpd(w.s[None]), ValueError, r"shape \(1, 40, 8\); expected \(rows, excesses\)"),
-    "stability at level 1": (lambda w: evt.threshold_stability(w.s, [0.5, 1]), ValueError, r"level 1 is outside \(0, 1\)"),
-    "hill of too many": (lambda w: evt.hill(w.s, 8), ValueError, r"k is 8; expected 1\.\.7 for 8 values"),
-    "unknown distribution": (lambda w: evt.qq(w.s, "gumbel"), ValueError, r"dist is 'gumbel'; expected 'normal'"),
-    "calibration of nothing": (lambda w: evt.calibration(w.s * NAN), ValueError, r"log_p has no entry that is not NaN; expected"),
+    "stability at level 1": (lambda w: statistics.threshold_stability(w.s, [0.5, 1]), ValueError, r"level = 1 is outside \(0, 1\)"),
+    "hill of too many": (lambda w: statistics.hill(w.s, 8), ValueError, r"k is 8; expected 1\.\.7 for 8 values"),
+    "unknown distribution": (lambda w: statistics.qq(w.s, "gumbel"), ValueError, r"dist is 'gumbel'; expected 'normal'"),
+    "calibration of nothing": (lambda w: statistics.calibration(w.s * NAN), ValueError, r"log_p has no entry that is not NaN; expected"),
     # --- edits
     "edit of a unit beyond": (lambda w: edits(w, [8]), ValueError, r"unit 8 is outside 0\.\.7"),
     "edit of a negative unit": (lambda w: edits(w, [-1]), ValueError, r"unit -1 is outside 0\.\.7"),
@@ -387,11 +388,11 @@ CASES = {
     "side_effects in batches of 0": (lambda w: side_effects(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
     "side_effects of a NaN image": (lambda w: side_effects(w, images=w.x * NAN), ValueError, r"retain images \[0, 1, .*hold NaN"),
     "side_effects of other steps": (lambda w: side_effects(w, edit="finetune", steps=[[]]), ValueError, r"steps of 1 images for ids of 6"),
-    "summary at level 1": (lambda w: repair.summarize(w.curves, level=1), ValueError, r"level must be between 0 and 1, not 1"),
-    "summary of other columns": (lambda w: repair.summarize(w.curves.drop(columns="k")), ValueError, r"the curves have no column 'k': they have"),
-    "summary of doubles": (lambda w: repair.summarize(pd.concat([w.curves] * 2)), ValueError, r"two rows for .*name what tells them apart"),
-    "difference of unknown methods": (lambda w: repair.paired_difference(w.curves.assign(method="a"), "a", "b"), ValueError, r"no rows with method = 'b': there are \['a'\]"),
-    "difference without resamples": (lambda w: repair.paired_difference(w.curves.assign(method="a"), "a", "a", resamples=0), ValueError, r"resamples must be at least 1"),
+    "summary at level 1": (lambda w: pss.statistics.summarize(w.curves, level=1), ValueError, r"level = 1 is outside \(0, 1\)"),
+    "summary of other columns": (lambda w: pss.statistics.summarize(w.curves.drop(columns="k")), ValueError, r"the curves have no column 'k': they have"),
+    "summary of doubles": (lambda w: pss.statistics.summarize(pd.concat([w.curves] * 2)), ValueError, r"two rows for .*name what tells them apart"),
+    "difference of unknown methods": (lambda w: pss.statistics.paired_difference(w.curves.assign(method="a"), "a", "b"), ValueError, r"no rows with method = 'b': there are \['a'\]"),
+    "difference without resamples": (lambda w: pss.statistics.paired_difference(w.curves.assign(method="a"), "a", "a", resamples=0), ValueError, r"resamples must be at least 1"),
     # --- cost, Fisher information, patches
     "cost of what is right": (lambda w: cost(w, labels=w.right), ValueError, r"are classified correctly: there is nothing to correct"),
     "cost without a retain": (lambda w: cost(w, retain=None), ValueError, r"no retain images: give retain=\(images, labels\)"),
@@ -430,20 +431,20 @@ CASES = {
     **{
         f"map of {k} units": (lambda w, k=k: heat(w, k=k), ValueError, rf"k = {k} is outside 1\.\.8") for k in (0, -2, 9)
     },
-    "map by an unknown method": (lambda w: heat(w, method="ratio"), ValueError, r"unknown method 'ratio': expected one of zscore"),
+    "map by an unknown method": (lambda w: heat(w, method="random"), ValueError, r"unknown method 'random': expected one of zscore"),
     "map in an unknown order": (lambda w: heat(w, order="max"), ValueError, r"unknown order 'max': expected one of absolute_first"),
     "map without a reference": (lambda w: heat(w, reference=None), ValueError, r"method 'zscore' needs a reference"),
-    "map with boost 0": (lambda w: heat(w, boost=0), ValueError, r"boost = 0: expected a positive factor, as 10 or 100"),
-    "map with boost NaN": (lambda w: heat(w, boost=NAN), ValueError, r"boost = nan: expected a positive factor"),
-    "map with boost infinite": (lambda w: heat(w, boost=INF), ValueError, r"boost = inf: expected a positive factor"),
-    "map of unknown ids": (lambda w: heat(w, ids=[8]), ValueError, r"ids reach from 8 to 8: expected 0\.\.7"),
-    "map of float ids": (lambda w: heat(w, ids=[0.5]), ValueError, r"ids are torch.float32 .*expected ints"),
+    "map with boost 0": (lambda w: heat(w, boost=0), ValueError, r"boost must be positive and finite, not 0"),
+    "map with boost NaN": (lambda w: heat(w, boost=NAN), ValueError, r"boost must be positive and finite, not nan"),
+    "map with boost infinite": (lambda w: heat(w, boost=INF), ValueError, r"boost must be positive and finite, not inf"),
+    "map of unknown ids": (lambda w: heat(w, ids=[8]), ValueError, r"unit 8 is outside 0\.\.7"),
+    "map of float ids": (lambda w: heat(w, ids=[0.5]), ValueError, r"ids are float32: expected integers"),
     "map of ids twice": (lambda w: heat(w, ids=[1, 1]), ValueError, r"unit 1 is given twice"),
     "map of ids and random": (lambda w: heat(w, ids=[1], random=True), ValueError, r"both say which units to boost: give one"),
     "map of too much noise": (lambda w: heat(w, noise_share=2), ValueError, r"noise_share = 2: expected at least 1, and a share in 0\.\.1"),
     "map of no copies": (lambda w: heat(w, noise_iters=0), ValueError, r"noise_iters = 0.*expected at least 1"),
     "map of a matrix": (lambda w: heat(w, images=w.x[0, 0]), ValueError, r"images are \(8, 8\): expected a tensor \(B, C, H, W\), or one image"),
-    "map of one image with two labels": (lambda w: heat(w, images=w.x[0], labels=[0, 1]), ValueError, r"labels are \(2,\) for one image: expected one label"),
+    "map of one image with two labels": (lambda w: heat(w, images=w.x[0], labels=[0, 1]), ValueError, r"labels are \(2,\) for images \(1, 3, 8, 8\)"),
     "map of fewer labels": (lambda w: heat(w, labels=w.y[:2]), ValueError, r"labels are \(2,\) for images \(6, 3, 8, 8\)"),
     "map of a wrong label": (lambda w: heat(w, images=w.x[0], labels=9), ValueError, r"label 9 is outside 0\.\.2"),
     "map of a NaN": (lambda w: heat(w, images=with_(w.x, (0, 0, 0, 0), NAN)), ValueError, r"images \[0\] hold NaN or infinite"),
@@ -452,21 +453,25 @@ CASES = {
     "map with a reference of another loss": (lambda w: heat(w, loss="logit"), ValueError, r"\(loss: reference cross_entropy, given logit\)"),
     "map with a reference of another sign": (lambda w: heat(w, signed=True), ValueError, r"\(signed: reference False, given True\)"),
     "map with a reference of other units": (lambda w: heat(w, model=w.wide, units=Units.of(w.wide)), ValueError, r"the reference has 8 units, the model 12"),
-    "picture of a vector": (lambda w: input_space.render_map(w.s[0]), ValueError, r"raw maps are \(8,\): expected \(B, H, W\) or \(H, W\)"),
-    "picture between 99 and 90": (lambda w: input_space.render_map(w.s, 99, 90), ValueError, r"percentiles 99 and 90: expected 0 <= low < high <= 100"),
-    "picture of NaN": (lambda w: input_space.render_map(w.s * NAN), ValueError, r"raw maps hold NaN or infinities"),
+    "picture of a vector": (lambda w: plots.render_map(w.s[0]), ValueError, r"raw maps are \(8,\): expected \(B, H, W\) or \(H, W\)"),
+    "picture between 99 and 90": (lambda w: plots.render_map(w.s, 99, 90), ValueError, r"percentiles 99 and 90: expected 0 <= low < high <= 100"),
+    "picture of NaN": (lambda w: plots.render_map(w.s * NAN), ValueError, r"raw maps hold NaN or infinities"),
     # --- neighbours
     "no neighbours": (lambda w: pss.nearest(w.s, reference=w.plain, k=0), ValueError, r"k = 0 is outside 1\.\.39"),
     "neighbours of one": (lambda w: pss.nearest(w.s[0], reference=w.plain), ValueError, r"profiles \(8,\) and among \(8,\) do not fit: expected \(Q, U\)"),
     "neighbours among other units": (lambda w: pss.nearest(w.s, w.s[:, :5], w.plain), ValueError, r"do not fit: expected \(Q, U\) and \(N, U\)"),
     "neighbours of NaN": (lambda w: pss.nearest(with_(w.s, (4, 0), NAN), reference=w.plain), ValueError, r"profiles \[4\] are not finite"),
-    "neighbours by an unknown method": (lambda w: pss.nearest(w.s, method="pot"), ValueError, r"unknown method 'pot': expected one of zscore"),
+    "neighbours by an unknown method": (lambda w: pss.nearest(w.s, method="random"), ValueError, r"unknown method 'random': expected one of zscore"),
     "neighbours without a reference": (lambda w: pss.nearest(w.s), ValueError, r"method 'zscore' needs a reference"),
-    "neighbours in an unknown stage": (lambda w: pss.nearest(w.s, reference=w.plain, units=w.units, stage="x"), ValueError, r"unknown stage 'x': this model has one, two"),
+    "neighbours in an unknown stage": (lambda w: pss.nearest(w.s, reference=w.plain, units=w.units, stage="x"), ValueError, r"unknown stage 'x': expected one of one, two"),
     "neighbours that exclude 40": (lambda w: pss.nearest(w.s, reference=w.plain, exclude=torch.arange(1, 41)), ValueError, r"exclude must hold one id for each of the 40 queries, in 0\.\.39"),
-    "agreement of other lengths": (lambda w: neighbors.agreement(w.y, w.y[:2], [[1]] * 6), ValueError, r"labels of shape \(6,\) and predicted of shape \(2,\)"),
-    "agreement with unknown ids": (lambda w: neighbors.agreement(w.y, w.y, [[6]] * 6), ValueError, r"neighbor ids must be 0\.\.5"),
-    "agreement at level 2": (lambda w: neighbors.agreement(w.y, w.y, [[1]] * 6, level=2), ValueError, r"level must be between 0 and 1, not 2"),
+    "neighbours of a stage without units": (lambda w: pss.nearest(w.s, method="raw", stage="one"), ValueError, r"stage= needs units=, the 8 units"),
+    "neighbours that exclude too few": (lambda w: pss.nearest(w.s, method="raw", exclude=[0] * 39), ValueError, r"exclude must hold one id for each of the 40 queries"),
+    "agreement of other queries": (lambda w: pss.statistics.agreement(w.y, w.y, [[1]]), ValueError, r"do not fit 6 queries"),
+    "agreement with half the classes": (lambda w: pss.statistics.agreement(w.y, w.y, [[1]] * 6, w.y), ValueError, r"give both among_labels and among_predicted"),
+    "agreement of other lengths": (lambda w: pss.statistics.agreement(w.y, w.y[:2], [[1]] * 6), ValueError, r"labels of shape \(6,\) and predicted of shape \(2,\)"),
+    "agreement with unknown ids": (lambda w: pss.statistics.agreement(w.y, w.y, [[6]] * 6), ValueError, r"neighbor ids must be 0\.\.5"),
+    "agreement at level 2": (lambda w: pss.statistics.agreement(w.y, w.y, [[1]] * 6, level=2), ValueError, r"level = 2 is outside \(0, 1\)"),
     # --- models
     "width 0": (lambda w: models.resnet18(0), ValueError, r"width 0 and classes 10 must be at least 1"),
     "no checkpoint": (lambda w: models.load_weights(w.model, w.tmp / "absent.pth"), FileNotFoundError, r"no checkpoint at .*absent.pth"),
@@ -530,11 +535,11 @@ CASES = {
     "reference images of other classes": (lambda w: zoo.reference_set(w.digits, w.tmp / "pictures" / "classes"), ValueError, r"Expected folders named by classes of digits"),
     "reference of another network": (lambda w: zoo.reference(w.digits, Units.of(w.digits.model), w.tmp / "reference.safetensors"), ValueError, r"the reference has 8 units, the model 1200"),
     # --- notebooks and YAML
-    "notebook without parameters": (lambda w: execution.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
-    "notebook with two parameter cells": (lambda w: execution.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
-    "notebook without this parameter": (lambda w: execution.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out.ipynb", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
-    "no notebooks": (lambda w: batch.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
-    "neither notebook nor folder": (lambda w: batch.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
+    "notebook without parameters": (lambda w: parameters.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
+    "notebook with two parameter cells": (lambda w: parameters.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
+    "notebook without this parameter": (lambda w: execution.run_notebook(w.tmp / "02_one.ipynb", w.tmp / "out", {"facto": 1}), ValueError, r"02_one.ipynb has no parameter facto: it has factor"),
+    "no notebooks": (lambda w: sweep.find_notebooks([w.tmp / "taken"]), ValueError, r"no notebook NN_\*.ipynb in .*taken"),
+    "neither notebook nor folder": (lambda w: sweep.find_notebooks([w.tmp / "text.pth"]), ValueError, r"text.pth is neither a notebook nor a folder"),
 }
 # fmt: on
 
@@ -717,8 +722,8 @@ def test_columns_without_a_tail_are_reported_and_ranked():
     assert reference.dead.tolist() == [dead for _, dead, _ in COLUMNS.values()]
     assert reference.fitted.tolist() == [fitted for _, _, fitted in COLUMNS.values()]
     new = torch.from_numpy(np.stack([kept.max(axis=0) * 3 + 1e-6, kept.min(axis=0)]))
-    for method in pss.METHODS:
-        if method not in ("random_last_stage", "layer_matched_random"):
+    for method in pss.RANKINGS:
+        if not {"units", "scale_free"} & set(pss.RANKINGS[method].needs):
             ids = pss.rank(new, reference, method, gains=new)
             assert (ids.sort(dim=1).values == torch.arange(len(COLUMNS))).all(), method
             assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
@@ -764,5 +769,5 @@ def _steep(outputs, labels):
 def test_agreement_takes_tensors_that_require_gradients(w):
     """As it takes those of another device: through the CPU, detached."""
     ids = torch.tensor([[1], [0], [1], [0], [1], [0]])
-    table = neighbors.agreement(w.y, w.y, ids)
-    pd.testing.assert_frame_equal(table, neighbors.agreement(w.y.numpy(), w.y.numpy(), ids.numpy()))
+    table = pss.statistics.agreement(w.y, w.y, ids)
+    pd.testing.assert_frame_equal(table, pss.statistics.agreement(w.y.numpy(), w.y.numpy(), ids.numpy()))

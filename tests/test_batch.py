@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
+from pss.__main__ import main
 from pss.apps import execution
-from pss.apps.batch import find_notebooks, main, parameters_of, read_sweep, refresh, run_notebook, run_sweep
-from pss.apps.execution import check_values, place, read_text, read_yaml
+from pss.apps.execution import refresh, run_notebook
+from pss.apps.parameters import check_values, parameters_of, read_text, read_yaml
+from pss.apps.sweep import read_sweep, run_sweep
 
 PICTURE = """
 from IPython.display import display
@@ -49,15 +52,13 @@ def text_of(path) -> str:
     return "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
 
 
-def test_parameters_are_those_of_the_tagged_cell(notebook):
-    assert set(parameters_of(notebook)) == {"factor", "name"}
-
-
 def test_runs_with_parameters_and_writes_figures(notebook, tmp_path):
-    figures = run_notebook(notebook, tmp_path / "runs" / "01_small.ipynb", {"factor": 3})
-    assert "the answer is 63" in text_of(tmp_path / "runs" / "01_small.ipynb")
-    assert [p.name for p in figures] == ["01.png"] and figures[0].read_bytes().startswith(b"\x89PNG")
+    figures = run_notebook(notebook, tmp_path / "out", {"factor": 3})
+    assert "the answer is 63" in text_of(tmp_path / "out" / "01_small.ipynb")
+    assert figures == [tmp_path / "out" / "figures" / "01.png"] and figures[0].read_bytes().startswith(b"\x89PNG")
     assert "63" not in text_of(notebook)
+    with pytest.raises(ValueError, match="would take the place of"):
+        run_notebook(notebook, notebook.parent)
 
 
 def test_refresh_keeps_outputs_and_drops_noise(notebook):
@@ -73,7 +74,7 @@ def test_copies_are_on_the_disk_before_they_take_their_place(notebook, tmp_path,
     synced, moved = set(), []
     fsync, replace = os.fsync, os.replace
 
-    def execute(source, output, parameters):
+    def execute(source, output, parameters, caller):
         nbformat.write(nbformat.read(source, as_version=4), output)
         if parameters:
             raise RuntimeError("a cell raised")
@@ -82,14 +83,15 @@ def test_copies_are_on_the_disk_before_they_take_their_place(notebook, tmp_path,
         moved.append((Path(target), os.stat(source).st_ino in synced))
         replace(source, target)
 
-    monkeypatch.setattr(execution, "_execute", execute)
+    monkeypatch.setattr(execution, "execute", execute)
     monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
     monkeypatch.setattr(os, "replace", spy_on_replace)
-    run_notebook(notebook, tmp_path / "copy.ipynb")
+    run_notebook(notebook, tmp_path / "copy")
     with pytest.raises(RuntimeError):
-        run_notebook(notebook, tmp_path / "failed.ipynb", {"factor": 3})
+        run_notebook(notebook, tmp_path / "failed", {"factor": 3})
     refresh(notebook)
-    assert moved == [(tmp_path / "copy.ipynb", True), (tmp_path / "failed.ipynb", True), (notebook, True)]
+    copies = [tmp_path / folder / notebook.name for folder in ("copy", "failed")]
+    assert moved == [(path, True) for path in (*copies, notebook)]
     assert notebook.read_text().endswith("}\n") and not list(tmp_path.rglob(".*"))
 
 
@@ -104,35 +106,27 @@ def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, t
     command = [sys.executable, "-m", "pss", "run", "--out", str(tmp_path / "runs"), str(notebook)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sys.executable in text_of(tmp_path / "runs" / "01_small.ipynb")
+    assert sys.executable in text_of(tmp_path / "runs" / "01_small" / "01_small.ipynb")
 
 
 def test_command_line_says_what_was_made_and_fails_with_a_notebook(notebook, tmp_path, capsys):
-    assert main(["--out", str(tmp_path / "runs"), str(notebook.parent)]) == 0
-    assert "1 of 1 notebooks executed" in capsys.readouterr().out
-    assert main(["--out", str(tmp_path / "runs"), "-p", "factor", "100", str(notebook)]) == 1
-    printed = capsys.readouterr()
-    assert "0 of 1" in printed.out and "FAILED: AssertionError: too large" in printed.out + printed.err
+    runs = tmp_path / "runs"
+    assert main(["run", "--out", str(runs), str(notebook.parent)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["1 finished", str(runs / "01_small" / "01_small.ipynb")]
+    assert main(["run", "--out", str(runs), "-p", "factor", "100", str(notebook)]) == 1
+    told = capsys.readouterr().out
+    assert "FAILED: AssertionError: too large" in told and "factor=100" in told.splitlines()[-1]
+    assert "(cell 5 of" in told and "the answer is 42" in text_of(runs / "01_small" / "01_small.ipynb")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["-p", "facto", "3", "{}"], "has no parameter facto: it has factor, name"),
-        (["-p", "factor", "[", "{}"], "while parsing"),
-        (["missing.ipynb"], "neither a notebook nor a folder"),
-    ],
-)
-def test_what_cannot_run_is_refused_before_anything_runs(notebook, tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path / "runs"), *[a.format(notebook) for a in arguments]])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_folder_without_notebooks(tmp_path):
-    with pytest.raises(ValueError, match="no notebook"):
-        find_notebooks([str(tmp_path)])
+def test_a_folder_of_notebooks_has_an_index(notebook, tmp_path, capsys):
+    shutil.copy(notebook, notebook.with_name("00_first.ipynb"))
+    shutil.copy(notebook, notebook.with_name("other.ipynb"))
+    assert main(["run", "--out", str(tmp_path / "runs"), str(notebook.parent), "--jobs", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["2 runs: 2 finished", str(tmp_path / "runs" / "index.html")]
+    page = (tmp_path / "runs" / "index.html").read_text()
+    assert page.index("00_first/00_first.ipynb") < page.index("01_small/01_small.ipynb")
+    assert main(["run", "--in-place", str(notebook)]) == 0 and "the answer is 42" in text_of(notebook)
 
 
 def test_notebook_without_parameters_cell(tmp_path):
@@ -145,7 +139,8 @@ def test_defaults_are_read_whatever_they_are(tmp_path):
     source = "a = 1\nb: float = 2.0\nc = -1e-3  # text\nd = [1, 'x']\ne = len('abc')\nf = None\ng: int"
     cell = new_code_cell(source, metadata={"tags": ["parameters"]})
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "01_x.ipynb")
-    assert parameters_of(tmp_path / "01_x.ipynb") == {"a": 1, "b": 2.0, "c": -1e-3, "d": [1, "x"], "e": None, "f": None}
+    found = {name: parameter.default for name, parameter in parameters_of(tmp_path / "01_x.ipynb").items()}
+    assert found == {"a": 1, "b": 2.0, "c": -1e-3, "d": [1, "x"], "e": None, "f": None}
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -176,6 +171,12 @@ def typed(tmp_path):
         ("sizes", "[4, 5]", [4, 5]),
         ("mixed", "[b, 2.5]", ["b", 2.5]),
         ("anything", "{a: 1}", {"a": 1}),
+        ("anything", "3", 3),
+        ("anything", "true", True),
+        ("anything", "no", "no"),
+        ("anything", "photos: cat/3.png", "photos: cat/3.png"),
+        ("anything", "2020-01-01", "2020-01-01"),
+        ("anything", "@x", "@x"),
     ],
 )
 def test_texts_are_read_by_the_type_of_the_default(typed, name, text, value):
@@ -220,21 +221,62 @@ def test_yaml_that_is_not_plain_is_refused(text, message):
         read_yaml(text)
 
 
-def test_places_are_seen_from_the_base(tmp_path):
-    assert place("image_path", "cat.jpg", tmp_path) == str(tmp_path / "cat.jpg")
-    assert place("model", "./net.yaml", tmp_path / "sub") == str(tmp_path / "sub" / "net.yaml")
-    assert place("files", ["../a", "/b"], tmp_path / "sub") == [str(tmp_path / "a"), "/b"]
-    assert place("root", "~/x", tmp_path) == os.path.expanduser("~/x")
-    assert place("weights", "net.pth", tmp_path) == str(tmp_path / "net.pth")
-    for name, value in [
-        ("model", "digits"),
-        ("model", "nets.small:build"),
-        ("layer", "layer1.0.conv1"),
-        ("image_path", ""),
-        ("k", 3),
-        ("path", "https://a.b/c"),
-    ]:
-        assert place(name, value, tmp_path) == value
+KINDS = """picture = ""  # place: a picture
+output = "a#b"  # place to write: folder
+model = "digits"  # name or place: of a network
+many = ["a"]  # place: files
+method = "zscore"  # one of zscore, pot: how to rank
+index = None  # place in the set, or a name; no kind"""
+
+
+@pytest.fixture
+def placed(tmp_path):
+    """A notebook with parameters of every kind, and two files beside it."""
+    nbformat.write(new_notebook(cells=[new_code_cell(KINDS, metadata={"tags": ["parameters"]})]), tmp_path / "k.ipynb")
+    (tmp_path / "here").mkdir()
+    for name in ("cat.jpg", "digits.yaml", "plain"):
+        (tmp_path / "here" / name).touch()
+    return tmp_path / "k.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("picture", "cat.jpg", "here/cat.jpg"),
+        ("picture", "../here/cat.jpg", "here/cat.jpg"),
+        ("picture", "", None),
+        ("output", "new/folder", "here/new/folder"),
+        ("model", "digits", None),
+        ("model", "nets.small:build", None),
+        ("model", "digits.yaml", "here/digits.yaml"),
+        ("model", "./plain", "here/plain"),
+        ("model", "plain", "here/plain"),
+        ("many", ["cat.jpg", "plain"], ["here/cat.jpg", "here/plain"]),
+        ("method", "pot", None),
+        ("index", "brick/brick_012.png", None),
+        ("index", "./x", None),
+    ],
+)
+def test_only_what_the_notebook_calls_a_place_is_seen_from_the_caller(placed, tmp_path, name, value, expected):
+    if expected is not None:
+        value_then = [str(tmp_path / e) for e in expected] if isinstance(expected, list) else str(tmp_path / expected)
+    else:
+        value_then = value
+    assert check_values(placed, {name: value}, tmp_path / "here") == {name: value_then}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("picture", "dog.jpg", "picture = 'dog.jpg': there is no .*here.dog.jpg; relative places are seen from .*here"),
+        ("model", "other.yaml", "there is no .*other.yaml"),
+        ("many", ["cat.jpg", "x"], "many = 'x': there is no"),
+        ("method", "fisher", "method = 'fisher': expected one of zscore, pot"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_runs(placed, tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        check_values(placed, {name: value}, tmp_path / "here")
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -250,7 +292,7 @@ pathlib.Path(output, "summary.json").write_text(json.dumps({"score": k * rate, "
 @pytest.fixture
 def sweep_file(tmp_path):
     """Writes a sweep over a notebook that logs its runs, and returns the file."""
-    parameters = "k = 1\nrate = 0.5\nname = 'a'\nlog_file = ''\noutput = ''"
+    parameters = "k = 1\nrate = 0.5\nname = 'a'\nlog_file = ''  # place to write: a log\noutput = ''"
     cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(TASK), new_code_cell(PICTURE)]
     (tmp_path / "books").mkdir()
     nbformat.write(new_notebook(cells=cells), tmp_path / "books" / "task.ipynb")
@@ -285,7 +327,7 @@ def test_a_grid_of_runs_is_summed_up_goes_on_past_failures_and_runs_again_what_f
     table = run_sweep(sweep, progress=False)
     assert table["status"].tolist() == ["finished", "failed"] * 2
     assert table["score"].tolist()[::2] == [3, 6] and table["results.k"].tolist()[::2] == [-1, -2]
-    assert table["error"][1] == "AssertionError: rate <b>10.0</b> is too large (cell 3)"
+    assert table["error"][1].startswith("AssertionError: rate <b>10.0</b> is too large\n(cell 3 of ")
     pd.testing.assert_frame_equal(
         pd.read_csv(sweep.out / "summary.csv", keep_default_na=False)[["k", "name"]], table[["k", "name"]]
     )
@@ -327,9 +369,9 @@ def test_a_table_from_a_csv_and_values_of_the_command_line(sweep_file, tmp_path,
     (tmp_path / "rows.csv").write_text("name,k\n007,3\nno,\n", encoding="utf-8-sig")
     path = sweep_file(table="rows.csv")
     monkeypatch.chdir(tmp_path / "books")
-    sweep = read_sweep(path, tmp_path / "elsewhere", {"rate": "2", "log_file": "log.txt"}, tmp_path / "here")
+    sweep = read_sweep(path, tmp_path / "elsewhere", {"rate": "2", "log_file": "log.txt"})
     assert [run.shown for run in sweep.runs] == [{"name": "007", "k": 3}, {"name": "no"}]
-    fixed = {"rate": 2.0, "log_file": str(tmp_path / "here" / "log.txt")}
+    fixed = {"rate": 2.0, "log_file": str(tmp_path / "books" / "log.txt")}
     assert all(fixed.items() <= run.parameters.items() for run in sweep.runs)
     assert [run.parameters["output"] for run in sweep.runs] == [str(run.folder) for run in sweep.runs]
 
@@ -355,11 +397,35 @@ def test_a_table_from_a_csv_and_values_of_the_command_line(sweep_file, tmp_path,
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(sweep_file, tmp_path, entries, message, capsys):
-    with pytest.raises(ValueError, match=message):
-        read_sweep(sweep_file(**entries))
     with pytest.raises(SystemExit):
-        main([str(sweep_file(**entries))])
+        main(["sweep", str(sweep_file(**entries))])
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-p", "facto", "3", "{0}"], "has no parameter facto: it has factor, name"),
+        (["run", "-p", "factor", "[", "{0}"], "while parsing"),
+        (["run", "missing.ipynb"], "neither a notebook nor a folder"),
+        (["run", "{1}"], "no notebook NN_"),
+        (["run", "{0}", "{0}"], "several notebooks would be written to"),
+        (["run", "--jobs", "0", "{0}"], "--jobs 0: at least 1"),
+        (["sweep", "missing.yaml"], "missing.yaml cannot be read"),
+        (["sweep", "--dask", "nonsense://here", "{2}"], "nonsense"),
+        (["cache", "--empty", "nothing"], "holds no nothing"),
+        (["walk"], "invalid choice: 'walk'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_command_lines_that_cannot_run(notebook, sweep_file, tmp_path, monkeypatch, capsys, arguments, message):
+    if "--dask" in arguments:
+        pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PSS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit):
+        main([a.format(notebook, tmp_path, sweep_file(grid={"k": [1, 2]})) for a in arguments])
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -373,7 +439,7 @@ def test_tables_that_cannot_be_read(sweep_file, tmp_path, text, message):
 
 def test_twelve_runs_killed_half_way_and_run_again(sweep_file, tmp_path):
     path = sweep_file(grid={"k": [1, 2, 3, 4], "rate": [1, 2, 3]})
-    command = [sys.executable, "-m", "pss", "run", str(path)]
+    command = [sys.executable, "-m", "pss", "sweep", str(path)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     finished = lambda: {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/run.json")}  # noqa: E731
     deadline = time.monotonic() + 120
@@ -399,17 +465,10 @@ def test_twelve_runs_killed_half_way_and_run_again(sweep_file, tmp_path):
 def test_the_same_sweep_on_a_local_dask_cluster(sweep_file, tmp_path):
     pytest.importorskip("distributed")
     path = sweep_file(grid={"k": [1, 2]})
-    command = [sys.executable, "-m", "pss", "run", "--dask", "local", "--jobs", "2", str(path)]
+    command = [sys.executable, "-m", "pss", "sweep", "--dask", "local", "--jobs", "2", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "2 runs: 2 finished" in done.stdout, done.stderr
     assert pd.read_csv(tmp_path / "out" / "summary.csv")["score"].tolist() == [0.5, 1.0]
-
-
-def test_a_scheduler_that_cannot_be_reached_is_said(sweep_file, capsys):
-    pytest.importorskip("distributed")
-    with pytest.raises(SystemExit):
-        main(["--dask", "nonsense://here", str(sweep_file(grid={"k": [1, 2]}))])
-    assert "nonsense" in capsys.readouterr().err
 
 
 def test_the_sweeps_of_the_project_can_be_read(root):

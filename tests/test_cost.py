@@ -483,22 +483,6 @@ def test_fisher_diagonal_and_scores_by_brute_force(net):
     assert fisher_scores(model, x, y, units, {n: 0 * f for n, f in fisher.items()}, 0).isnan().sum() == 0
 
 
-def test_a_reference_holds_the_fisher_information(net):
-    model, x, y, retain = net
-    units = Units.of(model)
-    fisher, profiles = fisher_diagonal(model, retain, units), pss.profile(model, *retain)
-    reference = pss.Reference.fit(profiles, fisher=fisher)
-    gains = fisher_scores(model, x, y, units, reference)
-    assert torch.equal(gains, fisher_scores(model, x, y, units, fisher))
-    ids = pss.rank(pss.profile(model, x, y), reference, "fisher", 3, gains=gains)
-    assert torch.equal(ids, gains.argsort(dim=1, descending=True)[:, :3])
-    how = {"k": 3, "direction": "fisher", "retain": retain, "progress": False}
-    one, other = (smallest_correction(model, x, y, units, ids, fisher=f, **how) for f in (fisher, reference))
-    pd.testing.assert_frame_equal(one, other)
-    with pytest.raises(ValueError, match="this reference has no Fisher information: fit it with"):
-        fisher_scores(model, x, y, units, pss.Reference.fit(profiles))
-
-
 def test_digest_is_of_the_bytes_whatever_their_type():
     x = torch.arange(6.0).reshape(2, 3)
     assert digest(x) == hashlib.sha256(x.numpy().tobytes()).hexdigest() == digest(x.T.contiguous().T)
@@ -538,13 +522,6 @@ def test_reached_beside_repair():
     assert pss.editing.smallest_correction is smallest_correction is pss.smallest_correction
     with pytest.raises(AttributeError, match="no attribute"):
         pss.editing.nothing  # noqa: B018
-
-
-def test_cost_curve_counts_what_is_not_corrected():
-    table = pd.DataFrame({"ranking": ["a"] * 4, "kl_mean": [0.3, np.inf, 0.1, np.inf]})
-    line = pss.plots.cost_curves(table).lines[0]
-    np.testing.assert_allclose(line.get_xdata(), [0.1, 0.3])
-    np.testing.assert_allclose(line.get_ydata(), [0.25, 0.5])
 
 
 def test_fisher_file_that_cannot_be_trusted_is_refused(net, tmp_path):

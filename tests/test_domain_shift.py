@@ -118,16 +118,6 @@ def test_tables_and_edit_curves_of_a_folder(tree):
     assert (after > curves.query("k == 0")["confidence_true"].to_numpy()).mean() > 0.5
 
 
-def test_method_lines_draw_each_method_with_the_scale_free_ones_broken():
-    methods = ["pot", "scale_free_pot"]
-    table = pd.DataFrame({"method": np.repeat(methods, 2), "T": [1, 2, 1, 2], "last": [0.1, 0.2, 0.3, 0.4]})
-    first, second = pss.plots.method_lines(table, "T", "last").lines
-    np.testing.assert_array_equal(second.get_ydata(), [0.3, 0.4])
-    assert [line.get_linestyle() for line in (first, second)] == ["-", "--"]
-    assert second.get_label() == pss.plots.METHOD_LABELS["scale_free_pot"]
-    plt.close("all")
-
-
 def test_difference_bars_draw_every_interval_in_the_row_of_its_method():
     table = pd.DataFrame(
         {"than": ["raw", "zscore"] * 2, "statistics": ["a", "a", "b", "b"], "mean": [0.1, 0.2, 0.3, 0.4]}

@@ -13,25 +13,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
-from test_profiles import ARGUMENTS, Faulty, make_data, make_model
+from kills import UNFINISHED, die_before, ended, forked, killed_after
+from test_profiles import ARGUMENTS, Faulty, make_data
 from test_profiles import run as call
-from tqdm import tqdm
 
-from pss.profiles import ProfileStore, main, profile_dataset
+from pss.apps.profiling import main
+from pss.profiles import ProfileStore
 from pss.storage import whole as _whole
+from pss.storage.folder import partial_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 KILLS, FLIPS, CUTS, FULL = 10, 120, 24, 7  # for each kind of artefact
-UNFINISHED = r"not finished|no profiles|npy is damaged"
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 every_written = pytest.mark.parametrize("kind", KINDS + SHOWN, ids=[kind.name for kind in KINDS + SHOWN])
 
@@ -53,31 +52,8 @@ def count(record_property):
         record_property(f"count {what}", number)
 
 
-def forked(work) -> int:
-    """Process id of a copy of this process that does the work and ends: 0 if nothing was raised."""
-    sys.stdout.flush(), sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        tqdm.set_lock(threading.RLock())  # its own is shared with the copies: one that is killed would keep it
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
-def ended(child: int) -> int:
-    """Exit code of a process, -9 if it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def whole(kind: Kind, folder: Path) -> dict[int, tuple[dict[str, bytes], str]]:
-    """Files of each version as an preserved process writes them, and what is read from them."""
+    """Files of each version as an uninterrupted process writes them, and what is read from them."""
     found = {}
     for version in (0, 1):
         (folder / str(version)).mkdir(parents=True)
@@ -87,21 +63,21 @@ def whole(kind: Kind, folder: Path) -> dict[int, tuple[dict[str, bytes], str]]:
 
 
 def is_partial(name: str) -> bool:
-    """Whether it is a file on its way to its place."""
-    return name.endswith(".partial") or Path(name).name.startswith(".")
+    """Whether it is a file, or in a folder, on its way to its place or away from it."""
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
 def check_after_kill(kind: Kind, folder: Path, expected: dict) -> bool:
-    """Nothing half-written is read; written again, the bytes are those of an preserved run. Whether it was cut."""
+    """Nothing half-written is read; written again, the bytes are those of an uninterrupted run. Whether it was cut."""
     files = contents(folder)
     if kind.name == "profiles":  # many files that become one store: complete, or refused
         try:
             assert kind.digest(folder) in [digest for _, digest in expected.values()]
         except (ValueError, FileNotFoundError) as error:
-            assert any(says in str(error) for says in ("not finished", "holds no profiles", "is damaged")), error
+            assert any(says in str(error) for says in UNFINISHED.split("|")), error
         cut = not any(files.items() >= content.items() for content, _ in expected.values())
     else:
         for name in kind.files:
@@ -129,37 +105,11 @@ def test_killed_at_random_moments(kind, tmp_path, count):
 
     folder.mkdir()
     for _ in range(KILLS):
-        child = forked(work)
-        time.sleep(rng.uniform(0.2, 2.2) * max(one_write, 0.005))
-        os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL  # it would never have ended: every kill came before
+        seconds = rng.uniform(0.2, 2.2) * max(one_write, 0.005)
+        assert killed_after(seconds, work) == -signal.SIGKILL  # it would never have ended: every kill came before
         count["kills"] += 1
         count["cut off while writing"] += check_after_kill(kind, folder, expected)
     count["files"] += len(kind.files) * KILLS
-
-
-def die_before(number: int, work) -> None:
-    """Do the work, but die by SIGKILL before file operation ``number``: opening to write, syncing, moving, removing."""
-    left = number
-    changes = ("os.rename", "os.remove", "os.mkdir", "os.truncate")
-
-    def step(event, arguments):
-        nonlocal left
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in changes or event == "fsync":
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sync = os.fsync
-
-    def fsync(file):
-        step("fsync", ())
-        sync(file)
-
-    os.fsync = fsync  # in this process alone, which is a copy
-    sys.addaudithook(step)
-    work()
 
 
 @every_written
@@ -173,7 +123,7 @@ def test_killed_before_each_file_operation(kind, tmp_path, count):
             folder.mkdir()
             if before is not None:
                 kind.write(folder, before)
-            status = ended(forked(lambda n=number, f=folder: die_before(n, lambda: kind.write(f, 0))))
+            status = die_before(number, lambda f=folder: kind.write(f, 0))
             if status == 0:
                 assert number >= 3, "hardly anything was seen to be written"
                 check_after_kill(kind, folder, expected)
@@ -187,27 +137,6 @@ def test_killed_before_each_file_operation(kind, tmp_path, count):
     assert cut >= 2
 
 
-def test_killed_pass_over_a_data_set_goes_on(tmp_path, count):
-    """Killed again and again, each time a little later, the pass ends with the bytes of an preserved one."""
-    options = {"batch_size": 2, "progress": False, "data_name": "x"}
-    profile_dataset(make_model(), Faulty(), None, tmp_path / "whole", **options)
-    rng, path, kills, rows = random.Random(1), tmp_path / "part", 0, []
-    while True:
-        child = forked(lambda: profile_dataset(make_model(), Faulty(delay=0.03), None, path, **options))
-        time.sleep(rng.uniform(0.01, 0.2) * (1 + kills / 5))  # a busy machine gets its time in the end
-        os.kill(child, signal.SIGKILL)
-        if ended(child) == 0:
-            break
-        kills += 1
-        with pytest.raises((ValueError, FileNotFoundError), match=UNFINISHED) as refused:
-            ProfileStore.open(path)
-        rows.append(str(refused.value))
-        assert kills < 100
-    count["kills"] += kills
-    assert kills >= 3 and len(set(rows)) >= 3  # it went on from where it was
-    assert contents(path) == contents(tmp_path / "whole")
-
-
 class CutOff(Faulty):
     """A pass over it ends within the third batch."""
 
@@ -217,14 +146,19 @@ class CutOff(Faulty):
         return super().__getitem__(i)
 
 
-def plain_call(path: Path, before: dict[str, bytes], expected: dict[str, bytes], **options) -> bool:
-    """A call without rebuild gives the bytes of an preserved one, or is refused and changes nothing."""
+def state(path: Path) -> list[dict[str, bytes]]:
+    """What is in the places of a store, finished and unfinished."""
+    return [contents(path), contents(partial_of(path))]
+
+
+def plain_call(path: Path, before: list, expected: dict[str, bytes], **options) -> bool:
+    """A call without rebuild gives the bytes of an uninterrupted one, or is refused and changes nothing."""
     try:
         call(path, **options)
     except ValueError as error:
-        assert "made of something else" in str(error) and contents(path) == before, error
+        assert "made of something else" in str(error) and state(path) == before, error
         return False
-    assert contents(path) == expected
+    assert state(path) == [expected, {}]
     return True
 
 
@@ -238,21 +172,25 @@ def test_killed_rebuild_goes_on_with_a_plain_call(tmp_path, count, finished):
     if not finished:
         with pytest.raises(KeyboardInterrupt):
             call(tmp_path / "begun", **old | {"data": CutOff(bad=[1])})
-    start, went_on = tmp_path / ("old" if finished else "begun"), 0
+    went_on = 0
     for number in range(100):
         path, other = tmp_path / f"{number}", tmp_path / f"{number} other"
-        shutil.copytree(start, path)
-        status = ended(forked(lambda n=number, p=path: die_before(n, lambda: call(p, **new, rebuild=True))))
-        if status == 0:
+        if finished:
+            shutil.copytree(tmp_path / "old", path)
+        else:
+            shutil.copytree(partial_of(tmp_path / "begun"), partial_of(path))
+        if die_before(number, lambda p=path: call(p, **new, rebuild=True)) == 0:
             break
         count["kills"] += 1
-        shutil.copytree(path, other)
-        left = contents(path)
-        accepted = [plain_call(path, left, whole_new, **new), plain_call(other, left, whole_old, **old)]
-        assert any(accepted), left.keys()
+        for place, copied in ((path, other), (partial_of(path), partial_of(other))):
+            if place.exists():
+                shutil.copytree(place, copied)
+        before = state(path)
+        accepted = [plain_call(path, before, whole_new, **new), plain_call(other, before, whole_old, **old)]
+        assert any(accepted), before
         went_on += all(accepted)
     assert number >= 20 and went_on >= 5
-    assert contents(path) == whole_new
+    assert state(path) == [whole_new, {}]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -294,7 +232,7 @@ def rows_done(path: Path) -> int:
 def test_what_a_killed_process_left_is_taken_away(tmp_path, count):
     """The unfinished file stays for an hour (it may be that of a process at work), then the next writer removes it."""
     kind = BY_NAME["reference"]
-    assert ended(forked(lambda: die_before(2, lambda: kind.write(tmp_path, 0)))) == -signal.SIGKILL
+    assert die_before(2, lambda: kind.write(tmp_path, 0)) == -signal.SIGKILL
     count["kills"] += 1
     (left,) = tmp_path.iterdir()
     assert is_partial(left.name)

@@ -60,7 +60,7 @@ GUARDS = {
         f"{TRACE}::test_leaves_no_trace[predict]",
     ),
     "loaders have a generator of their own": Guard(
-        "profiles",
+        "storage/passes",
         "generator=torch.Generator(),",
         "generator=None,",
         f"{TRACE}::test_leaves_no_trace[profile_dataset]",
@@ -93,7 +93,7 @@ GUARDS = {
         "models/zoo", "yaml.safe_load(", "yaml.unsafe_load(", f"{UNTRUSTED}::test_yaml_takes_values_only"
     ),
     "YAML of sweeps holds values only": Guard(
-        "apps/execution",
+        "apps/parameters",
         "class _Loader(yaml.SafeLoader):",
         "class _Loader(yaml.UnsafeLoader):",
         f"{UNTRUSTED}::test_yaml_takes_values_only",
@@ -129,13 +129,13 @@ GUARDS = {
         "tests/test_patches.py::test_file_is_whole_or_not_there",
     ),
     "pages of sweeps are escaped": Guard(
-        "apps/sweep_page",
-        "from html import escape\n",
-        "escape = str\n",
+        "apps/pages",
+        "autoescape=True",
+        "autoescape=False",
         f"{UNTRUSTED}::test_index_of_a_sweep_escapes_names",
     ),
     "reports are escaped": Guard(
-        "apps/report", "from html import escape\n", "escape = str\n", f"{UNTRUSTED}::test_report_escapes_names"
+        "apps/pages", "autoescape=True", "autoescape=False", f"{UNTRUSTED}::test_report_escapes_names"
     ),
     "pictures have a cap": Guard(
         "data/builtin",
@@ -154,7 +154,7 @@ GUARDS = {
     ),
     "references are of this model": Guard(
         "input_space",
-        "        reference.check_for(model, units, loss, signed)",
+        "        reference.check(units, model=model, loss=loss, signed=signed)",
         "        pass",
         f"{BAD}::test_is_refused[map with a reference of another model]",
     ),

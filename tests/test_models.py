@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pss import data
+from pss.__main__ import main
 from pss.data.vision import torchvision
 from pss.models import builtin as models
 from pss.storage import places
@@ -198,16 +199,16 @@ def test_command_trains_and_evaluates(tmp_path, monkeypatch, capsys, few):
         models, "train", lambda *a, threads: real(*a, train_set=few, validation_set=few, threads=threads)
     )
     out = tmp_path / "new" / "my.safetensors"
-    assert models.main(["train", "--out", str(out), "--seed", "3", "--width", "8", "--epochs", "1"]) == 0
+    assert main(["train", "--out", str(out), "--seed", "3", "--width", "8", "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
     model = models.load_weights(models.resnet18(8), out)
     assert f"sha256={models.fingerprint(model)}" in printed
     assert models.read_record(out)["seed"] == "3"
     monkeypatch.setattr(data, "SPLITS", {"noise": ("test",)})
-    assert models.main(["evaluate", str(out)]) == 0
+    assert main(["evaluate", str(out)]) == 0
     assert f"{models.accuracy(model, data.noise()):.3f}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        models.main(["train", "--out", str(tmp_path / "my.pth")])
+        main(["train", "--out", str(tmp_path / "my.pth")])
     assert "ends in .safetensors" in capsys.readouterr().err
 
 

@@ -7,7 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import pss
 from pss import neighbors
-from pss.neighbors import agreement, nearest
+from pss.neighbors import nearest
+from pss.statistics import agreement
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def brute_force(queries, others, k, own):
     return torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("method", ["zscore", "log_tail", "raw"])
+@pytest.mark.parametrize("method", ["zscore", "pot", "raw"])
 def test_as_brute_force(profiles, reference, method, monkeypatch):
     monkeypatch.setattr(neighbors, "_BLOCK", 64)  # two queries at a time
     table = {
         "zscore": (profiles - reference.mean) / reference.std,
-        "log_tail": -reference.log_tail_probability(profiles).clamp(min=np.log(1e-6)),
+        "pot": -reference.log_tail_probability(profiles).clamp(min=np.log(1e-6)),
         "raw": profiles,
     }[method]
     ids, similarity = nearest(profiles, reference=reference, method=method, k=5)
@@ -62,11 +63,11 @@ def test_the_query_itself_is_left_out_by_id(profiles, reference):
     assert ids[1, 0] == 1 and 2 not in ids[2]
 
 
-def test_log_tail_beyond_a_bounded_tail_stays_finite(reference):
+def test_tail_beyond_a_bounded_tail_stays_finite(reference):
     far = torch.full((2, 12), 50.0, dtype=torch.float64)
     assert reference.log_tail_probability(far).isneginf().any()
     far[1, 6:] = 0
-    _, similarity = nearest(far, reference=reference, method="log_tail", k=1)
+    _, similarity = nearest(far, reference=reference, method="pot", k=1)
     assert similarity[0, 0] == pytest.approx(0.5**0.5)
 
 
@@ -87,30 +88,6 @@ def test_zero_profiles_are_similar_to_nothing_and_ties_go_by_id():
     ids, similarity = nearest(profiles, method="raw", k=3)
     assert similarity[0].tolist() == [0, 0, 0] and ids[0].tolist() == [1, 2, 3]
     assert ids[1].tolist() == [2, 0, 3] and similarity[1].tolist() == [1, 0, 0]  # 1e-30 squared is 0 in float32
-
-
-def test_arguments_are_left_as_they_were(profiles, reference):
-    before = profiles.clone()
-    nearest(profiles, reference=reference)
-    nearest(profiles, method="raw")
-    assert torch.equal(profiles, before)
-
-
-def test_errors_name_what_is_wrong(profiles, reference):
-    bad = profiles.clone()
-    bad[4, 2] = torch.nan
-    for arguments, message in (
-        ({"method": "cosine"}, "unknown method 'cosine'"),
-        ({}, "needs a reference"),
-        ({"among": profiles[:, :3]}, "do not fit"),
-        ({"method": "raw", "k": 30}, r"outside 1\.\.29"),
-        ({"method": "raw", "stage": "conv1"}, "needs units="),
-        ({"method": "raw", "exclude": [0] * 29}, "exclude must hold one id"),
-        ({"method": "raw", "exclude": [40] * 30}, "exclude must hold one id"),
-        ({"method": "raw", "among": bad}, r"profiles \[4\] are not finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            nearest(profiles, **arguments)
 
 
 def test_agreement_counts_neighbours():
@@ -149,16 +126,6 @@ def test_interval_is_that_of_a_bootstrap_over_queries():
     margin = 1.96 * each.std(ddof=1) / 300**0.5  # the normal approximation
     assert found["high"] - found["low"] == pytest.approx(2 * margin, rel=0.1)
     assert found["share"] == pytest.approx(each.mean())
-
-
-def test_agreement_refuses_what_does_not_fit():
-    for arguments, message in (
-        (([0, 1], [1, 0], [[1]]), "do not fit 2 queries"),
-        (([0, 1], [1, 0], [[1], [2]]), "neighbor ids must be"),
-        (([0, 1], [1, 0], [[1], [0]], [0, 1]), "give both"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            agreement(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

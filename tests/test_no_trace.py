@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 import pss
 from pss import editing as repair
-from pss import evt, input_space, neighbors
+from pss import plots, statistics
 from pss.models import builtin as models
 from pss.reference import Reference
 from pss.units import Units
@@ -209,11 +209,15 @@ CALLS: dict[str, Callable] = {
 }
 NO_MODEL: dict[str, Callable] = {  # these could touch what is global
     "Reference.fit": lambda w: Reference.fit(w.s, scale_free=True),
-    "rank": lambda w: [pss.rank(w.s, w.reference, m, 3, w.units, gains=w.s) for m in pss.METHODS],
+    "rank": lambda w: [
+        pss.rank(w.s, w.reference, m, 3, w.units, gains=w.s)
+        for m, entry in pss.RANKINGS.items()
+        if "scale_free" not in entry.needs
+    ],
     "nearest": lambda w: pss.nearest(w.s, reference=w.reference, k=2),
-    "agreement": lambda w: neighbors.agreement(w.y, w.y, [[1]] * IMAGES),
-    "anderson_darling": lambda w: evt.anderson_darling(w.s.T, simulations=20),
-    "render_map": lambda w: input_space.render_map(w.x[:, 0].abs()),
+    "agreement": lambda w: pss.statistics.agreement(w.y, w.y, [[1]] * IMAGES),
+    "anderson_darling": lambda w: statistics.anderson_darling(w.s.T, simulations=20),
+    "render_map": lambda w: plots.render_map(w.x[:, 0].abs()),
     "built-in sets": lambda w: pss.data.load("noise", "test"),
     "resnet18": lambda w: models.resnet18(4, seed=3),
     "load": lambda w: pss.models.load("digits", "random", seed=1),
@@ -303,7 +307,7 @@ def test_every_public_function_is_here():
     elsewhere = {
         "Units",
         "ProfileStore",
-        "METHODS",
+        "RANKINGS",
         "fdr_significant",
         "stage_shares",
         "Patch",

@@ -52,7 +52,7 @@ def test_one_parameters_cell_of_plain_literals(path):
 def test_full_size_parameters_are_known(path):
     import yaml
 
-    from pss.apps.batch import parameters_of
+    from pss.apps.parameters import parameters_of
 
     full = FOLDER / "params" / "full.yaml"
     given = yaml.safe_load(full.read_text(encoding="utf-8")).get(path.stem, {})

@@ -238,7 +238,7 @@ def test_ranking_and_direction_can_be_chosen(case):
     s = pss.profile(model, case[1][0][:1], case[1][1][:1])
     if plain.corrected:
         assert plain.units == tuple(pss.rank(s, reference, "zscore", 4)[0].tolist())
-    with_fisher = fitted(case, fisher=None, reference=pss.Reference.fit(store, fisher=case[3]), ks=(4,))
+    with_fisher = fitted(case, reference=reference, ks=(4,))
     assert with_fisher.about["method"] == with_fisher.about["direction"] == "fisher"
     raw = fitted(case, method="raw", direction="gradient", ks=(4,), budget=1e9)
     assert raw.units == tuple(pss.rank(s, None, "raw", 4)[0].tolist())

@@ -24,76 +24,6 @@ def units():
     return pss.Units.of(pss.models.resnet18(width=4))
 
 
-def drawn(ax):
-    """Points of all lines drawn with markers and no line, (points, 2)."""
-    return np.concatenate([line.get_xydata() for line in ax.lines if line.get_linestyle() == "None"])
-
-
-def test_stage_strip_draws_each_unit_in_the_column_of_its_stage(units):
-    values = torch.arange(len(units)).double()
-    values[3] = torch.nan
-    ax = pss.plots.stage_strip(values, units, torch.ones(len(units)))
-    points = drawn(ax)
-    kept = np.flatnonzero(~np.isnan(values.numpy()))
-    dots = {y: round(x) for x, y in points if y in kept}
-    assert dots == {float(u): units.stage_ids[u] for u in kept}
-    medians = [
-        segment[0][1] for bars in ax.collections for segment in bars.get_segments() if np.ptp(segment[:, 1]) == 0
-    ]
-    for number in range(len(units.stages)):
-        assert np.nanmedian(values[units.stage_ids == number]) in medians
-
-
-def test_stage_strip_leaves_a_stage_of_nan_empty(units):
-    values = torch.full((len(units),), torch.nan)
-    values[0] = 1
-    assert len(drawn(pss.plots.stage_strip(values, units, values))) >= 1
-
-
-@pytest.mark.parametrize("log", [False, True])
-def test_qq_panel_draws_the_pairs_and_the_line_of_equality(log):
-    model, observed = torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 3, 9])
-    ax = pss.plots.qq_panel(model, observed, log)
-    assert drawn(ax).tolist() == [[1, 1], [2, 3], [4, 9]]
-    (line,) = [line for line in ax.lines if line.get_linestyle() == "-"]
-    assert (line.get_xdata() == line.get_ydata()).all()
-    assert ax.get_xscale() == ("log" if log else "linear")
-
-
-def test_calibration_ratio_divides_by_the_nominal_rate_and_keeps_zero_in_sight():
-    rows = [(model, rate, rate * 2, rate, rate * 4) for model in ("normal", "gpd") for rate in (0.1, 0.01)]
-    rows.append(("exponential", 0.1, 0.0, 0.0, 0.2))
-    table = pd.DataFrame(rows, columns=["model", "rate", "mean", "min", "max"])
-    ax = pss.plots.calibration_ratio(table, floor=0.05)
-    heights = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
-    assert heights["normal"] == pytest.approx([2, 2]) and heights["gpd"] == pytest.approx([2, 2])
-    assert heights["exponential"] == pytest.approx([0.05])
-    assert ax.xaxis_inverted()
-
-
-def test_parameter_ranges_draws_medians_of_what_is_not_zero_and_the_share_of_zeros(units):
-    saliency = {layer.parameter: torch.zeros(1, *layer.shape) for layer in units.layers}
-    first = saliency[units.layers[0].parameter].flatten(1)
-    first[0, :5] = torch.tensor([1.0, 2, 3, 4, 50])
-    saliency[units.layers[0].parameter] = first.reshape(1, *units.layers[0].shape)
-    axes = pss.plots.parameter_ranges(saliency, units)
-    assert drawn(axes[0]).tolist() == [[0, 3]]
-    heights = [bar.get_height() for bar in axes[1].patches]
-    assert heights == pytest.approx([1 - 5 / first.numel()] + [1] * (len(units.layers) - 1))
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_filter_grid_draws_every_kernel_on_one_scale(signed):
-    kernels = torch.arange(5 * 9.0).view(5, 3, 3) - 20
-    figure = pss.plots.filter_grid(kernels if signed else kernels.abs(), list("abcde"), signed, columns=3)
-    images = [ax.images[0] for ax in figure.axes if ax.images]
-    assert [image.axes.get_title() for image in images] == list("abcde")
-    wanted = kernels if signed else kernels.abs()
-    for image, kernel in zip(images, wanted, strict=True):
-        assert image.get_array().tolist() == kernel.tolist()
-        assert image.get_clim() == ((-24, 24) if signed else (0, 24))
-
-
 def test_confidence_bars_draw_both_and_mark_the_true_and_the_wrong_class():
     before, after = torch.tensor([0.1, 0.2, 0.7]), torch.tensor([0.1, 0.8, 0.1])
     ax = pss.plots.confidence_bars(before, after, label=1)
@@ -120,27 +50,6 @@ def test_story_draws_the_map_over_the_picture_whatever_its_scale(units, picture)
     grey, drawn = (image.get_array() for image in figure.axes[2].images)
     np.testing.assert_allclose(grey, 0.6 * 0.2, rtol=1e-5)
     np.testing.assert_allclose(drawn, heat)
-
-
-def test_neighbor_rows_draws_each_query_before_its_neighbours(generator):
-    images = torch.rand(5, 3, 4, 4, generator=generator)
-    titles = [["a", "b", "c"], ["d", "e", "f"]]
-    figure = pss.plots.neighbor_rows(images, titles, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 0]]), ["x", "y"])
-    drawn = [ax.images[0].get_array() for ax in figure.axes]
-    for shown, at in zip(drawn, [0, 1, 2, 3, 4, 0], strict=True):
-        np.testing.assert_allclose(shown, images[at].permute(1, 2, 0))
-    assert [ax.get_title() for ax in figure.axes] == list("abcdef")
-    assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["x", "y"]
-
-
-def test_pair_map_colours_the_most_frequent_pairs():
-    points = np.arange(12.0).reshape(6, 2)
-    ax = pss.plots.pair_map(points, ["b", "a", "a", "c", "b", "a"], top=2)
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["other (1)", "a (3)", "b (2)"]
-    rest, first, second = ax.collections
-    np.testing.assert_array_equal(rest.get_offsets(), points[[3]])
-    np.testing.assert_array_equal(first.get_offsets(), points[[1, 2, 5]])
-    np.testing.assert_array_equal(second.get_offsets(), points[[0, 4]])
 
 
 def test_edit_panels_draws_every_method_and_only_the_bands_asked_for():
@@ -174,12 +83,3 @@ def test_overlay_grid_has_a_column_for_each_kind_of_map():
     for found, wanted in zip(maps, [0 * heat[0], heat[0], 1 - heat[0], 0 * heat[1], heat[1], 1 - heat[1]], strict=True):
         np.testing.assert_allclose(found, wanted)
     assert [ax.get_title() for ax in figure.axes[:6]] == ["image", "a", "b", "", "", ""]
-
-
-def test_marks_and_curves_of_masks_draw_means():
-    table = pd.DataFrame({"rule": ["top units"] * 4 + ["x"] * 4, "k": [1, 1, 2, 2] * 2, "v": np.arange(8.0)})
-    curves = pss.plots.mask_curves(table, "v")
-    np.testing.assert_allclose(curves.lines[0].get_xydata(), [[1, 0.5], [2, 2.5]])
-    marks = pss.plots.paired_marks(table, {"top units": ["top units", "x"]}, "v")
-    middles = [line.get_xdata()[0] for line in marks.lines if line.get_marker() in ("o", "D")]
-    assert middles == [1.5, 5.5]

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kills import UNFINISHED, ended, forked, killed_again_and_again
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import pss
 from pss import profiles
-from pss.profiles import ProfileStore, blocks, choose_batch_size, main, profile_dataset
-from pss.saliency import cross_entropy
-from pss.storage.folder import read_manifest, write_manifest
+from pss.apps.profiling import main
+from pss.profiles import profile_dataset
+from pss.saliency import cross_entropy, logit
+from pss.storage import passes
+from pss.storage.folder import ProfileStore, blocks, partial_of, read_manifest, write_manifest
+from pss.storage.passes import choose_batch_size
 from pss.units import Units
 
 N, PIXELS = 26, 8
@@ -69,10 +71,24 @@ def contents(path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def flip(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 0x10
     file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_thread) -> dict[str, bytes]:
+    """The files of a pass that nothing interrupts."""
+    return contents(run(tmp_path_factory.mktemp("profiles") / "whole").path)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -95,8 +111,6 @@ def test_equals_profile_and_the_model_itself(tmp_path):
     np.testing.assert_allclose(store.true_confidences, probabilities[np.arange(N), labels], rtol=1e-5)
     np.testing.assert_array_equal(store.misclassified, np.flatnonzero(logits.argmax(1) != labels))
     assert len(store) == N and store.shape == (N, 9) and store.profiles.dtype == np.float32 and store.finished.all()
-    table = store.table()
-    assert len(table) == N and list(table.index[table["misclassified"]]) == list(store.misclassified)
 
 
 def test_signed_loss_and_units_reach_profile(tmp_path):
@@ -107,7 +121,7 @@ def test_signed_loss_and_units_reach_profile(tmp_path):
     np.testing.assert_allclose(store.profiles, expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(store.losses, model(data.tensors[0]).detach()[range(5), data.tensors[1]], rtol=1e-5)
     assert (store.profiles < 0).any()
-    assert store.about["units"] == units.fingerprint and store.about["signed"] == "True"
+    assert store.provenance["units"] == units.fingerprint and store.provenance["signed"] == "True"
 
 
 def test_finished_store_reopens_without_reading_an_image(tmp_path):
@@ -122,17 +136,6 @@ def test_finished_store_reopens_without_reading_an_image(tmp_path):
         store.profiles[0, 0] = 1
 
 
-def test_model_and_random_state_are_left_alone(tmp_path):
-    model = make_model().train()
-    model[0].weight.requires_grad_(False)
-    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    run(tmp_path, model, workers=1)
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    assert model.training and not model[0].weight.requires_grad and model[2].weight.requires_grad
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_double_model_and_loss_callable(tmp_path):
     def twice(outputs, labels):
         return 2 * cross_entropy(outputs, labels)
@@ -141,15 +144,22 @@ def test_double_model_and_loss_callable(tmp_path):
     images, labels = data.tensors
     store = run(tmp_path, model, data, loss=twice)
     np.testing.assert_allclose(store.profiles, 2 * pss.profile(model, images.double(), labels), rtol=1e-6)
-    assert store.manifest["loss"].endswith("twice")
+    assert store.provenance["loss"].endswith("twice")
     with pytest.raises(ValueError, match="a lambda has no name"):
         run(tmp_path / "b", model, data, loss=lambda outputs, labels: outputs[:, 0])
 
 
-def test_workers_write_the_same_bytes(tmp_path):
-    run(tmp_path / "a")
-    run(tmp_path / "b", workers=2)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+def test_workers_write_the_same_bytes(tmp_path, whole):
+    assert contents(run(tmp_path, workers=2).path) == whole
+
+
+def test_a_loss_is_the_same_by_name_and_as_a_function(tmp_path):
+    store = run(tmp_path / "store", data=make_data(20), loss=logit)
+    assert store.provenance["loss"] == "logit" and len(run(tmp_path / "store", data=make_data(20), loss="logit")) == 20
+    reference, units = pss.Reference.fit(store), Units.of(make_model())
+    assert reference.check(units, loss="logit") is reference.check(units, loss=logit) is reference
+    with pytest.raises(ValueError, match="loss: reference logit, given cross_entropy"):
+        reference.check(units, loss=cross_entropy)
 
 
 def test_batch_size_that_fits():
@@ -227,24 +237,23 @@ def test_profile_that_is_not_finite(tmp_path):
     assert caught.value.__notes__ == ["this happened while profiling items 0 to 3 of the data set"]
 
 
-def test_what_cannot_be_profiled(tmp_path):
-    shapes = [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)]
-    cases = [
-        ({"data": shapes}, ValueError, "images differ in shape"),
-        ({"data": [("a.png", 0)]}, ValueError, "none of the 1 images can be read"),
-        ({"data": []}, ValueError, "the data set has no items"),
-        ({"batch_size": 0}, ValueError, "batch_size 0 must be at least 1"),
-        ({"on_error": "ignore"}, ValueError, "unknown on_error 'ignore'"),
-        ({"device": "meta"}, ValueError, "the model is on cpu, but device is meta"),
-        ({"model": nn.Flatten()}, ValueError, "no unit of kind|no parameters"),
-    ]
-    for number, (options, error, message) in enumerate(cases):
-        options = {"batch_size": None, **options}
-        with pytest.raises(error, match=message):
-            if options.get("data") == []:
-                profile_dataset(make_model(), [], None, tmp_path / str(number))
-            else:
-                run(tmp_path / str(number), **options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)]}, "images differ in shape"),
+        ({"data": [("a.png", 0)], "batch_size": None}, "none of the 1 images can be read"),
+        ({"data": []}, "the data set has no items"),
+        ({"data": [], "data_name": None}, "the data set has no items"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"on_error": "ignore"}, "unknown on_error 'ignore'"),
+        ({"model": nn.Flatten()}, "no unit of kind|no parameters"),
+    ],
+)
+def test_what_cannot_be_profiled(tmp_path, options, message):
+    options = {"model": make_model(), "data": make_data(), "batch_size": 4, "data_name": "test", **options}
+    with pytest.raises(ValueError, match=message):
+        profile_dataset(options.pop("model"), options.pop("data"), None, tmp_path / "new", progress=False, **options)
+    assert not list(tmp_path.iterdir())
 
 
 # --- other profiles in the folder -------------------------------------------------------------------------------------
@@ -277,8 +286,8 @@ def test_refuses_profiles_of_something_else_and_says_what(tmp_path, monkeypatch)
     assert contents(tmp_path)["profiles.npy"] != before["profiles.npy"]
 
 
-def test_unfinished_store_keeps_torch_version_and_batches(tmp_path, monkeypatch):
-    whole = contents(run(tmp_path / "whole").path)
+def test_unfinished_store_keeps_torch_version_and_batches(tmp_path, monkeypatch, whole):
+    run(tmp_path / "whole")
     with pytest.raises(ValueError, match="item 9"):
         run(tmp_path / "part", data=Faulty(bad=[9]))
     with monkeypatch.context() as patch:
@@ -301,7 +310,7 @@ def test_data_identity(tmp_path):
         fingerprint = "digits 1"
 
     named = Named(*make_data().tensors)
-    assert run(tmp_path / "a", data=named, data_name=None).manifest["data"] == "digits 1"
+    assert run(tmp_path / "a", data=named, data_name=None).provenance["data"] == "digits 1"
     run(tmp_path / "b", data_name=None)
     with pytest.raises(ValueError, match="data: stored '26 items, sample"):
         run(tmp_path / "b", data=make_data(seed=1), data_name=None)
@@ -342,10 +351,10 @@ def test_error_after_rows_keeps_them(tmp_path):
     """Also if this call only went on, and was the first to fail at its own first item."""
     with pytest.raises(ValueError, match="item 9"):
         run(tmp_path, data=Faulty(bad=[9]))
-    begun = contents(tmp_path)
+    begun = contents(partial_of(tmp_path))
     with pytest.raises(ValueError, match="item 8"):
         run(tmp_path, data=Faulty(bad=[8]))
-    assert contents(tmp_path) == begun
+    assert contents(partial_of(tmp_path)) == begun
     run(tmp_path, data=Faulty(bad=range(8)))  # two batches were kept
     with pytest.raises(ValueError, match="item 4"):
         run(tmp_path, data=Faulty(bad=[4]), rebuild=True)
@@ -353,24 +362,43 @@ def test_error_after_rows_keeps_them(tmp_path):
         ProfileStore.open(tmp_path)
 
 
-def test_rebuild_keeps_a_store_among_other_files_and_one_that_cannot_be_begun(tmp_path):
+def test_rebuild_keeps_a_store_among_other_files_and_one_that_cannot_be_begun(tmp_path, whole):
     run(tmp_path)
     (tmp_path / "profiles.npy.mine").write_text("mine")
-    before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=r"holds other files \(profiles.npy.mine"):
         run(tmp_path, rebuild=True)
     with pytest.raises(ValueError, match="none of the 26 images can be read"):
         run(tmp_path, data=Faulty(bad=range(N)), batch_size=None, rebuild=True)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == whole | {"profiles.npy.mine": b"mine"}
+
+
+def test_a_store_of_another_version_is_refused_by_name(tmp_path, whole):
+    run(tmp_path)
+    write_manifest(tmp_path, read_manifest(tmp_path) | {"format": 1})
+    for read in (ProfileStore.open, run):
+        with pytest.raises(ValueError, match=r"manifest.json .*another version, format 1 instead of 2.*rebuild=True"):
+            read(tmp_path)
+    run(tmp_path, rebuild=True)
+    assert contents(tmp_path) == whole
+
+
+def test_a_link_to_a_folder_and_a_disk_of_its_own(tmp_path, monkeypatch, whole):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run(tmp_path / "link")
+    assert contents(tmp_path / "real") == whole and sorted(f.name for f in tmp_path.iterdir()) == ["link", "real"]
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with pytest.raises(ValueError, match="new is a disk of its own, which cannot be renamed: give a folder below it"):
+        run(tmp_path / "new")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["profiles.npy", "samples.npy", "manifest.json"])
-def test_every_damage_is_found(tmp_path, name):
+def test_every_damage_is_found(tmp_path, name, whole):
     run(tmp_path)
-    whole, file = contents(tmp_path), tmp_path / name
+    file = tmp_path / name
     size = len(whole[name])
     for position in [*range(0, size, max(1, size // 60)), size - 2]:
         flip(file, position)
@@ -395,79 +423,50 @@ def test_every_damage_is_found(tmp_path, name):
         assert contents(tmp_path) == whole
 
 
-def test_damage_names_the_row_and_resuming_mends_it(tmp_path):
-    whole = contents(run(tmp_path).path)
+def test_damage_names_the_row_and_resuming_mends_it(tmp_path, whole):
+    run(tmp_path)
     header = len(whole["profiles.npy"]) - N * 9 * 4
     flip(tmp_path / "profiles.npy", header + 17 * 9 * 4 + 3)
     with pytest.raises(ValueError, match="1 rows are not as written, the first is 17"):
         run(tmp_path)
     assert len(ProfileStore.open(tmp_path, verify=False)) == N
-    write_manifest(tmp_path, {**read_manifest(tmp_path), "complete": False})  # as if it had been found in time
+    tmp_path.rename(partial_of(tmp_path))  # as if it had been found in time
     run(tmp_path, data=Faulty(bad=[*range(16), *range(20, N)]))  # reads that row's batch only
     assert contents(tmp_path) == whole
-
-
-def test_pickles_are_never_loaded(tmp_path):
-    run(tmp_path)
-    np.save(tmp_path / "samples.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"samples.npy is damaged"):
-        ProfileStore.open(tmp_path)
 
 
 # --- killed, and resumed ----------------------------------------------------------------------------------------------
 
 
-def _slow(path, delay, workers=0):
-    torch.set_num_threads(1)
-    run(path, data=Faulty(delay=delay), workers=workers)
-
-
-def _finished_by(target, *arguments, after=60.0) -> int:
-    """Exit code of a fresh process that runs this; killed (-9) if it takes longer."""
-    processes = multiprocessing.get_context("forkserver")  # imports torch once
-    processes.set_forkserver_preload(["torch", "pss.profiles"])
-    process = processes.Process(target=target, args=arguments)
-    process.start()
-    while not arguments[0].exists() and process.is_alive():
-        time.sleep(0.001)
-    process.join(after)
-    process.kill()
-    process.join()
-    return process.exitcode
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_killed_at_random_moments(tmp_path, one_thread):
-    whole = contents(run(tmp_path / "whole").path)
-    rng, path = random.Random(0), tmp_path / "part"
-    for kills in range(40):
-        if _finished_by(_slow, path, 0.02, after=rng.uniform(0, 0.1 * (kills + 1))) == 0:  # later it gets the time
-            break
-        with pytest.raises((ValueError, FileNotFoundError), match=r"not finished|no profiles|npy is damaged"):
+def test_killed_at_random_moments(tmp_path, whole):
+    path, said = tmp_path / "part", []
+    for _ in killed_again_and_again(lambda: run(path, data=Faulty(delay=0.02))):
+        with pytest.raises((ValueError, FileNotFoundError), match=UNFINISHED) as refused:
             ProfileStore.open(path)
-    assert kills >= 3
+        said.append(str(refused.value))
+    assert len(set(said)) >= 3  # it went on from where it was
     assert contents(path) == whole
 
 
-def _deadly(path):
-    torch.set_num_threads(1)
-    run(path, data=Faulty(deadly=14), workers=1)
+def test_processes_that_begin_at_once_make_one_store(tmp_path, whole):
+    """As the runs of a sweep do that find no profiles in the cache."""
+    for number in range(4):
+        path = tmp_path / str(number)
+        data = Faulty(delay=0.001, bad=[3] if number % 2 else [])
+        children = [forked(lambda p=path, d=data: run(p, data=d, on_error="skip")) for _ in range(3)]
+        assert [ended(child) for child in children] == [0, 0, 0]
+        if number % 2:
+            assert ProfileStore.open(path).skipped == {3: "OSError: image file is truncated"}
+        else:
+            assert contents(path) == whole
+        assert not partial_of(path).exists()
 
 
-def test_killed_loader(tmp_path, one_thread):
-    whole = contents(run(tmp_path / "whole").path)
-    assert _finished_by(_deadly, tmp_path / "part") == 1  # an error, not a hang
+def test_killed_loader(tmp_path, whole):
+    assert ended(forked(lambda: run(tmp_path / "part", data=Faulty(deadly=14), workers=1))) == 1  # not a hang
     with pytest.raises(ValueError, match="not finished"):
         ProfileStore.open(tmp_path / "part")
-    run(tmp_path / "part")
-    assert contents(tmp_path / "part") == whole
+    assert contents(run(tmp_path / "part").path) == whole
 
 
 def test_death_of_a_worker_does_not_raise_within_the_kernel(tmp_path, monkeypatch):
@@ -504,8 +503,8 @@ def test_interrupted(tmp_path):
     assert len(ProfileStore.open(tmp_path)) == N
 
 
-def test_disk_that_fills_up(tmp_path, monkeypatch):
-    whole, real = contents(run(tmp_path / "whole").path), os.fsync
+def test_disk_that_fills_up(tmp_path, monkeypatch, whole):
+    real = os.fsync
     left = iter(range(9))  # synchronizations until the disk is full: within the rows, or within the records
 
     def full(file):
@@ -532,14 +531,13 @@ ARGUMENTS = [
 ]
 
 
-def test_command_line(tmp_path, capsys, one_thread):
+def test_command_line(tmp_path, capsys):
     assert main([*ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.saliency:logit"]) == 0
     assert "ProfileStore(23 images × 12 units" in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["preprocessing"] == "as it is" and manifest["loss"] == "pss.saliency.logit"
-    assert manifest["options"] == {}
+    provenance = json.loads((tmp_path / "manifest.json").read_text())["provenance"]
+    assert provenance["preprocessing"] == "as it is" and provenance["loss"] == "logit" and provenance["options"] == {}
     main([*ARGUMENTS, "--out", str(tmp_path / "bf16"), "--precision", "bf16"])
-    assert json.loads((tmp_path / "bf16" / "manifest.json").read_text())["options"] == {"precision": "bf16"}
+    assert read_manifest(tmp_path / "bf16")["provenance"]["options"] == {"precision": "bf16"}
     with pytest.raises(SystemExit, match="'oops' is no argument"):
         main(["--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
 
@@ -547,13 +545,13 @@ def test_command_line(tmp_path, capsys, one_thread):
 def test_a_rank_takes_every_other_batch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="item 4"):
         run(tmp_path, data=Faulty(bad=[4]))
-    monkeypatch.setattr(profiles, "_rank", lambda: (1, 2))
-    monkeypatch.setattr(profiles, "_barrier", lambda: None)
+    monkeypatch.setattr(passes, "rank", lambda: (1, 2))
+    monkeypatch.setattr(passes, "barrier", lambda: None)
     with pytest.raises(ValueError, match=r"not finished \(16 of 26 rows\)"):  # three of seven batches, and the first
         run(tmp_path)
 
 
-def test_two_ranks_equal_one(tmp_path, one_thread):
+def test_two_ranks_equal_one(tmp_path):
     main([*ARGUMENTS, "--out", str(tmp_path / "one")])
     module = [*ARGUMENTS, "--out", str(tmp_path / "two")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -601,8 +599,8 @@ def test_the_callers_autocast_does_not_reach_the_records():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     images, labels = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(3)
     units = Units.of(model, "rows")
-    rows, records = profiles._compute(model, images, labels, units, "cross_entropy", False, {})
+    rows, records = profiles._profile_batch(model, images, labels, units, "cross_entropy", False, {})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, records_again = profiles._compute(model, images, labels, units, "cross_entropy", False, {})
+        again, records_again = profiles._profile_batch(model, images, labels, units, "cross_entropy", False, {})
     np.testing.assert_array_equal(again, rows)
     np.testing.assert_array_equal(records_again, records)

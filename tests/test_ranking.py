@@ -1,13 +1,14 @@
 """Ranking methods against direct computation, and their populations."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from pss import ranking
-from pss.ranking import METHODS, fdr_significant, rank, stage_shares
+from pss.ranking import RANKINGS, fdr_significant, rank, score, stage_shares
 from pss.reference import Reference
 from pss.units import Units
 
@@ -23,7 +24,7 @@ def units() -> Units:
 @pytest.fixture(scope="module")
 def profiles() -> torch.Tensor:
     values = torch.from_numpy(np.random.default_rng(0).lognormal(sigma=1.5, size=(400, 60)))
-    values[:, 17] = 0.5  # dead
+    values[:, 17] = 0  # dead, also once divided by the size of the profile
     return values
 
 
@@ -32,22 +33,44 @@ def reference(profiles) -> Reference:
     return Reference.fit(profiles)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_ranks_every_unit_once(method, profiles, reference, units):
-    k = 30 if method == "random_last_stage" else 60
-    ids = rank(profiles[:8], reference, method, k, units, gains=profiles[8:16])
-    assert ids.shape == (8, k) and ids.dtype == torch.int64
-    if method == "random_last_stage":
-        assert all(len(set(row.tolist())) == 30 and row.min() >= 30 for row in ids)
-    else:
-        assert torch.equal(ids.sort(dim=1).values, torch.arange(60).expand(8, 60))
+@pytest.fixture(scope="module")
+def references(profiles, reference) -> dict[bool, Reference]:
+    """By whether they are scale-free."""
+    return {False: reference, True: Reference.fit(profiles, scale_free=True)}
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ranking._NEEDS_UNITS])
-def test_dead_units_come_last(method, profiles, reference):
-    new = profiles[:5].clone()
+LAST_STAGE = ("random_last_stage", "last_stage_raw")
+
+
+@pytest.mark.parametrize("method", RANKINGS)
+def test_every_method_ranks_every_unit_once_and_dead_ones_last(method, profiles, references, units):
+    reference = references["scale_free" in RANKINGS[method].needs]
+    new = profiles[:8].clone()
     new[:, 17] = 1e6
-    assert (rank(new, reference, method, gains=new)[:, -1] == 17).all()
+    k = 30 if method in LAST_STAGE else 60
+    ids = rank(new, reference, method, k, units, gains=new)
+    assert ids.shape == (8, k) and ids.dtype == torch.int64
+    everyone = torch.arange(60)[-k:]
+    assert torch.equal(ids.sort(dim=1).values, everyone.expand(8, k))
+    assert method in LAST_STAGE or (ids[:, -1] == 17).all()
+
+
+@pytest.mark.parametrize("method", RANKINGS)
+def test_what_an_entry_needs_is_asked_for_and_nothing_else(method, profiles, references, units):
+    """Each need, taken away, is refused by name; with all of them, and no more, it ranks."""
+    entry, new = RANKINGS[method], profiles[:2]
+    given = {"units": units, "gains": new, "reference": references["scale_free" in entry.needs]}
+    needs = {n for n in entry.needs if n != "scale_free"} | (
+        {"reference"} if method == "layer_matched_random" else set()
+    )
+    rank(new, method=method, k=5, **{name: given[name] for name in needs})
+    for name in needs:
+        with pytest.raises(ValueError, match=f"needs (a )?{name}"):
+            rank(new, method=method, k=5, **{n: given[n] for n in needs - {name}})
+    if entry.tail:
+        log_p = references["scale_free" in entry.needs].log_tail_probability(new, entry.tail)
+        here = log_p.isfinite()
+        torch.testing.assert_close(score(new, given["reference"], method)[here], -log_p[here])
 
 
 @pytest.mark.parametrize("method", ["random_last_stage", "layer_matched_random"])
@@ -61,14 +84,11 @@ def test_random_units_are_dead_ones_last(method, units):
     assert not reference.dead[ids].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", ["pot", "raw", "random_last_stage"])
 def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, reference, units):
     new = profiles[:3].clone()
     new[1, 4] = value
-    if method == "random_last_stage":  # does not look at the profiles
-        assert rank(new, reference, method, 5, units).shape == (3, 5)
-        return
     with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
         rank(new, reference, method, 5, units, gains=profiles[:3])
 
@@ -79,17 +99,9 @@ def test_fisher_ranks_by_the_gains(profiles, reference, units):
     assert torch.equal(rank(profiles[:8], reference, "fisher", 5, gains=gains), expected)
     matched = rank(profiles[:8], reference, "layer_matched_random", 5, units, match="fisher", gains=gains)
     assert (units.layer_ids[matched] == units.layer_ids[expected]).all()
-    with pytest.raises(ValueError, match=r"needs gains=: pss.fisher_scores"):
-        rank(profiles[:8], reference, "fisher")
     for wrong in (gains[:7], gains[:, :59], gains / 0):
         with pytest.raises(ValueError, match=r"gains of shape .* expected \(8, 60\)"):
             rank(profiles[:8], reference, "fisher", gains=wrong)
-
-
-def test_significant_takes_a_probability_of_zero_and_refuses_nan():
-    assert fdr_significant(torch.tensor([[-torch.inf, -0.1]])).tolist() == [[True, False]]
-    with pytest.raises(ValueError, match="NaN"):
-        fdr_significant(torch.tensor([[torch.nan, -0.1]]))
 
 
 def test_orders_are_those_of_the_definitions(profiles, reference):
@@ -128,13 +140,21 @@ def test_randomness_comes_from_the_generator(profiles, units):
 
 def test_significant_is_benjamini_hochberg_by_hand():
     p = torch.tensor([[0.001, 0.5, 0.012, 0.03, 0.9]])  # sorted: .001 .012 .03 .5 .9 against .01 .02 .03 .04 .05
-    assert fdr_significant(p.log(), q=0.05).tolist() == [[True, False, True, True, False]]
-    assert fdr_significant(p.log(), q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+    assert fdr_significant(p.log(), 10**6, q=0.05).tolist() == [[True, False, True, True, False]]
+    assert fdr_significant(p.log(), 10**6, q=0.05, dependent=True).tolist() == [[True, False, False, False, False]]
+
+
+def test_what_no_reference_image_has_shown_is_not_significant_alone():
+    """Of 10 units and 99 images one alone needs p <= 0.005, which they cannot show; of three it is 0.015."""
+    log_p = torch.full((3, 10), -0.1)
+    log_p[0, :1], log_p[1, :5], log_p[2, :1] = -torch.inf, -torch.inf, math.log(0.01)
+    assert fdr_significant(log_p, 99, q=0.05).sum(dim=1).tolist() == [0, 5, 0]
+    assert fdr_significant(log_p, 199, q=0.05).sum(dim=1).tolist() == [1, 5, 0]
 
 
 def test_false_discoveries_are_held_at_q():
     p = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    any_found = fdr_significant(p.log(), q=0.1).any(dim=1).double().mean().item()
+    any_found = fdr_significant(p.log(), 10**6, q=0.1).any(dim=1).double().mean().item()
     assert 0.08 < any_found < 0.12  # every discovery is false: the rate of any is q
 
 
@@ -147,22 +167,15 @@ def test_stage_shares(units):
     pd.testing.assert_frame_equal(shares, expected)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "best"}, "unknown method 'best'"),
-        ({"profiles": torch.rand(60)}, r"expected \(B, U\)"),
-        ({"k": 0}, r"k = 0 is outside 1\.\.60"),
-        ({"k": 61}, r"k = 61 is outside 1\.\.60"),
-        ({"method": "pot"}, "needs a reference"),
-        ({"method": "random_last_stage"}, "needs units="),
-        ({"units": Units.of(nn.Conv2d(1, 2, 3))}, "units= has 2"),
-    ],
-)
-def test_what_cannot_be_ranked_is_refused(profiles, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        rank(**{"profiles": profiles[:1], "method": "raw", **arguments})
+def test_last_stage_is_ranked_by_raw_saliency(profiles, units):
+    ids = rank(profiles[:4], None, "last_stage_raw", 3, units)
+    assert torch.equal(ids, 30 + profiles[:4, 30:].argsort(dim=1, descending=True)[:, :3])
+    with pytest.raises(ValueError, match=r"k = 31 is more than the 30 units that 'last_stage_raw' ranks"):
+        rank(profiles[:4], None, "last_stage_raw", 31, units)
 
 
-def test_methods_are_listed_once():
-    assert len(set(METHODS)) == len(METHODS) and set(ranking._NEEDS_UNITS) < set(METHODS)
+def test_a_scale_free_ranking_is_the_plain_one_of_a_scale_free_reference(profiles, references):
+    for method in ("zscore", "pot"):
+        free = rank(profiles[:5], references[True], f"scale_free_{method}")
+        assert torch.equal(free, rank(7 * profiles[:5], references[True], method))
+        assert not torch.equal(free, rank(profiles[:5], references[False], method))

@@ -13,7 +13,7 @@ from torch import nn
 
 import pss.editing
 from pss.data.vision import torchvision
-from pss.editing import edit_curve, edit_curves, edited, paired_difference, side_effects, summarize, unit_steps
+from pss.editing import edit_curve, edit_curves, edited, side_effects, unit_steps
 from pss.saliency import parameter_saliency
 from pss.units import UnitGroup, Units
 
@@ -605,115 +605,6 @@ def test_steps_belong_to_finetuning():
         edited(model, units, [0, 1], "finetune", [torch.zeros(1)]),
     ):
         pass
-
-
-# --------------------------------------------------------------------------------------------- summaries
-
-
-def made_up(methods=("z", "raw"), images=7, edits=3, seed=0):
-    rng = np.random.default_rng(seed)
-    index = pd.MultiIndex.from_product([methods, range(images), range(edits + 1)], names=["method", "image", "k"])
-    curves = index.to_frame(index=False)
-    for name in ("confidence_wrong", "confidence_true", "loss"):
-        curves[name] = rng.random(len(curves))
-    curves["corrected"] = rng.random(len(curves)) < 0.4
-    return curves.sample(frac=1, random_state=0).reset_index(drop=True)  # the order of rows must not matter
-
-
-def test_summary_by_hand():
-    curves = made_up()
-    table = summarize(curves).set_index(["method", "k"])
-    assert len(table) == 8
-    own = curves[curves["method"] == "raw"].sort_values(["k", "image"])
-    wrong = own["confidence_wrong"].to_numpy().reshape(4, 7)
-    change = wrong[2] - wrong[0]
-    row = table.loc[("raw", 2)]
-    assert row["n"] == 7
-    assert row["change_wrong"] == pytest.approx(change.mean())
-    low, high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
-    assert (row["change_wrong_low"], row["change_wrong_high"]) == pytest.approx((low, high))
-    corrected = own["corrected"].to_numpy().reshape(4, 7)[2]
-    share, z = corrected.mean(), stats.norm.ppf(0.975)
-    assert row["corrected"] == pytest.approx(share)
-    centre = (share + z**2 / 14) / (1 + z**2 / 7)
-    margin = z / (1 + z**2 / 7) * np.sqrt(share * (1 - share) / 7 + z**2 / (4 * 49))
-    assert (row["corrected_low"], row["corrected_high"]) == pytest.approx((centre - margin, centre + margin))
-    assert table.loc[("raw", 0), ["change_wrong", "change_true", "change_true_low"]].tolist() == [0, 0, 0]
-
-
-def test_summary_by_other_columns_and_of_one_method():
-    curves = made_up(("z",)).drop(columns="method")
-    assert summarize(curves)["k"].tolist() == sorted(curves["k"].unique())
-    two = pd.concat([curves.assign(domain="a", edit="x"), curves.assign(domain="b", edit="x")])
-    assert len(summarize(two, by=["domain", "edit"])) == 8
-    one = summarize(curves[curves["image"] == 0])
-    assert one["change_wrong"].notna().all()
-    assert one["change_wrong_low"].isna().all()
-
-
-def test_summary_refuses_what_it_cannot_tell_apart():
-    curves = made_up()
-    with pytest.raises(ValueError, match="two rows for"):
-        summarize(curves.drop(columns="method"))
-    with pytest.raises(ValueError, match="without a row k = 0"):
-        summarize(curves[curves["k"] > 0])
-    with pytest.raises(ValueError, match="no column 'domain'"):
-        summarize(curves, by="domain")
-
-
-def test_paired_difference_by_hand():
-    curves = made_up(images=12)
-    table = paired_difference(curves, "z", "raw", "confidence_wrong", resamples=999, seed=3)
-    sides = {
-        m: g.set_index(["k", "image"])["confidence_wrong"].sort_index().to_numpy().reshape(4, 12).T
-        for m, g in curves.groupby("method")
-    }
-    difference = sides["z"] - sides["raw"]
-    np.testing.assert_allclose(table["mean"], difference.mean(0))
-    assert table["n"].tolist() == [12] * 4
-    rng = np.random.default_rng(3)
-    means = np.array([difference[d].mean(0) for d in rng.integers(12, size=(999, 12))])
-    np.testing.assert_allclose(table["low"], np.quantile(means, 0.025, axis=0))
-    np.testing.assert_allclose(table["high"], np.quantile(means, 0.975, axis=0))
-    other = stats.bootstrap((difference[:, 1],), np.mean, method="percentile", rng=np.random.default_rng(0))
-    interval = other.confidence_interval
-    assert (table["low"][1], table["high"][1]) == pytest.approx((interval.low, interval.high), abs=0.05)
-    assert paired_difference(curves, "z", "z", "corrected")[["mean", "low", "high"]].eq(0).all().all()
-    # pairing pays: images that differ much, but equally under both methods, leave no uncertainty
-    shifted = pd.concat([curves.assign(method="a"), curves.assign(method="b", loss=curves["loss"] + 1)])
-    shifted = shifted[curves["method"].eq("z").reindex(shifted.index)]
-    exact = paired_difference(shifted, "b", "a", "loss")
-    np.testing.assert_allclose(exact[["mean", "low", "high"]], 1.0)
-
-
-def test_paired_difference_needs_the_same_images():
-    curves = made_up()
-    raw = curves["method"] == "raw"
-    with pytest.raises(ValueError, match="not on the same images: 1 in one only"):
-        paired_difference(curves[~(raw & (curves["image"] == 3))], "z", "raw")
-    with pytest.raises(ValueError, match="different numbers of edits"):
-        paired_difference(curves[~(raw & (curves["k"] == 3))], "z", "raw")
-    with pytest.raises(ValueError, match="missing for some image"):
-        paired_difference(curves[~(raw & (curves["k"] == 3) & (curves["image"] == 1))], "z", "raw")
-    with pytest.raises(ValueError, match="no rows with method = 'pot'"):
-        paired_difference(curves, "z", "pot")
-    with pytest.raises(ValueError, match="two rows for"):
-        paired_difference(pd.concat([curves, curves]), "z", "raw")
-
-
-def test_summaries_of_real_curves():
-    model = build(Chain)
-    units = Units.of(model)
-    images, labels = batch(4)
-    curves = pd.concat(
-        [
-            edit_curves(model, images, labels, rankings(units, 4, seed=s), units, step_norm=0.1).assign(method=name)
-            for s, name in enumerate(["one", "two"])
-        ]
-    )
-    table = summarize(curves)
-    assert (table.groupby("method")["change_true"].last() > 0).all(), "steps down the loss must help"
-    assert len(paired_difference(curves, "one", "two")) == 9
 
 
 # --------------------------------------------------------------------------------------------- side_effects

@@ -1,53 +1,25 @@
 """The report and the steps of notebook 11: whose image, which units, what is written, and that names are only text."""
 
-import json
+import dataclasses
 import re
-import textwrap
-from html.parser import HTMLParser
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from test_own_network import Page, is_safe
 
 import pss
-from pss.apps import explain
-from pss.apps.batch import run_notebook
+from pss.apps import experiment, explain
+from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 from pss.models import zoo
 
 EVIL = '<script>alert(1)</script> & "quoted" onerror=1'
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text between them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def named(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 def read(path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
-
-
-def is_safe(page: Page) -> bool:
-    """No script, nothing that runs, nothing fetched: pictures inside, links within the page."""
-    inside = all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in page.named("img"))
-    links = all(a["href"].startswith("#") for a in page.named("a"))
-    handlers = any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    return inside and links and not handlers and not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
 
 
 @pytest.fixture
@@ -101,31 +73,48 @@ def test_switches_take_what_papermill_passes():
         explain.switch("no", "x")
 
 
-def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
-    (tmp_path / "a.png").touch()
-    given = explain.settle(
-        tmp_path, model="digits", weights="random", image_path="a.png", data_to_use="", data_root="", reference=""
-    )
-    assert given.image_path == str(tmp_path / "a.png") and given.model == "digits" and given.reference == ""
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no picture 'cat.jpg' in {tmp_path}")):
-        explain.locate("cat.jpg", tmp_path, "picture")
-
-
-def test_an_image_of_a_set(tmp_path):
+def test_an_image_of_a_set():
     network = zoo.load("digits")
     case = explain.take_image(network, index=658)
     own = pss.data.digits("test")
-    assert (
-        case.name == "digits/test: 658"
-        and torch.equal(case.image[0], own.images[658])
-        and case.label == own.labels[658]
-    )
+    assert case.name == "digits/test: 658" and torch.equal(case.image[0], own.images[658])
+    assert case.label == own.labels[658] == explain.take_image(network, index="digits/test: 658").label
     assert explain.take_image(network, index="658", label="3").label == 3
-    for wrong in (-1, 899, "cat"):
-        with pytest.raises(ValueError, match=r"digits/test has 0\.\.898"):
-            explain.take_image(network, index=wrong)
-    with pytest.raises(ValueError, match="without label"):
-        explain.take_image(network, image_path="a.png")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"index": -1}, r"digits/test has 0\.\.898"),
+        ({"index": 899}, r"digits/test has 0\.\.898"),
+        ({"index": "cat"}, r"digits/test has 0\.\.898"),
+        ({"image_path": "a.png"}, "without label"),
+        ({"image_path": "cat.jpg", "label": 3}, re.escape(str(Path.cwd() / "cat.jpg"))),
+        ({"data_to_use": "mnits"}, "data_to_use 'mnits': expected photographs, "),
+        ({"data_root": "nowhere"}, re.escape(str(Path.cwd() / "nowhere"))),
+    ],
+)
+def test_an_image_that_is_not_there(asked, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        explain.take_image(zoo.load("digits"), **asked)
+
+
+def test_a_network_without_images_is_told_which_parameter_takes_them():
+    own = dataclasses.replace(zoo.load("digits", "random"), name="own")
+    with pytest.raises(ValueError, match="no image: give image_path and label, or data_root"):
+        explain.take_image(own)
+    with pytest.raises(ValueError, match="give dataset_path"):
+        experiment.images_of(own)
+    assert experiment.usual_of(own, needed=False) is None
+
+
+def test_the_notebook_offers_every_ranking_that_it_can_make(root):
+    offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
+    units = pss.Units.of(zoo.load("digits", "random").model)
+    saliency, reference = torch.rand(30, len(units)), pss.Reference.fit(torch.rand(30, len(units)))
+    assert set(pss.METHODS) - set(offered) == {"fisher", "random_last_stage"}  # for gradients, for a few units
+    for method in offered:
+        assert len(explain.ranked(saliency[:1], reference, method, units)) == len(units)
 
 
 def test_table_of_units_and_a_reference_without_tail():
@@ -141,83 +130,3 @@ def test_table_of_units_and_a_reference_without_tail():
         explain.ranked(saliency, reference, "pot", units)
     with pytest.raises(ValueError, match="'fisher' ranks by gradients"):
         explain.ranked(saliency, reference, "fisher", units)
-
-
-MODULE = """
-import torch
-
-def make(width):
-    layers = [torch.nn.Conv2d(3, width, 3), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, 3))
-"""
-YAML = """
-model: our_package.nets:make
-arguments: {width: 8}
-checkpoint: net.pth
-preprocessing: {resize: [16, 16], crop: null, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
-classes: [cat, '<b>dog', '$x$']
-"""
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    """Another package with a small network, a checkpoint, a description, and pictures by class."""
-    package = tmp_path / "code" / "our_package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "nets.py").write_text(MODULE)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setenv("PSS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "net.yaml").write_text(textwrap.dedent(YAML))
-    from our_package.nets import make
-
-    torch.manual_seed(0)
-    torch.save(make(8).state_dict(), tmp_path / "net.pth")
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("cat", "<b>dog", "$x$")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for n in range(10):
-            pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"<img src=x onerror=1> {n}.png")
-    return tmp_path
-
-
-def test_a_network_and_pictures_of_ones_own(workshop, root):
-    notebook, out = root / "notebooks" / "11_explain_one_image.ipynb", workshop / "out"
-    common = {"model": str(workshop / "net.yaml"), "data_root": str(workshop / "photos"), "output": str(out)}
-    asked = {"method": "pot", "k": 4, "budget": 100.0, "patch": "mend.safetensors", "reference_count": 0}
-    network = zoo.load(str(workshop / "net.yaml"))
-    tree = zoo.reference_set(network, workshop / "photos")
-    wrong = pss.models.misclassified(network.model, tree).index
-    run_notebook(notebook, workshop / "run.ipynb", common | asked | {"index": int(wrong[0])})
-    page, table = read(out / "report.html"), pd.read_csv(out / "ranking.csv")
-    assert is_safe(page) and "<img src=x onerror=1>" in page.text
-    assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()
-    units = pss.Units.of(network.model)
-    image, label = tree[int(wrong[0])]
-    with np.load(out / "profile.npz") as kept:
-        expected = pss.profile(network.model, image[None], torch.tensor([label]), units)[0]
-        np.testing.assert_allclose(kept["profile"], expected.numpy(), rtol=1e-4)
-        assert kept["order"].tolist() == table["unit"].tolist() and int(kept["label"]) == label
-    assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["top_unit"] == table["name"][0] and summary["z"] == pytest.approx(table["z"][0], rel=1e-4)
-    written = (out / "mend.safetensors").exists()
-    assert written == ("A patch of" in page.text)
-    if written:
-        pss.Patch.load(out / "mend.safetensors").apply(network.model)
-        assert int(network.model(image[None]).argmax()) == label
-
-
-def test_one_picture_with_published_statistics(workshop, root):
-    """Mean and deviation only: a sentence says so, no p-values; no retain images either; in Japanese."""
-    notebook, out = root / "notebooks" / "11_explain_one_image.ipynb", workshop / "out"
-    torch.save({"mean": torch.rand(16), "std": torch.rand(16).double()}, workshop / "stats.pth")
-    picture = next((workshop / "photos" / "cat").glob("*.png"))
-    given = {"model": str(workshop / "net.yaml"), "image_path": str(picture), "label": "cat", "output": str(out)}
-    given |= {"reference": str(workshop / "stats.pth"), "language": "ja", "compare_random": False, "noise_iters": 2}
-    run_notebook(notebook, workshop / "run.ipynb", given | {"noise_percent": 0.1, "loss": "logit_difference"})
-    page = read(out / "report.html")
-    assert page.named("html") == [{"lang": "ja"}] and "平均と標準偏差のみ" in page.text and is_safe(page)
-    assert "保持画像がない" in page.text and "p" not in pd.read_csv(out / "ranking.csv")

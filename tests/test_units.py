@@ -1,17 +1,20 @@
 """Units: counts, order, stages and slices against the facts of DESIGN.md and against the parameters themselves."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import pss
 from pss.data.vision import torchvision
 from pss.editing import edited, unit_steps
-from pss.units import UnitGroup, Units
+from pss.units import UnitGroup, Units, stage_names
 
 FACTS = {  # filters, first id of each stage
     "resnet18": (4800, {"conv1": 0, "conv2_x": 64, "conv3_x": 320, "conv4_x": 960, "conv5_x": 2240}),
@@ -36,6 +39,24 @@ def test_counts_and_stages_of_published_models(name):
     assert len(units) == count
     first = {s: int(np.argmax(units.stage_ids == i)) for i, s in enumerate(units.stages)}
     assert {s: first[s] for s in stages} == stages
+
+
+@pytest.mark.parametrize(
+    ("parameter", "stage"),
+    [
+        ("layers.2.blocks.1.attn.qkv.weight", "layers.2"),
+        ("vit.encoder.layer.3.attention.query.weight", "vit.encoder.layer.3"),
+        ("transformer.h.0.attn.c_attn.weight", "transformer.h.0"),
+        ("_blocks.12._expand_conv.weight", "blocks.12"),
+        ("encoder.layers.encoder_layer_4.mlp.0.weight", "encoder_layer_4"),
+        ("model.stem.conv.weight", "model.stem"),
+        ("classifier.0.weight", "classifier"),
+        ("net.3.weight", "net.3"),
+        ("3.weight", "3"),
+    ],
+)
+def test_stages_of_other_networks_are_their_numbered_blocks(parameter, stage):
+    assert stage_names(nn.Linear(1, 1))(parameter) == stage
 
 
 def test_inception_without_auxiliary_head():
@@ -86,6 +107,99 @@ class Torchs(nn.Module):
         return self.attention(x, x[..., :width], x[..., :width], need_weights=False)[0]
 
 
+class Attention(nn.Module):
+    """Self-attention whose output is that of its heads, one after the other; a subclass makes q, k and v."""
+
+    def forward(self, x):
+        q, k, v = self.split(x, len(x), x.shape[1])  # (B, N, heads, size of each)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+class HeadByHead(Attention):
+    """As EfficientFormer, LeViT and TinyViT: q, k and v of a head lie together, and v is wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = 3, 2, 4
+        self.qkv = nn.Linear(12, 3 * (2 + 2 + 4))
+
+    def split(self, x, batch, length):
+        return self.qkv(x).reshape(batch, length, 3, -1).split([2, 2, 4], dim=3)
+
+
+class HeadFirst(Attention):
+    """As MaxViT, which says so in an attribute."""
+
+    def __init__(self, head_first=True):
+        super().__init__()
+        self.num_heads, self.dim_head, self.head_first = 3, 4, head_first
+        self.qkv = nn.Linear(12, 36)
+
+    def split(self, x, batch, length):
+        if self.head_first:
+            return self.qkv(x).reshape(batch, length, 3, 12).chunk(3, dim=3)
+        return self.qkv(x).reshape(batch, length, 3, 3, 4).unbind(2)
+
+
+class Apart(Attention):
+    """As Hugging Face's ViT and BERT: a linear layer each."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size = 3, 4
+        self.query, self.key, self.value = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def split(self, x, batch, length):
+        return [layer(x).reshape(batch, length, 3, 4) for layer in (self.query, self.key, self.value)]
+
+
+class Shared(Attention):
+    """As Llama: the number of heads is in the configuration, and several queries share a key and a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.head_dim = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2), 3
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6)
+
+    def split(self, x, batch, length):
+        return [layer(x).reshape(batch, length, -1, 3) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+
+
+class Reduced(Attention):
+    """As PVT and Twins: q by itself, k and v by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.q, self.kv = 3, nn.Linear(12, 12), nn.Linear(12, 24)
+
+    def split(self, x, batch, length):
+        k, v = self.kv(x).reshape(batch, length, 2, 3, 4).unbind(2)
+        return self.q(x).reshape(batch, length, 3, 4), k, v
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: its weight is (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(*x.shape[:2], self.nf)
+
+
+class GPT2(Attention):
+    """As GPT-2: all of q, then of k, then of v, in a `Conv1D`."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.c_attn = 3, 4, Conv1D(36, 12)
+
+    def split(self, x, batch, length):
+        return [part.reshape(batch, length, 3, 4) for part in self.c_attn(x).split(12, dim=2)]
+
+
 class Attending(nn.Module):
     """Sees an image as its 16 patches of 2 by 2 pixels."""
 
@@ -96,6 +210,120 @@ class Attending(nn.Module):
     def forward(self, images):
         x = self.embed(images).flatten(2).transpose(1, 2)
         return self.head((x + self.attention(x)).mean(1))
+
+
+LAID_OUT = {  # what makes the attention, and the heads of q, k and v
+    "torch": (lambda: bare(Torchs()), (3, 3, 3)),
+    "torch, of two widths": (lambda: bare(Torchs(8)), (3, 3, 3)),
+    "fused": (lambda: bare(Fused()), (3, 3, 3)),
+    "head by head": (HeadByHead, (3, 3, 3)),
+    "head first": (HeadFirst, (3, 3, 3)),
+    "head last": (lambda: HeadFirst(False), (3, 3, 3)),
+    "Hugging Face's": (Apart, (3, 3, 3)),
+    "Llama's": (Shared, (4, 2, 2)),
+    "PVT's": (Reduced, (3, 3, 3)),
+    "GPT-2's": (GPT2, (3, 3, 3)),
+}
+
+
+def bare(attention: nn.Module) -> nn.Module:
+    """The same without its output layer."""
+    inner = getattr(attention, "attention", attention)
+    last = inner.proj if hasattr(inner, "proj") else inner.out_proj
+    last.load_state_dict({"weight": torch.eye(12), "bias": torch.zeros(12)})
+    return attention
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_changing_a_head_changes_its_output_and_no_others(name, generator):
+    make, counts = LAID_OUT[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attending(make()).eval().double().requires_grad_(False)
+    units, attention = Units.of(model, "heads"), model.attention
+    assert {layer.label: layer.count for layer in units.layers} == dict(zip("qkv", counts, strict=True))
+    x = torch.rand(2, 5, 12, generator=generator, dtype=torch.float64)
+    before, heads = attention(x), counts[0]
+    for number, layer in enumerate(units.layers):
+        for j, unit in enumerate(range(len(units))[units.span(number)]):
+            with edited(model, units, [unit]):
+                changed = (attention(x) != before).any(dim=1).unflatten(1, (heads, -1)).all(dim=2)
+            sharing = heads // layer.count
+            assert changed.tolist() == [[head // sharing == j for head in range(heads)]] * 2, units.name(unit)
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+@pytest.mark.parametrize("strategy", ["auto", "loop"])
+def test_profile_of_heads_is_the_mean_over_their_weights(name, strategy, generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Attending(LAID_OUT[name][0]()).eval().double()
+    units = Units.of(model, "heads")
+    images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    gradients = pss.parameter_saliency(model, images, torch.tensor([1, 3]))
+    expected = [
+        [gradients[layer.parameter][b][layer.index(j)].mean() for layer in units.layers for j in range(layer.count)]
+        for b in range(2)
+    ]
+    torch.testing.assert_close(
+        pss.profile(model, images, torch.tensor([1, 3]), units, strategy=strategy), torch.tensor(expected)
+    )
+
+
+class Strange(Attention):
+    """One whose attributes do not say how its rows are laid out."""
+
+    def __init__(self, rows=36, **attributes):
+        super().__init__()
+        self.qkv = nn.Linear(12, rows)
+        vars(self).update(attributes)
+
+
+def spectral(attention: nn.Module) -> nn.Module:
+    nn.utils.parametrizations.spectral_norm(attention.qkv)
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (Strange(), "how many heads it has is not known: set num_heads"),
+        (Strange(30, num_heads=3), "qkv.weight has 30 rows, but by its attributes 3 heads of 12 for qkv"),
+        (
+            Strange(num_heads=3, head_dim=2),
+            "36 rows, but by its attributes 3 heads of 6 for qkv: set num_heads and head_",
+        ),
+        (Strange(num_heads=3, key_dim=2, val_dim=4), "36 rows, but by its attributes 3 heads of 8 for qkv"),
+        (nn.ModuleDict({"query_key_value": nn.Linear(12, 36)}), "how many heads"),
+        (spectral(Fused()), "its qkv is made by qkv.parametrizations.weight.original: expected one linear layer"),
+    ],
+)
+def test_heads_of_an_unknown_layout_are_refused_with_a_reason(attention, reason):
+    with pytest.raises(ValueError, match=f"the heads of Attending are not known; attention: .*{reason}"):
+        Units.of(Attending(attention), "heads")
+
+
+@pytest.mark.parametrize("name", ["query_key_value", "qkv"])
+def test_a_layout_that_is_met_either_way_must_be_said(name):
+    attention = nn.Module()
+    attention.add_module(name, nn.Linear(12, 36) if name == "query_key_value" else nn.Conv2d(12, 36, 1))
+    attention.num_heads = 3
+    with pytest.raises(
+        ValueError, match=r"how the rows of .* are laid out is not known: set head_first, True or False"
+    ):
+        Units.of(Attending(attention), "heads")
+    for attention.head_first in (True, False):
+        units = Units.of(Attending(attention), "heads")
+        assert units.layers[1].index(2)[0] == (slice(28, 32) if attention.head_first else slice(20, 24))
+
+
+def test_heads_that_are_left_out_are_said(caplog):
+    model = nn.ModuleList([Fused(), Strange(30, num_heads=3), nn.Bilinear(2, 2, 2)])
+    model[2].num_heads = 2
+    units = Units.of(model, "heads")
+    assert len(units) == 9 and {layer.parameter for layer in units.layers} == {"0.qkv.weight"}
+    assert "heads left out of ModuleList; 1: qkv.weight has 30 rows" in caplog.text
+    assert "2: it has heads, but no queries, keys and values by a name that is known" in caplog.text
 
 
 def timms() -> nn.Module:
@@ -270,3 +498,81 @@ def test_what_cannot_be_is_refused(kind, message):
 def test_ids_outside_are_refused(unit):
     with pytest.raises(IndexError, match=r"outside 0\.\.4799"):
         Units.of(build("resnet18")).name(unit)
+
+
+COMPUTED = {  # how a weight comes to be computed from others, and what the error advises
+    "weight_norm": (nn.utils.weight_norm, r"torch.nn.utils.remove_weight_norm\(module\)"),
+    "spectral_norm": (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(module\)"),
+    "parametrized weight_norm": (nn.utils.parametrizations.weight_norm, "parametrize.remove_parametrizations"),
+    "parametrized spectral_norm": (nn.utils.parametrizations.spectral_norm, "parametrize.remove_parametrizations"),
+    "pruning": (lambda m: prune.l1_unstructured(m, "weight", 3), r"torch.nn.utils.prune.remove\(module, 'weight'\)"),
+    "a network": (lambda m: delattr(m, "weight"), "computed from others: give units of your own"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("kind", ["filters", "all", "rows"])
+def test_computed_weights_are_refused_and_left_as_they_are(how, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).train()
+    number = 2 if kind == "rows" else 0
+    COMPUTED[how][0](model[number])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"{number}\.weight is no parameter, .*{COMPUTED[how][1]}"):
+        Units.of(model, kind)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert len(Units.of(model, "filters" if kind == "rows" else "rows")) == (4 if kind == "rows" else 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("how", [how for how in COMPUTED if how != "a network"])
+def test_the_advice_on_computed_weights_works(how, generator):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    COMPUTED[how][0](model[0])
+    images = torch.rand(2, 3, 4, 4, generator=generator)
+    expected = model.eval()(images)
+    with pytest.raises(ValueError, match="make it one by") as error:
+        Units.of(model)
+    advice = re.search(r"torch\.nn\.utils\.\S+\(module(, 'weight')?\)", str(error.value))[0]
+    eval(advice, {"torch": torch, "module": model[0]})
+    torch.testing.assert_close(model(images), expected)
+    units = Units.of(model)
+    profile = pss.profile(model, images, torch.tensor([0, 1]), units)
+    assert units.layers[0].parameter == "0.weight" and (profile > 0).any()
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.rand(1, 3, 4, 4))])
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_and_traced_modules_are_named(make, part):
+    scripted = make(nn.Conv2d(3, 4, 3))
+    model, name = (nn.Sequential(nn.Conv2d(3, 3, 1), scripted), "1") if part else (scripted, type(scripted).__name__)
+    with pytest.raises(ValueError, match=f"{name} is scripted or traced: give the model as it was before"):
+        Units.of(model, "all")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*")
+def test_quantized_modules_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    dynamic = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    model[2].weight = nn.Parameter(model[2].weight.detach().to(torch.int8), requires_grad=False)
+    for quantized, message in ((dynamic, "2 is quantized"), (model, "2.weight is quantized to torch.int8")):
+        with pytest.raises(ValueError, match=f"{message}.*give the model as it was before"):
+            Units.of(quantized, "rows")
+
+
+def test_rows_of_gpt2s_linear_layer_lie_along_its_second_dimension(generator):
+    model = Attending(GPT2()).double()
+    units = Units.of(model, "rows")
+    assert len(units) == 36 + 5 and units.name(7) == "attention.c_attn[7]" and units.sizes[7] == 12
+    x = torch.rand(1, 4, 12, generator=generator, dtype=torch.float64)
+    before = model.attention.c_attn(x)
+    with edited(model, units, [7]):
+        changed = (model.attention.c_attn(x) != before).flatten(0, 1).any(dim=0)
+    assert changed.nonzero().flatten().tolist() == [7]
+    images, labels = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([1, 3])
+    whole = pss.parameter_saliency(model, images, labels)["attention.c_attn.weight"]
+    torch.testing.assert_close(pss.profile(model, images, labels, units)[:, :36], whole.mean(dim=1))
+    curves = pss.edit_curves(model, images, labels, [[7, 2], [8, 40]], units, "prune", progress=False)
+    assert len(curves) == 6

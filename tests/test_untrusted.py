@@ -34,12 +34,12 @@ from torch.utils.data import TensorDataset
 
 import pss
 from pss import data
-from pss.apps import execution, report, sweep_page
+from pss.apps import parameters, report, sweep
 from pss.data import builtin
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
-from pss.storage.folder import ProfileStore, remove
+from pss.storage.folder import ProfileStore, discard
 from pss.units import Units
 
 
@@ -337,7 +337,7 @@ def test_names_in_a_manifest_open_nothing_else(model, tmp_path):
         pss.profile_dataset(model, given, path=folder, progress=False, data_name=name, preprocessing=name)
         assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "profiles.npy", "samples.npy"]
         assert [p.name for p in tmp_path.iterdir()] == ["store"]
-        remove(folder)
+        discard(folder)
 
 
 def test_yaml_takes_values_only(tmp_path):
@@ -354,7 +354,7 @@ def test_yaml_takes_values_only(tmp_path):
         with pytest.raises(ValueError, match="python/"):
             zoo.load(str(tmp_path / "network.yaml"))
         with pytest.raises(ValueError, match="python/"):
-            execution.read_yaml(tag)
+            parameters.read_yaml(tag)
     assert not marker.exists()
 
 
@@ -481,7 +481,7 @@ def test_index_of_a_sweep_escapes_names(tmp_path):
     folder.mkdir(parents=True)
     (folder / "<img src=x onerror=alert(1)>.png").touch()
     (folder.parent / "<img src=x onerror=alert(1)>.csv").touch()
-    html = sweep_page.page(INJECTION, pd.DataFrame(rows), tmp_path)
+    html = sweep.index_page(INJECTION, pd.DataFrame(rows), tmp_path)
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 4
     assert_inert(html)
 

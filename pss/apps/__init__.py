@@ -1,4 +1,8 @@
-"""What the last notebooks, the site and the command line call: reports, experiments, sweeps, the explorer."""
+"""What the last notebooks, the site and the command line call: reports, experiments, sweeps, the explorer.
+
+A notebook takes `explain` with `report` (one image), `experiment` (a data set) or `explorer`; ``python -m pss`` takes
+`batch` (over `sweep`, `execution` and `parameters`), `profiling`, `training`, `explorer` and `caches`.
+"""
 
 from importlib import import_module
 from types import ModuleType
@@ -6,7 +10,7 @@ from types import ModuleType
 __all__ = ["experiment", "explain", "explorer", "report"]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> ModuleType:  # imported when first used
     if name in __all__:
         return import_module(f"pss.apps.{name}")
     raise AttributeError(f"module 'pss.apps' has no attribute {name!r}")

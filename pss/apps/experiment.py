@@ -16,7 +16,6 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -36,23 +35,26 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
+from pss.apps.explain import has_built_in
 from pss.data import digits
 from pss.engine.process import thread_count
 from pss.fisher import fisher_diagonal, fisher_scores
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.profiles import profile_dataset
-from pss.ranking import METHODS, rank, stage_shares
+from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
-from pss.saliency import Loss, profile
+from pss.saliency import Loss, loss_name, profile
+from pss.statistics import paired_difference
+from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of, name_of_data
 from pss.storage.places import cache_folder
 from pss.storage.whole import write_whole
 from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
-OURS = (*METHODS, "scale_free_zscore", "scale_free_pot", "last_stage_raw")
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
+FISHER = 500  # images on disk that the Fisher information is made of
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
 _RESULTS += ("confidence_wrong", "corrected", "loss")
@@ -72,8 +74,8 @@ def method_of(algo: str) -> str:
         For any other name.
     """
     method = PUBLISHED.get(algo, algo)
-    if method not in OURS:
-        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *OURS])}")
+    if method not in RANKINGS:
+        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *RANKINGS])}")
     return method
 
 
@@ -89,10 +91,10 @@ class Statistics:
     fisher: dict[str, Tensor] | None = None
 
     @property
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What the references were made of, for the record."""
         both = {"plain": self.plain, "scale_free": self.scale_free}
-        return {name: {**r.about, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
+        return {name: {**r.provenance, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
 
 
 def statistics(
@@ -131,13 +133,13 @@ def statistics(
         If those found are of another model, units, data, loss or level; or there are no images to make them of.
     """
     methods = [method_of(name) for name in algo]
-    made_of = {"model": fingerprint(model), "loss": str(name_of(loss))}
+    provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
-        made_of |= {"data": name_of_data(images), "preprocessing": preprocessing}
+        provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
     if Path(path).suffix in (".safetensors", ".pth", ".pt"):
-        reference = Reference.load(path, units).check(units, **made_of)
+        reference = _read_reference(Path(path), units, provenance)
         return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
-    folder = Path(path) if str(path) else _cached("statistics", {**made_of, "units": units.fingerprint})
+    folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
         """The file, made if it is not there and may be."""
@@ -155,25 +157,39 @@ def statistics(
         how = {"loss": loss, "preprocessing": preprocessing, "progress": progress}
         Reference.fit(profile_dataset(model, images, units, place, **how), level, scale_free).save(file)
 
-    kinds = {"plain": ""} | ({"scale_free": "-scale-free"} if any(m.startswith("scale_free") for m in methods) else {})
+    kinds = {"plain": ""} | (
+        {"scale_free": "-scale-free"} if any("scale_free" in RANKINGS[m].needs for m in methods) else {}
+    )
     found: dict[str, Any] = {}
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
-        found[kind] = Reference.load(file).check(units, **made_of)
+        found[kind] = _read_reference(file, units, provenance)
     if "fisher" in methods:
-        if not (hasattr(images, "images") and hasattr(images, "labels")):
-            raise ValueError(
-                "algo 'fisher' needs its reference images in memory (a pss.data.ImageSet): it is for small networks"
-            )
-        read = partial(fisher_diagonal, model, images, units, loss, progress=progress)
+        if images is None:
+            raise ValueError("algo 'fisher' needs the reference images themselves: give them, or leave it out of algo")
+        read = partial(fisher_diagonal, model, _in_memory(images), units, loss, progress=progress)
         found["fisher"] = read(path=find("fisher.safetensors", lambda file: read(path=file)))
     return Statistics(**found)
 
 
-def _cached(kind: str, made_of: Any) -> Path:
+def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Reference:
+    try:
+        return Reference.load(file, units).check(units, **provenance)
+    except ValueError as error:
+        what = "give another reference_path, or remove this one to have it made anew"
+        raise ValueError(f"{file}: {error}: {what}") from error
+
+
+def _in_memory(images: Dataset) -> Dataset | tuple[Tensor, Tensor]:
+    """Images that are in memory as they are; of others at most `FISHER`, evenly spaced."""
+    if hasattr(images, "images") and hasattr(images, "labels"):
+        return images
+    return _read_images(images, np.unique(np.linspace(0, len(images) - 1, FISHER).astype(int)))
+
+
+def _cached(kind: str, provenance: Any) -> Path:
     """Folder in the cache for what is made of this."""
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:20]
-    return cache_folder() / kind / key
+    return cache_folder() / kind / key_of(provenance)
 
 
 def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
@@ -182,19 +198,25 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
     See `pss.models.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
     `pss.data.digits`, that its reference never saw.
     """
-    return digits("test") if network.name == "digits" and not str(root) else zoo.reference_set(network, root)
+    if network.name == "digits" and not str(root):
+        return digits("test")
+    if not str(root) and not has_built_in(network):
+        raise ValueError(f"no built-in images fit {network.name}: give dataset_path, a folder of pictures per class")
+    return zoo.reference_set(network, root)
 
 
 def usual_of(
     network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
-    try:
+    if str(root) or has_built_in(network):
         return zoo.reference_set(network, root, count, seed)
-    except ValueError:
-        if needed or str(root):
-            raise
-        return None
+    if needed:
+        raise ValueError(
+            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "
+            "a folder with a folder of pictures per class (of its training images, if you have them)"
+        )
+    return None
 
 
 def preprocessing_of(network: zoo.Network, dataset: Dataset | None) -> str:
@@ -210,7 +232,7 @@ class Experiment:
     """A finished experiment: its folder, its record, and its tables (see `run`)."""
 
     folder: Path
-    about: dict[str, Any]
+    provenance: dict[str, Any]
     images: pd.DataFrame
     ranking: pd.DataFrame
     results: pd.DataFrame
@@ -225,25 +247,25 @@ class Experiment:
             If there is none, or it is not finished, or a table is not as it was written.
         """
         folder = Path(folder)
-        about = _read_about(folder)
-        if about is None:
+        record = _read_record(folder)
+        if record is None:
             raise FileNotFoundError(f"{folder} holds no experiment: run one there with pss.apps.experiment.run")
-        if not about["complete"]:
+        if not record["complete"]:
             raise ValueError(f"the experiment in {folder} is not finished: run it again, it goes on where it was")
         tables = []
         for name in _TABLES:
             content = (folder / f"{name}.csv").read_bytes()
-            if hashlib.sha256(content).hexdigest() != about["sha256"][name]:
+            if digest(content) != record["sha256"][name]:
                 raise ValueError(f"{folder / name}.csv is not as it was written: remove the folder and run it again")
             tables.append(_read_csv(name, content))
-        return cls(folder, about, *tables)
+        return cls(folder, record, *tables)
 
 
 def run(
     model: nn.Module,
     dataset: Dataset,
     units: Units,
-    given: Statistics,
+    usual: Statistics,
     folder: str | Path = "",
     algo: Sequence[str] = tuple(PUBLISHED),
     edits: Sequence[repair.Edit] = ("finetune",),
@@ -253,7 +275,7 @@ def run(
     count: int | None = None,
     seed: int = 0,
     loss: str | Loss = "cross_entropy",
-    about: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Experiment:
     """Rank and edit the units of the misread images of a data set, a block of images at a time; resumable.
@@ -262,7 +284,7 @@ def run(
     ----------
     dataset : Dataset
         Map-style, of (image, label); ``ids`` name its images if it has them. They are taken in a random order.
-    given : Statistics
+    usual : Statistics
         From `statistics`.
     folder : path
         Where the experiment lives. One that was begun there with the same settings goes on; a finished one is read. By
@@ -277,8 +299,8 @@ def run(
         As in `pss.edit_curves`.
     count : int, optional
         Stop after so many misread images; all by default.
-    about : dict, optional
-        Anything to be kept in the record, as the name of the network.
+    provenance : dict, optional
+        More names to be kept in the record, as that of the network.
 
     Returns
     -------
@@ -307,15 +329,16 @@ def run(
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
-    _check_statistics(given, methods, model, units)
+    _check_statistics(usual, methods, model, units)
     if "last_stage_raw" in methods.values():
-        _members(units, filters)
+        _check_last_stage(units, filters)
     settings = {
+        **(provenance or {}),
         "pss": pss.__version__,
         "model": fingerprint(model),
         "units": units.fingerprint,
         "data": name_of_data(dataset),
-        "statistics": given.about,
+        "statistics": usual.provenance,
         "algo": list(algo),
         "edits": list(edits),
         "filters": filters,
@@ -323,42 +346,41 @@ def run(
         "step_norm": step_norm,
         "count": count,
         "seed": seed,
-        "loss": str(name_of(loss)),
-        "about": about or {},
+        "loss": loss_name(loss),
     }
     folder = Path(folder) if str(folder) else _cached("experiments", settings)
     record = _begin(folder, settings)
     if record["complete"]:
         return Experiment.open(folder)
     job = _Job(
-        model, units, given, methods, tuple(edits), filters, {"lr": lr, "step_norm": step_norm, "loss": loss}, seed
+        model, units, usual, methods, tuple(edits), filters, {"lr": lr, "step_norm": step_norm, "loss": loss}, seed
     )
     with thread_count(record["threads"]):
         parts = _fill(folder / "parts", dataset, job, count, progress)
     return _finish(folder, record, parts)
 
 
-def _check_statistics(given: Statistics, methods: dict[str, str], model: nn.Module, units: Units) -> None:
+def _check_statistics(usual: Statistics, methods: dict[str, str], model: nn.Module, units: Units) -> None:
     """Refuse statistics of something else, and rankings that they do not suffice for."""
-    for reference in (given.plain, given.scale_free):
+    for reference in (usual.plain, usual.scale_free):
         if reference is not None:
             reference.check(units, model=fingerprint(model))
     for name, method in methods.items():
-        kind = "fisher" if method == "fisher" else "scale_free" if method.startswith("scale_free") else "plain"
-        needed = method not in ("raw", "last_stage_raw", *_RANDOM[:2])
-        if needed and getattr(given, kind) is None:
+        needs = {*RANKINGS[method].needs, *(("reference",) if method == "layer_matched_random" else ())}
+        kind = "fisher" if "gains" in needs else "scale_free" if "scale_free" in needs else "plain"
+        if needs & {"gains", "reference"} and getattr(usual, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
-        if method in ("pot", "exponential") and given.plain.threshold is None:
+        if kind == "plain" and RANKINGS[method].tail and usual.plain.threshold is None:
             raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The record of this experiment, new or as it was begun; refused if another one lives here."""
     settings = json.loads(json.dumps(settings))  # as it is read again: tuples are lists
-    found = _read_about(folder)
+    found = _read_record(folder)
     if found is None:
         found = {**settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "complete": False}
-        _write_about(folder, found)
+        _write_record(folder, found)
     if differ := [key for key in settings if found.get(key) != settings[key]]:
         what = "; ".join(f"{key}: there {found.get(key)!r}, given {settings[key]!r}" for key in differ)
         raise ValueError(f"{folder} holds another experiment ({what}): give a folder of its own, or remove that one")
@@ -378,13 +400,18 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     for name, table in tables.items():
         content = table.to_csv(index=False).encode() if len(table) else b""
         write_whole(folder / f"{name}.csv", content)
-        hashes[name] = hashlib.sha256(content).hexdigest()
+        hashes[name] = digest(content)
     last = tables["results"][tables["results"]["k"] == record["filters"]]
     summary = {"looked_at": looked_at, "edited": edited}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
         summary[f"corrected {name} {edit}"] = float(own["corrected"].mean())
+    shares = {name.removeprefix("corrected "): share for name, share in summary.items() if "corrected" in name}
+    if shares:
+        best, share = max(shares.items(), key=lambda pair: pair[1])
+        most = f"most are corrected by {best}, {share:.0%} after {record['filters']} units"
+        summary["verdict"] = f"{edited} misread images edited: {most}"
     _write_json(folder / "summary.json", summary)
-    _write_about(folder, {**record, "looked_at": looked_at, "edited": edited, "sha256": hashes, "complete": True})
+    _write_record(folder, {**record, "looked_at": looked_at, "edited": edited, "sha256": hashes, "complete": True})
     shutil.rmtree(folder / "parts")
     return Experiment.open(folder)
 
@@ -419,7 +446,7 @@ class _Job:
 
     model: nn.Module
     units: Units
-    given: Statistics
+    usual: Statistics
     methods: dict[str, str]
     edits: tuple[repair.Edit, ...]
     filters: int
@@ -452,14 +479,12 @@ class _Job:
         return {name: self._rank_by(method, s, images, labels, positions) for name, method in self.methods.items()}
 
     def _rank_by(self, method: str, s: Tensor, images: Tensor, labels: Tensor, positions: np.ndarray) -> Tensor:
-        plain, k = self.given.plain, self.filters
+        plain, k = self.usual.plain, self.filters
         if method == "fisher":
-            gains = fisher_scores(self.model, images, labels, self.units, self.given.fisher, loss=self.how["loss"])
+            gains = fisher_scores(self.model, images, labels, self.units, self.usual.fisher, loss=self.how["loss"])
             return rank(s, plain, method, k, gains=gains)
-        if method == "last_stage_raw":
-            return _last_stage(s, self.units, k)
-        if method.startswith("scale_free_"):
-            return rank(s, self.given.scale_free, method.removeprefix("scale_free_"), k)
+        if "scale_free" in RANKINGS[method].needs:
+            return rank(s, self.usual.scale_free, method, k)
         if method in _RANDOM:  # of each image alone: it does not matter which others it came with
             match = "pot" if plain is not None and plain.threshold is not None else "zscore"
             seeds = [np.random.SeedSequence([self.seed, int(at)]).generate_state(1)[0] for at in positions]
@@ -497,18 +522,11 @@ class _Job:
         )
 
 
-def _last_stage(s: Tensor, units: Units, k: int) -> Tensor:
-    """The units of the last stage with the largest saliency: the program's ``conv5``, with the stage that it names."""
-    members = torch.from_numpy(_members(units, k)).to(s.device)
-    return members[s[:, members].argsort(dim=1, descending=True, stable=True)[:, :k]]
-
-
-def _members(units: Units, k: int) -> np.ndarray:
-    """Units of the last stage; refused if they are fewer than k."""
-    members = np.flatnonzero(units.stage_ids == len(units.stages) - 1)
-    if k > len(members):
-        raise ValueError(f"the last stage, {units.stages[-1]}, has {len(members)} units: give filters of at most that")
-    return members
+def _check_last_stage(units: Units, k: int) -> None:
+    """Refuse more than the units of the last stage, before anything is computed."""
+    members = int((units.stage_ids == len(units.stages) - 1).sum())
+    if k > members:
+        raise ValueError(f"the last stage, {units.stages[-1]}, has {members} units: give filters of at most that")
 
 
 def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -562,7 +580,11 @@ def _table_of_images(dataset, positions: np.ndarray, labels: Tensor, logits: Ten
 def _read_csv(name: str, content: bytes) -> pd.DataFrame:
     if not content.strip():
         return pd.DataFrame(columns=_TABLES[name])
-    return pd.read_csv(io.BytesIO(content), dtype={"image": str}, keep_default_na=False)
+    return pd.read_csv(
+        io.BytesIO(content),
+        dtype=dict.fromkeys(("image", "algo", "edit", "layer", "stage"), str),
+        keep_default_na=False,
+    )
 
 
 def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:
@@ -587,7 +609,7 @@ def _read_part(file: Path) -> dict[str, pd.DataFrame] | None:
         return None
 
 
-def _read_about(folder: Path) -> dict[str, Any] | None:
+def _read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / "results.json"
     try:
         return json.loads(file.read_text("utf-8"))
@@ -597,8 +619,8 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file} is damaged ({error}): remove the folder to begin anew") from error
 
 
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    _write_json(folder / "results.json", about)
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    _write_json(folder / "results.json", record)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -609,44 +631,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def bands(
-    results: pd.DataFrame,
-    by: Sequence[str] = ("algo", "edit"),
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    r"""Means over images at each number of edits, with bootstrap intervals over images.
-
-    Each of the resamples draws as many images as there are, with replacement,
-
-    .. math:: m^*_r = \frac1n \sum_{i=1}^n v_{I_{ri}}, \qquad I_{ri} \sim \mathrm{U}\{1, \dots, n\},
-
-    so that its spread is that of a mean over n images. (Drawing fewer makes bands too wide, drawing more too narrow.)
-
-    Returns
-    -------
-    DataFrame
-        As `pss.editing.summarize`, whose intervals are Student's and Wilson's: ``n``, ``change_wrong``,
-        ``change_true`` and ``corrected``, each with ``…_low`` and ``…_high``.
-    """
-    by = list(by)
-    tables = [pd.DataFrame(columns=[*by, "k"])] if results.empty else []
-    for names, own in results.groupby(by, sort=False):
-        columns: dict[str, Any] = dict(zip(by, names, strict=True))
-        frames = dict(zip(("change_wrong", "change_true", "corrected"), published_frames(own), strict=True))
-        for name, frame in frames.items():
-            low, high = repair.bootstrap(frame.to_numpy(float), level, resamples, seed)
-            columns |= {"k": frame.columns, "n": len(frame), name: frame.mean().to_numpy()}
-            columns |= {f"{name}_low": low, f"{name}_high": high}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
 def differences(
     results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """A ranking less each other one after all edits, on the same images, with `pss.editing.paired_difference`.
+    """A ranking less each other one after all edits, on the same images, with `pss.statistics.paired_difference`.
 
     Returns
     -------
@@ -657,7 +645,7 @@ def differences(
     for edit, own in results.groupby("edit", sort=False):
         for other in own["algo"].unique():
             if other != first:
-                last = repair.paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                last = paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
                 rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
     return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 

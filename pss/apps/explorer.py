@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
 import io
 import json
 import math
@@ -31,13 +30,16 @@ from torch import Tensor, nn
 
 import pss
 from pss import editing as repair
-from pss.input_space import input_saliency, render_map
+from pss.input_space import input_saliency
 from pss.models import builtin as models
 from pss.models import zoo
 from pss.plots import figures as plots
 from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
+from pss.storage.digests import digest
+from pss.storage.fingerprints import fingerprint
 from pss.storage.places import cache_folder
+from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
 
@@ -225,7 +227,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profile)).sum()),
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profile), c.plain.n).sum()),
         "picture": picture(_pixels(c.to_image(image[0]))),
         "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
         "methods": {},
@@ -280,7 +282,7 @@ def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) 
     standard = {"scale_free_pot": "pot", "layer_matched_random": "pot"}.get(method, method)
     reference = c.scale_free if method == "scale_free_pot" else c.plain
     raw = input_saliency(c.model, image, label, c.units, reference, boost=BOOST, method=standard, ids=top[:MAP_UNITS])
-    heat = render_map(raw)[0].clamp(0, 1).numpy()
+    heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * _pixels(c.to_image(image[0])).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
     return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
@@ -385,20 +387,15 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
 
 def _code() -> str:
     """Hash of the package's sources."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
-    plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
-    digest = hashlib.sha256(repr(plain).encode())
-    digest.update(code.encode())
+    plain = [c.name, c.ids[position], fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     tensors = [c.images[position], c.labels[position], *c.retain]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:24]
+    return digest(repr(plain), code, *(bytes_of(tensor) for tensor in tensors))[:24]
 
 
 def widget(collection: Collection | None = None) -> Any:
@@ -475,19 +472,17 @@ def _copy_bokeh(folder: Path) -> list[Path]:
     return [Path(shutil.copyfile(file, folder / file.name)) for file in [*files, *licence]]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: ``python -m pss explorer FOLDER``."""
-    parser = argparse.ArgumentParser(prog="python -m pss explorer", description=__doc__.split("\n\n")[0])
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Give the parser the options of ``explorer``."""
     parser.add_argument("folder", help="where explorer.js lies, as site/_static/explorer")
     parser.add_argument("--digits", type=int, default=24, help="how many (24)")
     parser.add_argument("--photographs", type=int, default=8, help="how many (8); 0 leaves them out")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
-    options = parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Write the explorer, and say how large it is."""
     collections = [digits(options.digits)] + ([photographs(options.photographs)] if options.photographs else [])
     written = write(options.folder, collections, options.jobs)
     size = sum(path.stat().st_size for path in written if path.parent.name == "data")
     print(f"explorer: {len(written)} files, data {size / 1e6:.1f} MB, in {options.folder}")
-
-
-if __name__ == "__main__":
-    main()

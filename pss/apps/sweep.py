@@ -1,8 +1,8 @@
-"""Many runs of one notebook: a grid or a table of its parameters, each run in a folder of its own, resumable.
+"""Runs of notebooks, each in a folder of its own: a grid or a table of one's parameters, or a folder of notebooks.
 
 A sweep is a YAML file::
 
-    notebook: ../06_repair.ipynb      # seen from this file, like every relative path in it
+    notebook: ../06_repair.ipynb      # seen from this file, like every place in it
     out: ../../runs/repairs           # folder of the runs; runs/<name of this file> beside it by default
     parameters: {n_images: 8}         # the same for every run
     grid:                             # every combination of these
@@ -18,7 +18,6 @@ summary. A run is finished once its ``run.json`` says so: whoever runs the sweep
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -34,12 +33,13 @@ from typing import Any
 import nbformat
 import pandas as pd
 from joblib import Parallel, delayed, parallel_config
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from pss import __version__
-from pss.apps.execution import check_values, parameters_of, place, read_text, read_yaml, run_notebook
-from pss.apps.sweep_page import page
+from pss.apps.execution import raised, run_notebook, source_hash
+from pss.apps.pages import render
+from pss.apps.parameters import Parameter, check_values, parameters_of, read_text, read_values, read_yaml
+from pss.storage.digests import digest, key_of
 from pss.storage.whole import write_whole
 
 _KEYS = ("notebook", "out", "parameters", "grid", "table")
@@ -49,12 +49,13 @@ MOST = 100_000  # runs of one sweep
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the values that it is known by, its folder, and all parameters that its notebook gets."""
+    """One run: its notebook, its folder, all parameters that the notebook gets, and those that it is known by."""
 
-    shown: dict[str, Any]
-    key: str
+    notebook: Path
     folder: Path
     parameters: dict[str, Any]
+    shown: dict[str, Any]
+    key: str
 
     def record(self) -> dict[str, Any] | None:
         """What was written when it ended, None if it has not."""
@@ -65,12 +66,18 @@ class Run:
         whole = isinstance(record, dict) and record.keys() >= {*_FIXED[1:], "results", "source"}
         return record if whole and record.get("key") == self.key else None
 
+    @property
+    def page(self) -> Path:
+        """What to open: the report that it wrote, else the executed notebook."""
+        report = Path(self.parameters.get("output") or self.folder) / "report.html"
+        return report if report.is_file() else self.folder / self.notebook.name
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of one notebook, in order, and the folder that holds theirs."""
+    """Runs in order, and the folder that holds theirs."""
 
-    notebook: Path
+    title: str
     out: Path
     runs: tuple[Run, ...]
 
@@ -94,18 +101,80 @@ class Sweep:
         table = pd.DataFrame(self._rows(), dtype=object)  # whole numbers stay whole beside empty cells
         plain = table.map(lambda v: json.dumps(v) if isinstance(v, (list, dict)) else v)
         write_whole(self.out / "summary.csv", plain.to_csv(index=False, lineterminator="\n"))
-        write_whole(self.out / "index.html", page(self.notebook.stem, table, self.out))
+        write_whole(self.out / "index.html", index_page(self.title, table, self.out))
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def index_page(title: str, table: pd.DataFrame, out: Path) -> str:
+    """HTML of a summary: one row a run, with its values, how it ended, and links to what it made."""
+    names = [name for name in table.columns if name not in _FIXED]
+    counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
+    rows = []
+    for row in table.to_dict("records"):
+        files, figures = _made(out, row["run"])
+        name = re.sub("-[0-9a-f]{12}$", "", row["run"])
+        cells = {column: _shown(value) for column, value in row.items()}
+        rows.append({"name": name, "cells": cells, "files": files, "figures": figures})
+    return render("sweep.html", title=title, names=names, counts=counts, rows=rows)
 
 
-def read_sweep(
-    path: str | Path,
-    out: str | Path | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    base: Path | None = None,
-) -> Sweep:
+def _shown(value: Any) -> str:
+    if value is None or value is pd.NA or isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _made(out: Path, run: str) -> tuple[list[str], list[str]]:
+    """Files that a run made, pages first, and its pictures, seen from the folder of the runs."""
+    visible = [p for p in sorted((out / run).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    pictures = [p for p in visible if p.suffix.lower() in (".png", ".jpg", ".svg")]
+    files = [p for p in visible if p.parent == out / run and p not in pictures]
+    files.sort(key=lambda p: (p.suffix not in (".html", ".ipynb"), p.suffix, p.name))
+    return [p.relative_to(out).as_posix() for p in files], [p.relative_to(out).as_posix() for p in pictures]
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def find_notebooks(paths: Sequence[str]) -> list[Path]:
+    """Notebooks named, and the numbered ones (``NN_*.ipynb``) of folders named, in order."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.glob("*.ipynb") if re.match(r"\d\d_", p.name))
+        elif path.suffix == ".ipynb" and path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is neither a notebook nor a folder of notebooks")
+    if not found:
+        raise ValueError(f"no notebook NN_*.ipynb in {', '.join(map(str, paths))}")
+    return found
+
+
+def single_runs(notebooks: Sequence[Path], out: Path | None = None, texts: Mapping[str, str] | None = None) -> Sweep:
+    """A run of each notebook, with the values that texts of the command line stand for.
+
+    Without values it goes to ``out`` (by default ``runs``) under the notebook's name, with some into a folder that is
+    named by them; or, where they have ``output`` and no ``out`` is given, to that.
+
+    Raises
+    ------
+    ValueError
+        As `check_values`, or if two runs would go to the same folder.
+    """
+    runs = []
+    for notebook in notebooks:
+        values = read_values(notebook, texts or {})
+        key, folder = _key(code_of(notebook), values), (out or Path("runs")).absolute() / notebook.stem
+        if values:
+            own = values.get("output") if out is None else None
+            folder = Path(own) if own else folder.with_name(f"{notebook.stem}__{_readable(values)}-{key}")
+        runs.append(Run(notebook, folder, _with_output(notebook, values, folder), values, key))
+    if twice := [run.folder for run in runs if [r.folder for r in runs].count(run.folder) > 1]:
+        raise ValueError(f"several notebooks would be written to {twice[0]}: run them one after the other")
+    return Sweep("notebooks", runs[0].folder.parent, tuple(runs))
+
+
+def read_sweep(path: str | Path, out: str | Path | None = None, texts: Mapping[str, str] | None = None) -> Sweep:
     """The runs that a sweep file asks for, every value checked.
 
     Parameters
@@ -114,9 +183,9 @@ def read_sweep(
         The YAML file.
     out : path, optional
         Folder for the runs, in place of the file's.
-    parameters : mapping, optional
-        Values for every run that come before the file's ``parameters``; with ``base`` they are texts of a command
-        line, whose relative places are seen from there.
+    texts : mapping, optional
+        Values for every run as texts of a command line, which come before the file's ``parameters``. Places among
+        them are seen from the current folder.
 
     Raises
     ------
@@ -130,19 +199,14 @@ def read_sweep(
         raise ValueError(f"{path.name} is no sweep: expected a mapping with an entry notebook")
     if unknown := [str(key) for key in asked if key not in _KEYS]:
         raise ValueError(f"{path.name} has entries {', '.join(unknown)}: expected {', '.join(_KEYS)}")
-    notebook = Path(place("path", asked["notebook"], path.parent))
+    notebook = (path.parent / str(asked["notebook"])).resolve()
     if not notebook.is_file():
         raise ValueError(f"{path.name}: there is no notebook {notebook}")
-    defaults = parameters_of(notebook)
-    more = dict(parameters or {})
-    if base is not None:
-        more = {name: place(name, read_text(text, defaults.get(name)), base) for name, text in more.items()}
-    fixed = _mapping(asked, "parameters", path) | more
-    rows = _rows(asked, fixed, defaults, path)
-    out = out or place("path", str(asked.get("out") or f"runs/{path.stem}"), path.parent)
-    return Sweep(
-        notebook, Path(out).absolute(), tuple(_runs(notebook, Path(out).absolute(), rows, set(fixed), defaults))
-    )
+    known = parameters_of(notebook)
+    fixed = _mapping(asked, "parameters", path) | read_values(notebook, texts or {})
+    rows = [check_values(notebook, row, path.parent) for row in _rows(asked, fixed, known, path)]
+    folder = Path(out or path.parent / str(asked.get("out") or f"runs/{path.stem}")).resolve()
+    return Sweep(notebook.stem, folder, tuple(_runs(notebook, folder, rows, set(fixed))))
 
 
 def _text(path: Path) -> str:
@@ -161,9 +225,9 @@ def _mapping(asked: dict, entry: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _rows(asked: dict, fixed: dict, defaults: dict, path: Path) -> list[dict[str, Any]]:
+def _rows(asked: dict, fixed: dict, known: Mapping[str, Parameter], path: Path) -> list[dict[str, Any]]:
     """Parameters of every run: the fixed ones, a row of the table, a combination of the grid."""
-    grid, table = _mapping(asked, "grid", path), _table(asked.get("table"), defaults, path)
+    grid, table = _mapping(asked, "grid", path), _table(asked.get("table"), known, path)
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path.name}: grid needs a list of values for {name}, as [1, 2], not {values!r}")
@@ -177,16 +241,15 @@ def _rows(asked: dict, fixed: dict, defaults: dict, path: Path) -> list[dict[str
     if count > MOST:
         raise ValueError(f"{path.name} asks for {count} runs, more than {MOST}")
     steps = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    rows = [fixed | row | step for row in table for step in steps]
-    return [{name: place(name, value, path.parent) for name, value in row.items()} for row in rows]
+    return [fixed | row | step for row in table for step in steps]
 
 
-def _table(asked: Any, defaults: dict, path: Path) -> list[dict[str, Any]]:
+def _table(asked: Any, known: Mapping[str, Parameter], path: Path) -> list[dict[str, Any]]:
     """Rows of the table; one empty row if there is none."""
     if asked is None:
         return [{}]
     if isinstance(asked, str):
-        return _csv(Path(place("path", asked, path.parent)), defaults)
+        return _csv(path.parent / asked, known)
     if not isinstance(asked, list) or not asked or not all(isinstance(row, dict) and row for row in asked):
         raise ValueError(f"{path.name}: table must be a list of mappings, one a run, or the name of a CSV file")
     if odd := [name for row in asked for name in row if not isinstance(name, str)]:
@@ -194,7 +257,7 @@ def _table(asked: Any, defaults: dict, path: Path) -> list[dict[str, Any]]:
     return asked
 
 
-def _csv(path: Path, defaults: dict) -> list[dict[str, Any]]:
+def _csv(path: Path, known: Mapping[str, Parameter]) -> list[dict[str, Any]]:
     """Rows of a CSV file, read by the types of the defaults; an empty cell leaves the default."""
     lines = list(csv.reader(io.StringIO(_text(path), newline="")))
     names, lines = (lines or [[]])[0], [line for line in lines[1:] if any(line)]
@@ -204,45 +267,44 @@ def _csv(path: Path, defaults: dict) -> list[dict[str, Any]]:
         if len(line) != len(names):
             raise ValueError(f"{path.name}, row {number}: {len(line)} cells, the first row has {len(names)}")
     pairs = [[(name, cell) for name, cell in zip(names, line, strict=True) if cell] for line in lines]
-    return [{name: read_text(cell, defaults.get(name)) for name, cell in row} for row in pairs]
+    return [{name: read_text(cell, known.get(name)) for name, cell in row} for row in pairs]
 
 
-def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str], defaults: dict) -> Iterator[Run]:
+def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str]) -> Iterator[Run]:
     """Give each row its key and folder. A folder made under another name (a grid that grew) keeps it."""
     code = code_of(notebook)
     made = {folder.name[-12:]: folder for folder in sorted(out.glob("*-????????????")) if folder.is_dir()}
     seen: dict[str, int] = {}
     outputs: set[str] = set()
-    for number, row in enumerate(rows, 1):
-        values = check_values(notebook, row)
-        text = json.dumps([code, values, __version__], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    for number, values in enumerate(rows, 1):
+        key = _key(code, values)
         if key in seen:
-            raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {row}")
+            raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {values}")
         seen[key] = number
         shown = {name: value for name, value in values.items() if name not in fixed}
         folder = made.get(key, out / f"{_readable(shown)}-{key}")
-        if "output" in defaults:
-            values = {"output": str(folder)} | values
-            if values["output"] in outputs:
-                raise ValueError(f"several runs would write to output = {values['output']}: leave it to the sweep")
-            outputs.add(values["output"])
-        yield Run(shown or values, key, folder, values)
+        values = _with_output(notebook, values, folder)
+        if (place := values.get("output")) in outputs:
+            raise ValueError(f"several runs would write to output = {place}: leave it to the sweep")
+        outputs |= {place} - {None}
+        yield Run(notebook, folder, values, shown or values, key)
+
+
+def _with_output(notebook: Path, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values, and the run's folder as ``output``; not where that is empty by default and nothing else is asked."""
+    own = parameters_of(notebook).get("output")
+    return {"output": str(folder)} | values if own and (values or own.default) else values
+
+
+def _key(code: str, values: Mapping[str, Any]) -> str:
+    return key_of([code, values, __version__], 12)
 
 
 def code_of(notebook: Path) -> str:
     """Hash of a notebook's code: text and outputs may change, and its runs stay finished."""
     cells = nbformat.read(notebook, as_version=4).cells
     code = [(c.source, c.metadata.get("tags", [])) for c in cells if c.cell_type == "code"]
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
-
-
-def source() -> str:
-    """Hash of the package's own source, recorded with every run."""
-    total = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        total.update(file.read_bytes())
-    return total.hexdigest()[:12]
+    return digest(json.dumps(code))
 
 
 def _readable(values: Mapping[str, Any]) -> str:
@@ -272,27 +334,25 @@ def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, 
     ValueError
         If there is no Dask.
     """
-    to_do, older = [], 0
-    for run in sweep.runs:
-        record = run.record()
-        if again or record is None or record["status"] != "finished":
-            to_do.append(run)
-        else:
-            older += record["source"] != source()
-    if done := len(sweep.runs) - len(to_do):
+    records = {run.key: run.record() for run in sweep.runs}
+    finished = {key: r for key, r in records.items() if r and r["status"] == "finished" and not again}
+    to_do = [run for run in sweep.runs if run.key not in finished]
+    if finished:
+        older = sum(record["source"] != source_hash() for record in finished.values())
         note = f", {older} of them by other source of pss {__version__}" if older else ""
-        tqdm.write(f"{done} of {len(sweep.runs)} runs are finished already{note}")
+        tqdm.write(f"{len(finished)} of {len(sweep.runs)} runs are finished already{note}")
     sweep.out.mkdir(parents=True, exist_ok=True)
-    write_now = _sparing(sweep.write_summary)
+    write = sweep.write_summary if len(sweep.runs) > 1 else lambda: None
+    write_now = _sparing(write)
     write_now()
     try:
         with _workers(jobs, dask) as workers, tqdm(total=len(to_do), unit="run", disable=not progress) as bar:
-            for name, error in workers(delayed(run_one)(sweep.notebook, run) for run in to_do):
+            for name, error in workers(delayed(run_one)(run, Path.cwd()) for run in to_do):
                 tqdm.write(f"{name} " + (f"FAILED: {error}" if error else "finished"))
                 bar.update()
                 write_now()
     finally:
-        sweep.write_summary()
+        write()
     return sweep.summary()
 
 
@@ -327,20 +387,20 @@ def _workers(jobs: int, dask: str) -> Iterator[Parallel]:
         yield Parallel(n_jobs=-1 if dask else jobs, return_as="generator_unordered", batch_size=1)
 
 
-def run_one(notebook: Path, run: Run) -> tuple[str, str]:
+def run_one(run: Run, caller: Path | None = None) -> tuple[str, str]:
     """Run one and record how it ended; name of its folder, and the error, empty if there was none."""
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     run.folder.mkdir(parents=True, exist_ok=True)
     error, results, started = "", {}, time.time()
+    summary = Path(run.parameters.get("output") or run.folder) / "summary.json"
     (run.folder / "run.json").unlink(missing_ok=True)
-    (run.folder / "summary.json").unlink(missing_ok=True)
+    summary.unlink(missing_ok=True)
     try:
-        run_notebook(notebook, run.folder / notebook.name, run.parameters)
-        results = _results(run.folder / "summary.json")
-    except PapermillExecutionError as raised:
-        error = f"{raised.ename}: {raised.evalue} (cell {raised.exec_count})"
-    except Exception as raised:  # whatever it is, it is this run's, and the others go on
-        error = f"{type(raised).__name__}: {raised}"
+        run_notebook(run.notebook, run.folder, run.parameters, caller)
+        results = _results(summary)
+    except Exception as failure:  # whatever it is, it is this run's, and the others go on
+        cell = getattr(failure, "exec_count", None)
+        error = raised(failure) + (f"\n(cell {cell} of {run.folder / run.notebook.name})" if cell else "")
     record = {
         "key": run.key,
         "status": "failed" if error else "finished",
@@ -350,7 +410,7 @@ def run_one(notebook: Path, run: Run) -> tuple[str, str]:
         "results": results,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "pss": __version__,
-        "source": source(),
+        "source": source_hash(),
     }
     write_whole(run.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
     return run.folder.name, error

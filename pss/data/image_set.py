@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
+
+from pss.storage.digests import digest
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -101,8 +102,4 @@ class ImageSet(TensorDataset):
 
 def hash_arrays(*arrays: np.ndarray) -> str:
     """Hash of types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    return digest(*(part for a in arrays for part in (f"{a.dtype.str} {a.shape}", np.ascontiguousarray(a))))

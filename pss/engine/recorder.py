@@ -42,7 +42,7 @@ class Options:
         known = {"strategy": ("auto", "fast", "vmap", "loop"), "precision": ("fp32", "bf16")}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"unknown option {getattr(self, name)!r} for {name}: expected one of {values}")
+                raise ValueError(f"unknown option {getattr(self, name)!r}: expected one of {values}")
 
 
 class GradientRecorder(TorchFunctionMode):

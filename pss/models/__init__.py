@@ -15,6 +15,7 @@ from pss.models.builtin import (
     save_weights,
     train,
 )
+from pss.models.logits import logits_of
 from pss.models.zoo import Network, PhotographCrops, Preprocessing, load, names, reference, reference_set
 from pss.storage.fingerprints import fingerprint
 
@@ -31,6 +32,7 @@ __all__ = [
     "keep_freed_memory",
     "load",
     "load_weights",
+    "logits_of",
     "misclassified",
     "names",
     "predict",

@@ -10,18 +10,14 @@ and see how it does on the built-in sets with ``python -m pss evaluate my.safete
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import re
-import sys
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -35,8 +31,9 @@ from pss.engine.process import thread_count
 from pss.engine.state import preserved
 from pss.saliency import check_labels
 from pss.storage import places
-from pss.storage.fingerprints import fingerprint, hash_state
-from pss.storage.tensors import load_tensors
+from pss.storage.fingerprints import fingerprint as fingerprint
+from pss.storage.fingerprints import hash_state
+from pss.storage.tensors import load_tensors, pack, unpack
 from pss.storage.whole import write_whole
 
 WIDTH = 16
@@ -237,12 +234,8 @@ def train(
 
 def save_weights(model: nn.Module, path: str | os.PathLike, record: Mapping[str, str] | None = None) -> None:
     """Write a model's weights as safetensors, whole or not at all, with its `fingerprint` and a record beside them."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    record = {"pss": pss.__version__, **(record or {}), "sha256": hash_state(state)}
-    record["checksum"] = _record_checksum(record)
-    # One key only: safetensors writes several in an order that changes from run to run.
-    content = safetensors.torch.save(state, {"record": _as_text(record)})
-    write_whole(Path(path), content)
+    record = {"pss": pss.__version__, **(record or {}), "sha256": fingerprint(model)}
+    write_whole(Path(path), pack(model.state_dict(), "record", record))
 
 
 def read_record(path: str | os.PathLike) -> dict[str, str]:
@@ -253,24 +246,17 @@ def read_record(path: str | os.PathLike) -> dict[str, str]:
     ValueError
         If the file is damaged.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("record", "")
-        record = dict(line.split("=", 1) for line in text.splitlines())
-        noted = record.pop("checksum", None)
-        if noted != _record_checksum(record) and "pss" in record:  # the shipped weights are older than both
-            raise ValueError("the checksum of its record differs")
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
-    return record
+    return _read_weights(Path(path))[1]
 
 
-def _record_checksum(record: Mapping[str, str]) -> str:
-    return f"{zlib.crc32(_as_text(record).encode()):08x}"
-
-
-def _as_text(record: Mapping[str, str]) -> str:
-    return "\n".join(f"{key}={value}" for key, value in record.items())
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, and the record beside them: strangers have none, the shipped file has lines."""
+    state, record = unpack(path, "record", lambda text: json.loads(text) if text.startswith("{") else text)
+    if not isinstance(record, dict):
+        record = dict(line.partition("=")[::2] for line in (record or "").splitlines())
+        if record.get("sha256", "") not in ("", hash_state(state)):
+            raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
+    return state, record
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -308,14 +294,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        expected = read_record(path).get("sha256")
-        try:
-            state = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
-        if expected is not None and expected != hash_state(state):
-            raise ValueError(f"{path} is damaged: its weights do not have the checksum that was noted in it")
-        return state
+        return _read_weights(path)[0]
     content = load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -445,9 +424,6 @@ def accuracy(model: nn.Module, dataset: Dataset) -> float:
     return 1 - len(misclassified(model, dataset)) / len(dataset)
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
 def evaluate(model: nn.Module) -> pd.DataFrame:
     """Accuracy of a model of the built-in digits on every built-in set and split."""
     rows = []
@@ -457,35 +433,3 @@ def evaluate(model: nn.Module) -> pd.DataFrame:
             wrong = misclassified(model, dataset)
             rows.append((name, split, len(dataset), len(wrong), 1 - len(wrong) / len(dataset)))
     return pd.DataFrame(rows, columns=["set", "split", "images", "misclassified", "accuracy"])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run ``python -m pss``."""
-    parser = argparse.ArgumentParser(prog="python -m pss", description="Train and evaluate the built-in model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    trains = commands.add_parser("train", help="train a ResNet-18 on the built-in MNIST digits")
-    trains.add_argument("--out", required=True, type=Path, help="file to write, .safetensors")
-    trains.add_argument("--seed", type=int, default=0)
-    trains.add_argument("--width", type=int, default=WIDTH, help="64 is torchvision's ResNet-18 (default: %(default)s)")
-    trains.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
-    trains.add_argument(
-        "--threads", type=int, default=1, help="other weights for another number (default: %(default)s)"
-    )
-    evaluates = commands.add_parser("evaluate", help="print the accuracy on every built-in set")
-    evaluates.add_argument("weights", type=Path, nargs="?", help="a file that train wrote (default: the shipped one)")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "train":
-        if chosen.out.suffix != ".safetensors":
-            parser.error(f"--out {chosen.out}: expected a name that ends in .safetensors")
-        model, record = train(chosen.seed, chosen.width, chosen.epochs, threads=chosen.threads)
-        save_weights(model, chosen.out, record)
-        print(_as_text({**record, "sha256": fingerprint(model), "file": chosen.out}))
-        return 0
-    path = chosen.weights or _committed()
-    width = int(read_record(path).get("width", WIDTH))
-    print(evaluate(load_weights(resnet18(width), path)).to_string(index=False, float_format="{:.3f}".format))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,6 @@ Files are read without running what is in them: weights by `pss.models.load_weig
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import pkgutil
 import warnings
@@ -41,6 +40,7 @@ from pss.data.vision import torchvision
 from pss.models import builtin as models
 from pss.profiles import profile_dataset
 from pss.reference import Reference
+from pss.storage.digests import digest
 from pss.storage.fingerprints import name_of
 from pss.units import Units
 
@@ -314,8 +314,7 @@ def _hash_in(path: Path) -> str:
 
 
 def _check_hash(path: Path) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(path)
     if not found.startswith(expected := _hash_in(path)):
         raise ValueError(
             f"{path} is damaged: its SHA-256 starts with {found[: len(expected)]}, not with {expected} as its name "
@@ -426,8 +425,7 @@ def _fill(model: nn.Module, weights: str, seed: int, known: str = "published or 
 
 
 def _file_name(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:8]})"
+    return f"{path.name} (sha256 {digest(path)[:8]})"
 
 
 def _looks(preprocess: Callable) -> tuple[Sequence[float], Sequence[float]]:
@@ -452,7 +450,10 @@ def _checked(network: Network) -> Network:
         ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes)")
+        raise ValueError(
+            f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes), "
+            "as pss.models.logits_of makes them"
+        )
     classes = network.classes or tuple(str(i) for i in range(outputs.shape[1]))
     if len(classes) != outputs.shape[1]:
         raise ValueError(f"{network.name} has {outputs.shape[1]} outputs, but there are {len(classes)} class names")
@@ -544,8 +545,8 @@ def reference(
     """
     path = Path(source)
     if path.suffix in (".safetensors", ".pth", ".pt"):
-        made_of = {"model": models.fingerprint(network.model), "loss": str(name_of(how.get("loss", "cross_entropy")))}
-        found = Reference.load(path, units).check(units, **made_of, signed=str(bool(how.get("signed", False))))
+        made_of = {"model": network.model, "loss": how.get("loss", "cross_entropy")}
+        found = Reference.load(path, units).check(units, **made_of, signed=bool(how.get("signed", False)))
         if path.suffix != ".safetensors" and network.weights != "IMAGENET1K_V1":
             warnings.warn(
                 f"{path.name} was published for torchvision's IMAGENET1K_V1 weights, {network.name} has "
@@ -615,11 +616,8 @@ class PhotographCrops(Dataset):
     @property
     def fingerprint(self) -> str:
         """Hash of the photographs' pixels, and of what makes the crops and the labels."""
-        digest = hashlib.sha256(f"1 {self._seed} {name_of(self._preprocess)}".encode())
-        for picture in self._pictures:
-            digest.update(picture.tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
+        pixels = (picture.tobytes() for picture in self._pictures)
+        return digest(f"1 {self._seed} {name_of(self._preprocess)}", *pixels, self.labels.numpy())
 
 
 def _tree(network: Network, root: Path) -> Dataset:

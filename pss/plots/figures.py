@@ -16,50 +16,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from pss.ranking import RANKINGS
 from pss.units import Units
 
 STYLE = Path(__file__).with_name("pss.mplstyle")
-METHOD_COLORS = {
-    "zscore": "#0072B2",
-    "abs_zscore": "#56B4E9",
-    "pot": "#D55E00",
-    "exponential": "#E69F00",
-    "raw": "#CC79A7",
-    "ratio": "#009E73",
-    "fisher": "#6A3D9A",
-    "random_last_stage": "#8C6D31",
-    "last_stage_raw": "#882255",
-    "random": "#777777",
-    "layer_matched_random": "#333333",
-    "lowest_zscore": "#B8B8B8",
-    "scale_free_zscore": "#00324F",
-    "scale_free_pot": "#7A2E00",
-}
-METHOD_LABELS = {
-    "zscore": "z-score",
-    "abs_zscore": "|z-score|",
-    "pot": "POT (GPD)",
-    "exponential": "exponential tail",
-    "raw": "raw saliency",
-    "ratio": "ratio to mean",
-    "fisher": "gain over cost",
-    "random_last_stage": "last stage, random",
-    "last_stage_raw": "last stage, raw",
-    "random": "random",
-    "layer_matched_random": "random, same layers",
-    "lowest_zscore": "least salient",
-    "scale_free_zscore": "z-score, scale-free",
-    "scale_free_pot": "POT, scale-free",
-}
-MASK_COLORS = {  # by what chooses the pixels
-    "top units": "#D55E00",
-    "random units": "#0072B2",
-    "input gradient": "#CC79A7",
-    "random pixels": "#777777",
-    "random ink": "#333333",
-}
+METHOD_COLORS = {name: entry.color for name, entry in RANKINGS.items()}
+METHOD_LABELS = {name: entry.label for name, entry in RANKINGS.items()}
 
 
 def use_style() -> None:
@@ -94,6 +59,37 @@ def image_row(images: Tensor, titles: Sequence[str] = (), axes: Sequence[Axes] |
     return axes
 
 
+def render_map(raw: Tensor, low: float = 90, high: float = 99, blur: float = 0.8) -> Tensor:
+    """Prepare raw maps for display on a fixed scale from 0 to 1.
+
+    Each map is clipped to two of its percentiles, stretched to 0..1 and blurred, as in the first paper's program.
+
+    Parameters
+    ----------
+    raw : Tensor, shape (B, H, W) or (H, W)
+    low, high : float
+        Percentiles.
+    blur : float
+        Standard deviation of a Gaussian, in pixels; 0 for none. That of the program is 3 pixels across, so 0.8.
+
+    Returns
+    -------
+    Tensor, as ``raw``
+        A map of one value throughout becomes zero.
+    """
+    if not 0 <= low < high <= 100:
+        raise ValueError(f"percentiles {low} and {high}: expected 0 <= low < high <= 100, as 90 and 99")
+    if not raw.isfinite().all():
+        raise ValueError("raw maps hold NaN or infinities: input_saliency makes none, what was done to them since?")
+    if raw.dim() not in (2, 3):
+        raise ValueError(f"raw maps are {tuple(raw.shape)}: expected (B, H, W) or (H, W), from input_saliency")
+    maps = raw.detach().cpu().numpy()
+    start, stop = np.percentile(maps, [low, high], axis=(-2, -1), keepdims=True)
+    maps = (maps.clip(start, stop) - start) / np.where(stop > start, stop - start, 1)
+    width = blur * np.array([0, 1, 1][-maps.ndim :])
+    return torch.from_numpy(gaussian_filter(maps, width, mode="mirror")).to(raw)
+
+
 def overlay(image: Tensor, heat: Tensor, title: str = "", ax: Axes | None = None) -> Axes:
     """Map over its image, on a fixed colour scale from 0 (the image alone) to 1.
 
@@ -102,7 +98,7 @@ def overlay(image: Tensor, heat: Tensor, title: str = "", ax: Axes | None = None
     image : Tensor, shape (C, H, W)
         In 0..1.
     heat : Tensor, shape (H, W)
-        In 0..1, as `pss.input_space.render_map` makes it.
+        In 0..1, as `render_map` makes it.
     """
     ax = ax or plt.subplots(figsize=(2.4, 2.6))[1]
     grey = 0.6 * image.mean(dim=0).clamp(0, 1).numpy()  # darker than the colours of the map
@@ -139,103 +135,6 @@ def overlay_grid(images: Tensor, heats: Mapping[str, Tensor], rows: Sequence[str
             )
     bar = figure.colorbar(axes[0, 1].images[1], ax=axes, shrink=0.8, aspect=30, pad=0.01, ticks=[0, 0.5, 1])
     bar.solids.set_alpha(1)
-    return figure
-
-
-def mask_curves(table: pd.DataFrame, value: str, ylabel: str = "", ax: Axes | None = None) -> Axes:
-    """Mean of a value over the number of masked pixels, one line a rule that chose them, with 95% intervals.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``rule``, ``k`` (pixels) and the value; one row an image.
-    """
-    ax = ax or plt.subplots(figsize=(6, 3.2))[1]
-    for rule, part in table.groupby("rule", sort=False):
-        line = part.groupby("k")[value].agg(["mean", "sem"])
-        style = {"color": MASK_COLORS.get(rule), "ls": "--" if rule.startswith("random ") else "-"}
-        ax.errorbar(line.index, line["mean"], 1.96 * line["sem"], capsize=2, marker="o", ms=3, label=rule, **style)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set(xlabel="pixels masked", ylabel=ylabel)
-    return ax
-
-
-def paired_marks(values: pd.DataFrame, rows: Mapping[str, Sequence[str]], value: str, ax: Axes | None = None) -> Axes:
-    """Mean of a value with its 95% interval for pairs of rules, a pair to a row: the first open, the second filled.
-
-    Parameters
-    ----------
-    values : DataFrame
-        Columns ``rule`` and the value; one row an image.
-    rows : mapping of str to pair of str
-        Name of each row (coloured as in `MASK_COLORS`), and its two rules.
-    """
-    ax = ax or plt.subplots(figsize=(5, 0.7 * len(rows) + 0.6))[1]
-    for place, (name, pair) in enumerate(rows.items()):
-        for shift, rule, filled in zip((-0.12, 0.12), pair, (False, True), strict=True):
-            part, color = values.loc[values["rule"] == rule, value], MASK_COLORS.get(name)
-            style = {"fmt": "D" if filled else "o", "color": color, "mfc": color if filled else "white", "capsize": 3}
-            ax.errorbar(part.mean(), place + shift, xerr=1.96 * part.sem(), **style)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_ylim(len(rows) - 0.6, -0.4)
-    return ax
-
-
-def parameter_ranges(
-    saliency: Mapping[str, Tensor], units: Units, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
-    """Spread of the parameter saliency in every layer, and below it the share of parameters where it is exactly zero.
-
-    Parameters
-    ----------
-    saliency : mapping of str to Tensor
-        ``{parameter: (B, *shape)}`` of `pss.parameter_saliency`; the layers of ``units`` are drawn. Thin line: 1st to
-        99th percentile of the parameters that are not zero; thick line: 25th to 75th; dot: median.
-    """
-    if axes is None:
-        _, axes = plt.subplots(2, 1, figsize=(7.6, 4.2), sharex=True, height_ratios=[3, 1])
-    colors = stage_colors(units.stages)
-    for x, (layer, stage) in enumerate(zip(units.layers, units.layer_stages, strict=True)):
-        values = saliency[layer.parameter].numpy().ravel()
-        if (values > 0).any():  # a layer without any gradient has only its bar below
-            marks = np.quantile(values[values > 0], [0.01, 0.25, 0.5, 0.75, 0.99])
-            axes[0].vlines(x, marks[0], marks[4], color=colors[stage], lw=1.2)
-            axes[0].vlines(x, marks[1], marks[3], color=colors[stage], lw=5)
-            axes[0].plot(x, marks[2], "o", ms=4.5, mfc="white", mec=colors[stage])
-        axes[1].bar(x, (values == 0).mean(), color=colors[stage])
-    axes[0].set(yscale="log", ylabel="|∂L/∂θ| > 0")
-    axes[1].set(ylabel="exact\nzeros", ylim=(0, 1))
-    axes[1].set_xticks(range(len(units.layers)), [layer.name for layer in units.layers], rotation=90, fontsize=8)
-    return axes
-
-
-def filter_grid(
-    kernels: Tensor, titles: Sequence[str] = (), signed: bool = False, columns: int = 8, label: str = ""
-) -> Figure:
-    """Kernels of one layer, (F, height, width), as a grid of small images on one scale.
-
-    Parameters
-    ----------
-    kernels : Tensor, shape (F, height, width)
-    titles : sequence of str
-        One above each kernel.
-    signed : bool
-        Diverging colours around zero (weights), instead of sequential ones from zero (saliency).
-    label : str
-        Of the colour bar.
-    """
-    rows = -(-len(kernels) // columns)
-    size = (columns * 0.85 + 1.2, rows * (1.1 if len(titles) else 0.9))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    largest = float(kernels.abs().max())
-    low, colors = (-largest, "RdBu_r") if signed else (0, "viridis")
-    for number, ax in enumerate(axes.flat):
-        ax.set_axis_off()
-        if number < len(kernels):
-            drawn = ax.imshow(kernels[number].numpy(), cmap=colors, vmin=low, vmax=largest)
-            if len(titles):
-                ax.set_title(titles[number], fontsize=8, loc="center")
-    figure.colorbar(drawn, ax=axes, label=label, shrink=0.9, pad=0.02)
     return figure
 
 
@@ -320,40 +219,6 @@ def method_curves(summary: pd.DataFrame, value: str = "mean", ylabel: str = "", 
     return ax
 
 
-def cost_curves(table: pd.DataFrame, value: str = "kl_mean", ax: Axes | None = None) -> Axes:
-    """Share of images corrected at a cost of at most x, one line a ranking; not corrected (infinite) keeps it below 1.
-
-    Parameters
-    ----------
-    table : DataFrame
-        From `pss.smallest_correction`: ``ranking`` and the value, one row an image.
-    """
-    ax = ax or plt.subplots(figsize=(4.4, 3.2))[1]
-    for ranking, part in table.groupby("ranking", sort=False):
-        costs = np.sort(part[value].to_numpy())
-        costs = costs[np.isfinite(costs)]
-        label, color = METHOD_LABELS.get(ranking, ranking), METHOD_COLORS.get(ranking)
-        ax.step(costs, np.arange(1, len(costs) + 1) / len(part), where="post", color=color, label=label)
-    ax.set(xscale="log", ylim=(0, 1.03), xlabel="cost: mean KL on the retain images", ylabel="share corrected")
-    return ax
-
-
-def method_lines(table: pd.DataFrame, x: str, value: str, ax: Axes | None = None) -> Axes:
-    """Value over x, one line a method; the scale-free ones broken.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``method``, x and the value.
-    """
-    ax = ax or plt.subplots(figsize=(4.8, 3.4))[1]
-    for method, part in table.groupby("method", sort=False):
-        style = {"color": METHOD_COLORS.get(method), "ls": "--" if method.startswith("scale_free") else "-"}
-        ax.plot(part[x], part[value], "o", ms=4, label=METHOD_LABELS.get(method, method), **style)
-    ax.set(xlabel=x)
-    return ax
-
-
 def difference_bars(table: pd.DataFrame, by: str, ax: Axes | None = None) -> Axes:
     """Differences from each other method with their intervals, a row a method, side by side what ``by`` tells apart.
 
@@ -382,7 +247,7 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
     Parameters
     ----------
     summary : DataFrame
-        From `pss.editing.summarize`, with a column ``method``.
+        From `pss.statistics.summarize`, with a column ``method``.
     bands : sequence of str
         Methods whose confidence interval is drawn; more than two or three hide the lines.
     columns : int
@@ -408,79 +273,6 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
         ax.axhline(0, color="black", lw=0.8, zorder=0.5)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=columns, loc="outside upper center")
     return figure
-
-
-def stage_strip(
-    values: Tensor, units: Units, errors: Tensor | None = None, ylabel: str = "", ax: Axes | None = None
-) -> Axes:
-    """One dot per unit, (U,), a column of dots a stage, with the median of each stage as a line across.
-
-    Parameters
-    ----------
-    values : Tensor, shape (U,)
-        NaN is left out.
-    units : Units
-    errors : Tensor, shape (U,), optional
-        Standard errors: a bar beside each column shows the median one, doubled to either side.
-    """
-    ax = ax or plt.subplots(figsize=(6, 3.2))[1]
-    values = np.asarray(values, dtype=float)
-    for number, color in enumerate(stage_colors(units.stages).values()):
-        at = np.flatnonzero((units.stage_ids == number) & np.isfinite(values))
-        jitter = 0.56 * (np.arange(len(at)) * 0.618034 % 1) - 0.28  # evenly spread, the same in every run
-        ax.plot(number + jitter, values[at], ".", ms=3, color=color, alpha=0.7)
-        middle = np.median(values[at]) if len(at) else np.nan
-        ax.hlines(middle, number - 0.33, number + 0.33, color="black", lw=1.5)
-        if errors is not None and len(at):
-            error = 2 * np.nanmedian(np.asarray(errors, dtype=float)[at])
-            ax.errorbar(number + 0.4, middle, error, color="black", lw=1, capsize=2)
-    ax.set_xticks(range(len(units.stages)), units.stages)
-    ax.set(xlabel="stage", ylabel=ylabel)
-    return ax
-
-
-def qq_panel(
-    model: Tensor, observed: Tensor, log: bool = False, ax: Axes | None = None, color: str | tuple = "#0072B2"
-) -> Axes:
-    """Observed quantiles against those of a model, as `pss.evt.qq` gives them, with the line where both agree."""
-    ax = ax or plt.subplots(figsize=(2.6, 2.6))[1]
-    model, observed = np.asarray(model), np.asarray(observed)
-    ends = [max(model.min(), observed.min()), min(model.max(), observed.max())]
-    ax.plot(ends, ends, color="black", lw=1)
-    ax.plot(model, observed, ".", ms=3, color=color)
-    if log:
-        ax.set(xscale="log", yscale="log")
-    return ax
-
-
-def calibration_ratio(table: pd.DataFrame, floor: float = 0.02, ax: Axes | None = None) -> Axes:
-    """Observed over nominal probability, a line a model: 1 is right, above 1 the model says "rare" too often.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``model`` (normal, exponential, gpd or empirical), ``rate`` (nominal), ``mean`` (observed) and its range
-        ``min``, ``max``.
-    floor : float
-        Smaller ratios, zero among them, are drawn here.
-    """
-    ax = ax or plt.subplots(figsize=(4.4, 3.4))[1]
-    looks = {
-        "normal": ("zscore", "o"),
-        "exponential": ("exponential", "s"),
-        "gpd": ("pot", "D"),
-        "empirical": ("random", "^"),
-    }
-    for number, (model, (method, marker)) in enumerate(looks.items()):
-        part = table[table["model"] == model]
-        ratio = part[["mean", "min", "max"]].div(part["rate"], axis=0).clip(lower=floor)
-        bars = np.array([ratio["mean"] - ratio["min"], ratio["max"] - ratio["mean"]])
-        x = part["rate"] * 1.12 ** (number - 1.5)  # side by side
-        ax.errorbar(x, ratio["mean"], bars, fmt=f"{marker}-", ms=5, capsize=2, color=METHOD_COLORS[method], label=model)
-    ax.axhline(1, color="black", lw=1)
-    ax.set(xscale="log", yscale="log", xlabel="nominal probability", ylabel="observed / nominal")
-    ax.xaxis.set_inverted(True)
-    return ax
 
 
 def confidence_bars(
@@ -561,58 +353,6 @@ def story(
     confidence_bars(before, after, label, ax=axes[-1])
     axes[-1].set_title(f"now read as {int(after.argmax())}", loc="left")
     return figure
-
-
-def neighbor_rows(
-    images: Tensor, titles: Sequence[Sequence[str]], ids: Tensor, neighbors: Tensor, rows: Sequence[str] = ()
-) -> Figure:
-    """Each query in the first column, framed, and its neighbours to the right of it, closest first.
-
-    Parameters
-    ----------
-    images : Tensor, shape (N, 3, H, W)
-        In 0..1.
-    titles : sequence of Q rows of 1 + k
-        Above each picture.
-    ids, neighbors : Tensor of int, shape (Q,), (Q, k)
-        The queries and their neighbours, as positions in ``images``.
-    rows : sequence of Q str
-        What stands to the left of each query.
-    """
-    height, width = len(ids), 1 + neighbors.shape[1]
-    figure, axes = plt.subplots(height, width, figsize=(1.05 * width + 0.3, 1.4 * height), squeeze=False)
-    for row, own in enumerate(axes):
-        image_row(images[[int(ids[row]), *neighbors[row].tolist()]], titles[row], own)
-        own[0].set_axis_on()
-        own[0].grid(False)
-        own[0].set(xticks=[], yticks=[], ylabel=rows[row] if len(rows) else "")
-        own[0].spines[:].set(visible=True, color="#D55E00", linewidth=2.5)
-    return figure
-
-
-def pair_map(points: np.ndarray, pairs: Sequence[str], top: int = 6, ax: Axes | None = None) -> Axes:
-    """Mistakes in the plane, the most frequent confusion pairs in colour and the rest grey.
-
-    Parameters
-    ----------
-    points : ndarray, shape (N, 2)
-    pairs : sequence of N str
-        Name of the confusion pair of each mistake.
-    top : int
-        How many pairs get a colour, at most 7.
-    """
-    ax = ax or plt.subplots(figsize=(5.4, 4.4))[1]
-    counts = pd.Series(pairs).value_counts(sort=False).sort_values(ascending=False, kind="stable")
-    named = list(counts.index[:top])
-    rest = ~np.isin(pairs, named)
-    ax.scatter(*points[rest].T, s=14, color="#B8B8B8", label=f"other ({rest.sum()})")
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333"]
-    for pair, color, marker in zip(named, colors, "osD^vP*", strict=False):
-        at = np.asarray(pairs) == pair
-        ax.scatter(*points[at].T, s=24, color=color, marker=marker, label=f"{pair} ({at.sum()})")
-    ax.set(xticks=[], yticks=[])
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
-    return ax
 
 
 def plain(text: str, longest: int = 28) -> str:

@@ -1,1 +1,14 @@
-"""Files that are whole or absent: tensors, fingerprints, the folder of profiles."""
+"""Files that are whole or absent: tensors, fingerprints, the folder of profiles and the pass that fills it.
+
+=================  ===================================================================================================
+``whole``          `write_whole`: a file whole or not at all
+``digests``        `digest` of any content, `key_of` what a folder in the cache is made of
+``fingerprints``   `fingerprint` of a model, `name_of` a function, `name_of_data`, `hash_state`
+``tensors``        `pack` and `unpack` safetensors files with a checksum, `load_tensors` of strangers, `bytes_of`
+``folder``         `ProfileStore`, `blocks`, `map_blocks`, and how a store is begun, written, finished, taken away
+``passes``         `store_rows`: a pass over a data set, resumed and shared; `choose_batch_size`
+``places``         `cache_folder`, `checkout_data`
+=================  ===================================================================================================
+
+Imported module by module: ``whole`` and ``digests`` load no torch. What is computed, and why, this room does not know.
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pss.storage.tensors import bytes_of
+from pss.storage.digests import digest
+from pss.storage.tensors import parts_of
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -21,11 +21,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    return digest(*parts_of(state))
 
 
 def name_of(value: Any) -> Any:
@@ -42,17 +38,21 @@ def name_of(value: Any) -> Any:
 
 
 def name_of_data(dataset: Dataset) -> str:
-    """What the record of profiles calls a data set: its ``fingerprint``, or its length and a sample of its items."""
-    return getattr(dataset, "fingerprint", None) or _sampled_fingerprint(dataset)
-
-
-def _sampled_fingerprint(dataset: Dataset) -> str:
-    """Name a data set that does not name itself: its length and 16 of its items."""
-    digest = hashlib.sha256(f"{len(dataset)}".encode())
-    for index in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)):
+    """What a record calls a data set: its ``fingerprint``, or its length and a sample of 16 of its items."""
+    if named := getattr(dataset, "fingerprint", None):
+        return named
+    count = length_of(dataset)
+    parts: list[Any] = [str(count)]
+    for index in np.unique(np.linspace(0, count - 1, 16).astype(int)):
         try:
-            for part in dataset[int(index)][:2]:
-                digest.update(np.ascontiguousarray(part).tobytes())
+            parts += [np.ascontiguousarray(part) for part in dataset[int(index)][:2]]
         except Exception as error:  # a bad image: met again, and dealt with, when its turn comes
-            digest.update(f"{index} {type(error).__name__}".encode())
-    return f"{len(dataset)} items, sample {digest.hexdigest()[:16]}"
+            parts.append(f"{index} {type(error).__name__}")
+    return f"{count} items, sample {digest(*parts)[:16]}"
+
+
+def length_of(dataset: Dataset) -> int:
+    """Number of items of a map-style data set, which has some."""
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise ValueError("the data set has no items (or no length): expected a map-style data set of (image, label)")
+    return len(dataset)

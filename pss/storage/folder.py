@@ -1,13 +1,13 @@
-r"""A folder of saliency profiles: its files, their checks, and how they are read. `pss.profiles` fills it.
+r"""A folder of saliency profiles: its files, their checks, and how they are read. `pss.storage.passes` fills it.
 
 =================  ====================================================================================
 ``profiles.npy``   (N, U) float32, one row an image
 ``samples.npy``    (N,) records: label, prediction, loss, confidences, status and checksum of the row
-``manifest.json``  what the rows were made of; its ``complete`` becomes true last
+``manifest.json``  what the rows were made of, and which images were skipped and why
 =================  ====================================================================================
 
-A row is finished once its record says so *and* its checksum fits, so whoever writes may be killed at any moment. So may
-whoever takes a store away: its manifest first becomes ``manifest.json.removed``, and who finds that goes on removing.
+It lies in ``<path>.partial/`` until all rows are there: one rename begins it there, one gives it its name, one takes it
+away. A row is finished once its record says so *and* its checksum fits, so whoever writes may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
+
+from pss.storage.whole import beside, write_whole
 
 RECORD = np.dtype(
     [
@@ -40,15 +41,11 @@ RECORD = np.dtype(
     ]
 )
 PENDING, FINISHED, SKIPPED = range(3)
-
-# What a store was made of. It is refused if one of these differs; the last line only as long as rows are missing.
-WHAT = ("model", "units", "data", "preprocessing", "loss", "signed", "options", "pss")
-IDENTITY = (*WHAT, "format", "samples", "n_units")
-WHILE_PENDING = ("torch", "device")
-FORMAT = 1
-_REMOVED = "manifest.json.removed"
-_OURS = re.compile(r"(profiles\.npy|samples\.npy|manifest\.json|skipped-\d+\.txt)(\.partial)?|" + re.escape(_REMOVED))
+FORMAT = 2
+_MANIFEST, _FILES = "manifest.json", ("profiles.npy", "samples.npy", "manifest.json")
+_OURS = re.compile(r"profiles\.npy|samples\.npy|\.?(manifest\.json|skipped-\d+\.txt)(\.[0-9a-f]{32}\.partial)?")
 _CHUNK = 1 << 26  # bytes of rows mapped at a time
+_T = TypeVar("_T")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -78,13 +75,11 @@ class ProfileStore:
     def __init__(self, path: Path, manifest: dict, records: np.ndarray):
         self.path, self.manifest = path, manifest
         self.skipped = {int(index): reason for index, reason in manifest["skipped"].items()}
-        columns = {name: np.ascontiguousarray(records[name]) for name in RECORD.names}
-        columns["finished"] = columns.pop("status") == FINISHED
-        for values in columns.values():
+        columns = [np.ascontiguousarray(records[name]) for name in RECORD.names[:-1]]
+        columns[-1] = columns[-1] == FINISHED
+        for values in columns:
             values.flags.writeable = False
-        self.labels, self.predictions, self.losses = columns["label"], columns["prediction"], columns["loss"]
-        self.confidences, self.true_confidences = columns["confidence"], columns["true_confidence"]
-        self.finished = columns["finished"]
+        self.labels, self.predictions, self.losses, self.confidences, self.true_confidences, self.finished = columns
 
     @classmethod
     def open(cls, path: str | os.PathLike, verify: bool = True) -> ProfileStore:
@@ -104,11 +99,14 @@ class ProfileStore:
             If it is not finished, truncated, or a byte of it has changed; the message names the file and the rows.
         """
         path = Path(path)
+        if not is_store(path) and is_store(partial := partial_of(path)):
+            status = open_arrays(partial, read_manifest(partial))[1]["status"]
+            done = int((status != PENDING).sum())
+            raise ValueError(
+                f"{path} is not finished ({done} of {len(status)} rows): call profile_dataset again, as before"
+            )
         manifest = read_manifest(path)
         rows, records = open_arrays(path, manifest)
-        if not manifest["complete"]:
-            done, n = int((records["status"] != PENDING).sum()), len(records)
-            raise ValueError(f"{path} is not finished ({done} of {n} rows): call profile_dataset again, as before")
         if verify:
             bad = [_damaged(part, records[at]) for at, part in _row_chunks(rows)]
             if (bad := np.flatnonzero(np.concatenate(bad))).size:
@@ -140,40 +138,24 @@ class ProfileStore:
         return np.flatnonzero(known & (self.labels != self.predictions))
 
     @property
-    def about(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         """What the profiles were made of, as text, for the record of a reference."""
-        return {key: str(self.manifest[key]) for key in (*WHAT, "torch")}
+        made_of = self.manifest["provenance"] | {"torch": self.manifest["computed_with"]["torch"]}
+        return {key: str(value) for key, value in made_of.items()}
 
-    def columns(self, columns: slice, finished: bool = False) -> np.ndarray:
-        """Some units of all images, shape (N, b), in memory.
+    def columns(self, columns: slice) -> np.ndarray:
+        """Some units of the finished images, shape (n, b), in memory.
 
         Rows are read a few at a time and only these columns kept, so memory stays near the size of the result, also
-        where the file is larger than memory. With ``finished`` the rows of skipped images are left out.
+        where the file is larger than memory.
         """
-        keep = self.finished if finished else np.ones(len(self.finished), bool)
-        block = np.empty((int(keep.sum()), len(np.arange(self.shape[1])[columns])), np.float32)
+        block = np.empty((len(self), len(range(self.shape[1])[columns])), np.float32)
         filled = 0
         for at, rows in _row_chunks(self.profiles):
-            part = rows[:, columns] if keep[at].all() else rows[keep[at], columns]
+            part = rows[:, columns] if self.finished[at].all() else rows[self.finished[at], columns]
             block[filled : filled + len(part)] = part
             filled += len(part)
         return block
-
-    def table(self) -> pd.DataFrame:
-        """One row an image: label, prediction, loss, confidences, and whether it is finished and misclassified."""
-        wrong = np.zeros(len(self.finished), bool)
-        wrong[self.misclassified] = True
-        return pd.DataFrame(
-            {
-                "label": self.labels,
-                "prediction": self.predictions,
-                "loss": self.losses,
-                "confidence": self.confidences,
-                "true_confidence": self.true_confidences,
-                "misclassified": wrong,
-                "finished": self.finished,
-            }
-        )
 
     def __repr__(self) -> str:
         n, count = self.shape
@@ -221,12 +203,23 @@ def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.
     for start in range(0, count, width):
         columns = slice(start, min(start + width, count))
         if isinstance(profiles, ProfileStore):
-            yield columns, profiles.columns(columns, finished=True)
+            yield columns, profiles.columns(columns)
             continue
         block = profiles[:, columns]
         if isinstance(block, Tensor):
             block = block.detach().to("cpu", torch.float32 if itemsize == 4 else torch.float64)
         yield columns, np.asarray(block, np.float32 if itemsize == 4 else np.float64)
+
+
+def map_blocks(function: Callable[[np.ndarray], _T], profiles: Any, max_bytes: int = 1 << 28) -> list[_T]:
+    """Apply a function to every block of `blocks`; a dask array computes them on its own scheduler."""
+    if not hasattr(profiles, "dask"):
+        return [function(block) for _, block in blocks(profiles, max_bytes)]
+    import dask
+
+    width = max(1, max_bytes // (len(profiles) * profiles.dtype.itemsize))
+    columns = profiles.rechunk({0: -1, 1: width}).to_delayed()[0]
+    return list(dask.compute(*[dask.delayed(function)(block) for block in columns]))
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -286,17 +279,22 @@ def is_done(rows: np.ndarray, records: np.ndarray) -> bool:
     return (records["status"] != PENDING).all() and not _damaged(rows, records).any()
 
 
-def remove(path: Path) -> None:
-    """Take a store away, but not where there are other files too.
+def is_store(path: Path) -> bool:
+    """Whether the folder holds profiles."""
+    return (path / _MANIFEST).is_file()
 
-    Its manifest is renamed at once and goes last: killed before, all of the store is there; killed after, what is left
-    is known to be no store any more, and `begin` takes it away.
-    """
+
+def partial_of(path: Path) -> Path:
+    """Where a store lies until it is finished: beside its place, whence one rename moves it."""
+    return Path(f"{path.resolve()}.partial")
+
+
+def discard(path: Path) -> None:
+    """Take a store away, finished or not, at once: first its name goes, then its files. Other files are refused."""
     _refuse_files(path, {file.name for file in path.iterdir() if not _OURS.fullmatch(file.name)})
-    if (path / "manifest.json").exists():
-        os.replace(path / "manifest.json", path / _REMOVED)
-    for file in sorted(path.iterdir(), key=lambda file: file.name == _REMOVED):
-        file.unlink()
+    away = beside(path.resolve())
+    os.rename(path.resolve(), away)
+    shutil.rmtree(away)
 
 
 def _refuse_files(path: Path, names: set[str]) -> None:
@@ -305,50 +303,46 @@ def _refuse_files(path: Path, names: set[str]) -> None:
 
 
 def begin(path: Path, manifest: dict) -> None:
-    """Claim a folder for a store, which is the one whose manifest it holds; a store that is there is taken away."""
-    path.mkdir(parents=True, exist_ok=True)
-    if (path / "manifest.json").exists() or (path / _REMOVED).exists():
-        remove(path)
-    _refuse_files(path, {file.name for file in path.iterdir()} - {"manifest.json.partial"})
+    """Lay out an unfinished store at its full size (sparse, all rows pending); whoever is first begins it.
+
+    The manifest has ``samples``, ``n_units``, ``provenance``, ``computed_with``, ``batch_size`` and ``threads``.
+    """
+    _refuse_files(path, {file.name for file in path.iterdir()} if path.exists() else set())
+    if path.is_mount():
+        raise ValueError(f"{path} is a disk of its own, which cannot be renamed: give a folder below it")
+    partial = partial_of(path)
+    if partial.exists() and not is_store(partial):
+        discard(partial)
+    new = beside(partial)
     n, count = manifest["samples"], manifest["n_units"]
-    needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(path).free
+    needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(new.parent).free
     if needed > free:
         what = f"{n} profiles of {count} units need {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free at"
         raise OSError(errno.ENOSPC, what, str(path))
-    write_manifest(path, {**manifest, "complete": False, "skipped": {}})
+    try:
+        new.mkdir()
+        for name, dtype, shape in _arrays(manifest):
+            np.lib.format.open_memmap(new / name, "w+", dtype, shape).flush()
+        write_manifest(new, {"format": FORMAT, **manifest, "skipped": {}})
+        os.rename(new, partial)
+    except OSError:
+        if not is_store(partial):  # or else another process has begun the same
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextmanager
 def taken_back_if_empty(path: Path) -> Iterator[None]:
-    """Begin a store in here: an error takes it away again, and a folder that was new, unless a row is written."""
-    new = not path.exists()
+    """Begin a store in here: an error takes it away again, unless a row is written."""
     try:
         yield
     except Exception:
+        partial = partial_of(path)
         with suppress(OSError, ValueError):  # what cannot be read stays, and the error is the one from within
-            if (path / "manifest.json").exists() and not _has_rows(path):
-                remove(path)
-            if new:
-                path.rmdir()  # an empty one only
+            if not (open_arrays(partial, read_manifest(partial))[1]["status"] != PENDING).any():
+                discard(partial)
         raise
-
-
-def _has_rows(path: Path) -> bool:
-    manifest = read_manifest(path)
-    laid_out = (path / "samples.npy").exists()
-    return manifest["complete"] or (laid_out and bool((open_arrays(path, manifest)[1]["status"] != PENDING).any()))
-
-
-def lay_out(path: Path, manifest: dict) -> None:
-    """Make the files of a new store at their full size (sparse, all rows pending)."""
-    for name, dtype, shape in _arrays(manifest):
-        if not (path / name).exists():
-            beside = path / f"{name}.partial"
-            try:
-                np.lib.format.open_memmap(beside, "w+", dtype, shape).flush()
-                os.replace(beside, path / name)
-            finally:
-                beside.unlink(missing_ok=True)
 
 
 def _arrays(manifest: dict) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
@@ -356,51 +350,45 @@ def _arrays(manifest: dict) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
     return [("profiles.npy", np.dtype("<f4"), (n, count)), ("samples.npy", RECORD, (n,))]
 
 
-def finish(path: Path, manifest: dict) -> None:
-    """Declare a store complete, and list what was skipped and why (``skipped-<item>.txt`` kept it until now)."""
-    _, records = open_arrays(path, manifest)
+def finish(path: Path) -> None:
+    """Give a store its name, and list what was skipped and why (``skipped-<item>.txt`` kept it until now)."""
+    partial = partial_of(path)
+    manifest = read_manifest(partial)
+    _, records = open_arrays(partial, manifest)
     if (missing := np.flatnonzero(records["status"] == PENDING)).size:
         raise RuntimeError(f"{path}: {len(missing)} rows from {missing[0]} on were not written: did a rank fail?")
-    skipped = {str(i): (path / f"skipped-{i}.txt") for i in np.flatnonzero(records["status"] == SKIPPED)}
-    reasons = {i: note.read_text("utf-8") for i, note in skipped.items()}
-    write_manifest(path, {**manifest, "complete": True, "skipped": reasons})
+    notes = [(i, partial / f"skipped-{i}.txt") for i in np.flatnonzero(records["status"] == SKIPPED)]
+    reasons = {str(i): note.read_text("utf-8") for i, note in notes if note.exists()}
+    write_manifest(partial, {**manifest, "skipped": manifest["skipped"] | reasons})
+    for file in partial.iterdir():
+        if file.name not in _FILES:
+            file.unlink()
+    os.rename(partial, path.resolve())
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
     """Write the manifest with its own checksum."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    content["checksum"] = _manifest_checksum(content)
-    write_whole(path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = {**manifest, "checksum": _manifest_checksum(manifest)}
+    write_whole(path / _MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(path: Path) -> dict:
-    """Read the manifest of a folder; an error if there is none, or it is damaged."""
+    """Read the manifest of a folder; an error if there is none, or it is damaged or of another version."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        if manifest["checksum"] != _manifest_checksum({k: v for k, v in manifest.items() if k != "checksum"}):
+        manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
+        if manifest.get("checksum") != _manifest_checksum(manifest):
             raise ValueError("its checksum does not fit")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it is of another version, format {manifest['format']} instead of {FORMAT}")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} holds no profiles: make them with profile_dataset") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damage(path / "manifest.json", error) from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise _damage(path / _MANIFEST, error) from error
     return manifest
 
 
 def _manifest_checksum(manifest: dict) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return zlib.crc32(json.dumps({**manifest, "checksum": None}, sort_keys=True).encode())
 
 
 def open_arrays(path: Path, manifest: dict) -> tuple[np.memmap, np.memmap]:
@@ -424,16 +412,25 @@ def _damage(path: Path, what: object) -> ValueError:
     return ValueError(f"{path} is damaged ({what}): compute it anew with profile_dataset(…, rebuild=True)")
 
 
-def refuse_other(path: Path, manifest: dict, made_of: dict) -> None:
-    """Raise ValueError if the store was made of something else, saying what differs."""
-    keys = IDENTITY if manifest["complete"] else IDENTITY + WHILE_PENDING
-    differ = [key for key in keys if manifest.get(key) != made_of[key]]
-    if differ:
-        what = "".join(f"\n  {key}: stored {manifest.get(key)!r}, given {made_of[key]!r}" for key in differ)
+def refuse_other(path: Path, made_of: dict) -> dict:
+    """Raise ValueError if the store, finished or not, was made of something else; otherwise its manifest.
+
+    ``made_of`` is a manifest as `begin` takes it. What it is computed with matters only as long as rows are missing.
+    """
+    finished = is_store(path)
+    manifest = read_manifest(path if finished else partial_of(path))
+    groups = ("provenance",) if finished else ("provenance", "computed_with")
+    stored, given = (
+        {"samples": m["samples"], "n_units": m["n_units"]} | {k: v for group in groups for k, v in m[group].items()}
+        for m in (manifest, made_of)
+    )
+    if differ := [key for key in given if stored.get(key) != given[key]]:
+        what = "".join(f"\n  {key}: stored {stored.get(key)!r}, given {given[key]!r}" for key in differ)
         raise ValueError(
             f"the profiles in {path} were made of something else:{what}\n"
             "give another path, or rebuild=True to compute them anew; ProfileStore.open reads finished ones as they are"
         )
+    return manifest
 
 
 def empty_rows(count: int, units: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pss.storage.digests import digest
+
 
 def bytes_of(tensor: Tensor) -> bytes:
     """A tensor's bytes in the order of its elements, also of types that NumPy lacks."""
@@ -21,14 +22,15 @@ def bytes_of(tensor: Tensor) -> bytes:
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def checksum(tensors: Mapping[str, Tensor], held: Mapping[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, and over what is noted beside them."""
-    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+def parts_of(tensors: Mapping[str, Tensor]) -> Iterator[str | bytes]:
+    """Names, types, shapes and bytes of tensors, in the order of the names: what a digest of them is made of."""
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        yield bytes_of(tensor)
+
+
+def _checksum(tensors: Mapping[str, Tensor], held: Mapping[str, Any]) -> str:
+    return digest(json.dumps(held, sort_keys=True), *parts_of(tensors))
 
 
 def pack(tensors: Mapping[str, Tensor], key: str, held: Mapping[str, Any]) -> bytes:
@@ -38,7 +40,7 @@ def pack(tensors: Mapping[str, Tensor], key: str, held: Mapping[str, Any]) -> by
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     held = json.loads(json.dumps(held))
-    return save(tensors, {key: json.dumps(held | {"checksum": checksum(tensors, held)})})
+    return save(tensors, {key: json.dumps(held | {"checksum": _checksum(tensors, held)})})
 
 
 def load_tensors(path: Path) -> Any:
@@ -66,8 +68,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def unpack(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+def unpack(path: Path, key: str, parse: Callable[[str], Any] = json.loads) -> tuple[dict[str, Tensor], Any]:
     """Read what `pack` wrote; of a safetensors file without that key the tensors, and None.
+
+    ``parse`` reads the text under the key, which is ours, with a checksum, if it gives a dict.
 
     Raises
     ------
@@ -76,10 +80,11 @@ def unpack(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            held = json.loads((file.metadata() or {}).get(key, "null"))
+            text = (file.metadata() or {}).get(key)
+            held = None if text is None else parse(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:  # JSON of a stranger may be deep
         raise ValueError(f"{path.name} is damaged, or not a safetensors file: {error}") from error
-    if isinstance(held, dict) and held.pop("checksum", None) != checksum(tensors, held):
+    if isinstance(held, dict) and held.pop("checksum", None) != _checksum(tensors, held):
         raise ValueError(f"{path.name} is damaged: its checksum differs; make it again, or get the file anew")
     return tensors, held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -12,28 +13,35 @@ from typing import BinaryIO
 _ABANDONED = 3600.0  # seconds after which an unfinished file is that of a process that was killed
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there.
+def beside(path: Path) -> Path:
+    """A new hidden name for what is to be moved to this place when it is whole, or has been moved away from it.
 
-    The content is text, bytes, or a function that gets the open file. A process that is killed leaves
-    ``.<name>.<random>.partial``, which nobody reads and which a later call for the same file takes away.
+    A process that is killed leaves ``.<name>.<random>.partial``, which nobody reads and which a later call takes away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{_literal(path.name)}.*.partial"):
         if time.time() - old.stat().st_mtime > _ABANDONED:
-            old.unlink(missing_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: beside its place first, then moved there.
+
+    The content is text, bytes, or a function that gets the open file.
+    """
+    unfinished = beside(path)
     try:
-        with beside.open("wb") as file:
+        with unfinished.open("wb") as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # or else a power failure may leave an empty file of the right name
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _literal(name: str) -> str:

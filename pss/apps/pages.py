@@ -1,0 +1,31 @@
+"""HTML by templates, in which every name and value is escaped, and the words that pages say in two languages."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_HERE = Path(__file__).parent
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a file of ``templates/``."""
+    loader = FileSystemLoader(_HERE / "templates")
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(template).render(values)
+
+
+@cache
+def words() -> dict[str, dict[str, Any]]:
+    """What ``words.yaml`` holds: Japanese ``columns`` and ``values`` of tables; ``sentences`` in both languages."""
+    return yaml.safe_load((_HERE / "words.yaml").read_text(encoding="utf-8"))
+
+
+def sentence(name: str, **values: Any) -> tuple[str, str]:
+    """A sentence of ``words.yaml`` with these values, in English and in Japanese."""
+    told = words()["sentences"][name]
+    return told["en"].format(**values), told["ja"].format(**values)

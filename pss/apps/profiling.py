@@ -1,0 +1,98 @@
+"""``python -m pss profile``: profile a data set into a folder.
+
+``python -m pss profile --model pss.models:digits --data pss.data:digits split=test --out runs/digits``, or for several
+processes ``torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pss.profiles import profile_dataset
+from pss.units import Units
+
+
+def _call(reference: list[str]) -> Any:
+    """Call ``package.module:callable`` with ``key=value`` arguments; values are JSON, otherwise text."""
+    name, *pairs = reference
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise SystemExit(f"{pair!r} is no argument of {name}: expected key=value")
+        try:
+            arguments[key] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[key] = value
+    return pkgutil.resolve_name(name)(**arguments)
+
+
+def _named(text: str) -> str | Callable:
+    """A built-in name as it is, or ``package.module:callable``."""
+    return pkgutil.resolve_name(text) if ":" in text else text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m pss profile``; under torchrun every process takes its share."""
+    parser = argparse.ArgumentParser(prog="python -m pss profile", description="Profile a data set into a folder.")
+    what = {"nargs": "+", "required": True, "metavar": ("MODULE:CALLABLE", "KEY=VALUE")}
+    parser.add_argument("--model", **what, help="gives the model, as pss.models:digits")
+    parser.add_argument("--data", **what, help="gives the data set, as pss.data:digits split=test")
+    parser.add_argument("--out", required=True, help="folder of the profiles")
+    parser.add_argument("--units", type=_named, default="filters", help="filters, rows, heads, all or MODULE:CALLABLE")
+    parser.add_argument("--loss", type=_named, default="cross_entropy", help="a name, or MODULE:CALLABLE")
+    parser.add_argument("--signed", action="store_true")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the backward pass")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise")
+    parser.add_argument("--preprocessing", default="")
+    parser.add_argument("--data-name")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda (each process its own), cuda:1, …")
+    parser.add_argument("--threads", type=int, help="threads of each process (torchrun gives each one)")
+    parser.add_argument("--rebuild", action="store_true", help="throw away what is in the folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    distributed = dist.is_available() and dist.is_torchelastic_launched()
+    device = chosen.device
+    if distributed:
+        dist.init_process_group("gloo")  # ranks only wait for each other: they exchange no tensors
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        model = _call(chosen.model).to(device)
+        store = profile_dataset(
+            model,
+            _call(chosen.data),
+            Units.of(model, chosen.units),
+            chosen.out,
+            loss=chosen.loss,
+            signed=chosen.signed,
+            batch_size=chosen.batch_size,
+            workers=chosen.workers,
+            on_error=chosen.on_error,
+            progress=not chosen.quiet,
+            preprocessing=chosen.preprocessing,
+            data_name=chosen.data_name,
+            rebuild=chosen.rebuild,
+            # left out where it is the default: a manifest that does not name it is of the same job
+            **({} if chosen.precision == "fp32" else {"precision": chosen.precision}),
+        )
+        if not distributed or dist.get_rank() == 0:
+            print(store)
+            for index, reason in store.skipped.items():
+                print(f"skipped item {index}: {reason}")
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    return 0

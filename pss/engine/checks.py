@@ -1,0 +1,62 @@
+"""Checks of arguments that several modules make: each says what was wrong, what was expected, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def check_known(what: str, value: Any, known: Collection[str]) -> None:
+    """Refuse a name that is none of those known."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def check_count(name: str, value: Any, most: int, of: str, least: int = 1) -> None:
+    """Refuse a number that is no integer in ``least..most``; ``of`` says what they are the number of."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} = {value} is a {type(value).__name__}: expected an int")
+    if not least <= value <= most:
+        raise ValueError(f"{name} = {value} is outside {least}..{most}, {of}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse numbers that are not positive and finite; None is left out."""
+    for name, value in values.items():
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+def check_share(name: str, value: float, meaning: str) -> None:
+    """Refuse a share that is not inside (0, 1); ``meaning`` ends the sentence."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} = {value} is outside (0, 1): it is {meaning}")
+
+
+def check_finite(profiles: Tensor) -> None:
+    """Refuse profiles, (B, U), of which some are NaN or infinite: they would come first in every ranking."""
+    if not profiles.isfinite().all():
+        bad = (~profiles.isfinite().all(dim=1)).nonzero()[:10, 0].tolist()
+        raise ValueError(f"profiles {bad} are not finite: leave them out or mend them")
+
+
+def check_ids(ids: Sequence | np.ndarray | Tensor, count: int, dims: int = 2, least: int = 1) -> np.ndarray:
+    """Unit ids as int64: (K,), or a row an image (B, K); at least ``least`` of ``count`` units, none twice in a row."""
+    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if ids.ndim != dims:
+        raise ValueError(f"ids have shape {ids.shape}: expected {'(K,)' if dims == 1 else '(B, K), a row per image'}")
+    if ids.shape[-1] < least:
+        raise ValueError("no unit to edit: give at least one id")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids are {ids.dtype}: expected integers")
+    ids = ids.astype(np.int64)
+    if len(outside := ids[(ids < 0) | (ids >= count)]):
+        raise ValueError(f"unit {outside[0]} is outside 0..{count - 1}, the units of this model")
+    ordered = np.sort(ids, axis=-1)
+    if len(twice := ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]):
+        raise ValueError(f"unit {twice[0]} is given twice in one ranking: each is edited once")
+    return ids

@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--units", type=_named, default="filters", help="filters, rows, heads, all or MODULE:CALLABLE")
     parser.add_argument("--loss", type=_named, default="cross_entropy", help="a name, or MODULE:CALLABLE")
     parser.add_argument("--signed", action="store_true")
+    parser.add_argument("--of", choices=("gradient", "gain", "output"), default="gradient", help="which quantity")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the backward pass")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int, default=0)
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             chosen.out,
             loss=chosen.loss,
             signed=chosen.signed,
+            of=chosen.of,
             batch_size=chosen.batch_size,
             workers=chosen.workers,
             on_error=chosen.on_error,

@@ -30,6 +30,7 @@ class Recorder(Protocol):
     bf16: bool
     keeps_outputs: bool
     outputs_kept: dict[int, LayerCall]
+    hear: Callable[[LayerCall, Tensor], None]
     record: Callable[[LayerCall, Tensor], None]
     collect: Callable[[LayerCall, Tensor, Tensor], None]
     collect_products: Callable[[LayerCall, Tensor, Tensor], None]
@@ -67,6 +68,7 @@ class LayerCall:
         if self.recorder.keeps_outputs:
             self.kept, self.version = output.detach(), output._version  # no copy, and it sees what is written into it
             self.recorder.outputs_kept[output.data_ptr()] = self
+            self.recorder.hear(self, output)
         return output
 
     def products(self, x: Tensor, g: Tensor) -> Tensor:

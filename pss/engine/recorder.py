@@ -23,7 +23,7 @@ from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.kernels import Convolution, Linear
 from pss.engine.locating import BatchDimension, keeps_order, locate_batch
 
-QUANTITIES = ("gradient", "gain")
+QUANTITIES = ("gradient", "gain", "output")
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Options:
     strategy: str = "auto"
     fold: bool = True
     precision: str = "fp32"
-    of: tuple[str, ...] = ("gradient",)  # and "gain", the sum of weight times gradient
+    of: tuple[str, ...] = ("gradient",)  # and "gain", the sum of weight times gradient; or "output", alone
 
     def __post_init__(self):
         if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(QUANTITIES):
             raise ValueError(f"unknown quantity in of={self.of}: expected some of {QUANTITIES}, each once")
+        if "output" in self.of and len(self.of) > 1:
+            raise ValueError("of='output' needs no backward pass: ask for it alone")
         known = {"strategy": ("auto", "fast", "vmap", "loop"), "precision": ("fp32", "bf16")}
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -74,7 +76,9 @@ class GradientRecorder(TorchFunctionMode):
         self.wanted, self.others, self.samples = wanted, others or {}, samples
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
-        self.keeps_outputs = "gain" in options.of and visit is None
+        self.listens = "output" in options.of and visit is None
+        self.keeps_outputs = self.listens or ("gain" in options.of and visit is None)
+        self.heard: dict[LayerCall, Tensor] = {}  # outputs, of convolutions their means over positions
         self.outputs_kept: dict[int, LayerCall] = {}  # by their place in memory
         like = next(iter({**wanted, **self.others}.values()))
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
@@ -114,8 +118,8 @@ class GradientRecorder(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
-        if function in NORMALIZATIONS:
-            return NORMALIZATIONS[function](*args, **kwargs)
+        if function in NORMALIZATIONS or (self.listens and function in _LAYER_NORMS):
+            return self._normalized(NORMALIZATIONS.get(function, function), *args, **kwargs)
         if function in _CUTTING and self.keeps_outputs:
             return self._cut(function, *args, **kwargs)
         if function in _DECISIONS and self.samples > 1:
@@ -149,6 +153,35 @@ class GradientRecorder(TorchFunctionMode):
         if as_it_was:
             call.version = call.kept._version
         return result
+
+    def _normalized(self, function, input, *args, **kwargs):
+        """A normalization, after which an output is heard instead of before it."""
+        call = self.outputs_kept.get(input.data_ptr()) if self.listens else None
+        directly = call is not None and call.kept._version == call.version and call.kept.shape == input.shape
+        result = function(input, *args, **kwargs)
+        if directly:
+            self.hear(call, result)
+        return result
+
+    def hear(self, call: LayerCall, output: Tensor) -> None:
+        """Keep what a call says, should it be asked for."""
+        if self.listens:
+            positions = isinstance(call.layer, Convolution)
+            self.heard[call] = output.detach().flatten(2).mean(2) if positions else output.detach().clone()
+
+    def output_means(self, losses: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Mean output of every row of the wanted parameters over positions and calls, ``(B, O)``; zero of idle ones."""
+        means: dict[str, tuple[Tensor, ...]] = {}
+        for call, output in self.heard.items():
+            if call.name not in self.lost:
+                first = output if call.batch is None else call.batch.first(output)
+                mean = first.reshape(self.samples, -1, first.shape[-1]).mean(1) / self.uses[call.name]
+                means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
+        silent = {name: p for name, p in self.wanted.items() if name not in means and name not in self.lost}
+        used = torch.autograd.grad(losses.sum(), list(silent.values()), allow_unused=True) if silent else ()
+        if unseen := [name for name, g in zip(silent, used, strict=True) if g is not None]:
+            raise Unsupported(f"the outputs of {', '.join(unseen)} are not seen: leave these units out of of='output'")
+        return means | {name: (p.new_zeros(self.samples, len(p)),) for name, p in silent.items()}
 
     def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
@@ -237,6 +270,8 @@ class GradientRecorder(TorchFunctionMode):
         gradients : dict of str to Tensor
             What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
         """
+        if self.listens:
+            return self.output_means(losses), {}
         watched = {**self.wanted, **self.others}
         found: tuple[Tensor | None, ...] = (None,) * len(watched)
         if losses.requires_grad:
@@ -321,6 +356,7 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}
 _CUTTING = {F.relu, F.relu6, F.hardtanh, F.relu_, F.hardtanh_, torch.relu, torch.relu_, Tensor.relu_}
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
 _DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}

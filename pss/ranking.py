@@ -119,8 +119,11 @@ def rank(
         raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
     if reference is not None:  # after all that are alive, before those that take no part
         dead = reference.dead.to(scores.device) & take_part
-        scores = scores.masked_fill(dead, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(dead, _LAST)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+_LAST = -1e300  # the score of what is dead: after all that is alive, and finite also as a sum over many images
 
 
 def rank_together(
@@ -132,9 +135,10 @@ def rank_together(
 ) -> pd.DataFrame:
     """One ranking for a group of images, because a cause is seen in many of them; of several quantities at once too.
 
-    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, it is
-    the largest of these, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
-    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores.
+    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, each
+    image gives the largest, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
+    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores. What is signed has
+    two tails: give the output, and the output with its sign turned, each with its reference.
 
     Parameters
     ----------
@@ -150,7 +154,7 @@ def rank_together(
     -------
     DataFrame
         All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``score``, ``images`` (share of the images
-        that have it among their own first k, by the quantity that says most), ``quantity`` (its place in the sequence).
+        that have it among their own first k), ``quantity`` (the place in the sequence of the one that says most).
 
     Raises
     ------
@@ -161,19 +165,20 @@ def rank_together(
     usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
     if not several or len(several) != len(usual):
         raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
-    scores, shares = [], []
+    scores = []
     for values, its in zip(several, usual, strict=True):
         own = score(values, its, method, units=units)
-        own = own if its is None else own.masked_fill(its.dead.to(own.device), torch.finfo(own.dtype).min)
-        top = torch.zeros_like(own).scatter_(1, own.argsort(dim=1, descending=True, stable=True)[:, :k], 1.0)
-        scores.append(own.mean(dim=0))
-        shares.append(top.mean(dim=0))
-    best, which = torch.stack(scores).max(dim=0)
-    order = best.argsort(descending=True, stable=True).cpu()
-    table = pd.DataFrame({"unit": order.numpy(), "score": best.cpu()[order].numpy()})
+        scores.append(own if its is None else own.masked_fill(its.dead.to(own.device), _LAST))
+    of_images = torch.stack(scores).amax(dim=0)
+    first = of_images.argsort(dim=1, descending=True, stable=True)[:, :k]
+    shares = torch.zeros_like(of_images).scatter_(1, first, 1.0).mean(dim=0)
+    which = torch.stack([own.mean(dim=0) for own in scores]).argmax(dim=0)
+    together = of_images.mean(dim=0)
+    order = together.argsort(descending=True, stable=True).cpu()
+    table = pd.DataFrame({"unit": order.numpy(), "score": together.cpu()[order].numpy()})
     if units is not None:
         table.insert(1, "name", [units.name(int(unit)) for unit in order])
-    table["images"] = torch.stack(shares).gather(0, which[None])[0].cpu()[order].numpy()
+    table["images"] = shares.cpu()[order].numpy()
     table["quantity"] = which.cpu()[order].numpy()
     return table
 

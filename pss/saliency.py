@@ -165,6 +165,7 @@ def profile(
         whole samples, vectorized over a few, otherwise as ``loop``; ``loop``: plain autograd, one sample at a time.
         ``auto``: fast where it can be. Otherwise, on a CPU, one sample at a time in the same way, which is no slower
         than the loop, and on a GPU vmap for the parameters concerned; otherwise the loop. A log line at INFO says so.
+        What units say needs no gradient: there ``vmap`` and ``loop`` are one image at a time.
     fold : bool
         Compute BatchNorm within the convolution before it, where it directly follows one. Exact.
     precision : {"fp32", "bf16"}

@@ -177,11 +177,13 @@ class GradientRecorder(TorchFunctionMode):
                 first = output if call.batch is None else call.batch.first(output)
                 mean = first.reshape(self.samples, -1, first.shape[-1]).mean(1) / self.uses[call.name]
                 means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
-        silent = {name: p for name, p in self.wanted.items() if name not in means and name not in self.lost}
-        used = torch.autograd.grad(losses.sum(), list(silent.values()), allow_unused=True) if silent else ()
-        if unseen := [name for name, g in zip(silent, used, strict=True) if g is not None]:
+        known = {name: p for name, p in self.wanted.items() if name not in self.lost}
+        used: tuple[Tensor | None, ...] = (None,) * len(known)
+        if known and losses.requires_grad:  # autograd sees no weight whose calls are seen here
+            used = torch.autograd.grad(losses.sum(), list(known.values()), allow_unused=True)
+        if unseen := [name for name, g in zip(known, used, strict=True) if g is not None]:
             raise Unsupported(f"the outputs of {', '.join(unseen)} are not seen: leave these units out of of='output'")
-        return means | {name: (p.new_zeros(self.samples, len(p)),) for name, p in silent.items()}
+        return {name: means.get(name, (p.new_zeros(self.samples, len(p)),)) for name, p in known.items()}
 
     def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
@@ -221,7 +223,7 @@ class GradientRecorder(TorchFunctionMode):
 
     def collect_products(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
         """Add up weight times gradient of each row, from what the call gave and what came back."""
-        if not self._may_collect(call) or "gain" not in self.options.of:
+        if "gain" not in self.options.of or not self._may_collect(call):
             return
         products = call.products(x, g)
         products = products.flatten(2).sum(2) if isinstance(call.layer, Convolution) else products
@@ -238,7 +240,7 @@ class GradientRecorder(TorchFunctionMode):
 
     def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
         """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
-        if not self._may_collect(call) or "gradient" not in self.options.of:
+        if "gradient" not in self.options.of or not self._may_collect(call):
             return
         if call.batch is not None:
             x, g = call.batch.first(x), call.batch.first(g)

@@ -80,8 +80,8 @@ class Task:
         """Parameters by name."""
         return {name: self.model.get_parameter(name) for name in names}
 
-    def columns(self, name: str, gradients: Tensor) -> Columns:
-        """Columns of a parameter, from its gradients ``(B, *shape)``."""
+    def columns(self, name: str, gradients: Tensor, sizes: bool = False) -> Columns:
+        """Columns of a parameter, from its gradients ``(B, *shape)``; with ``sizes`` of every term the size."""
         found: Columns = {}
         for of in self.options.of:
             if of == "gain":
@@ -89,7 +89,7 @@ class Task:
                 values = values.real if values.is_complex() else values
             else:
                 values = gradients if self.options.signed else gradients.abs()
-            found |= self.reduce(name, values, of)
+            found |= self.reduce(name, values.abs() if sizes else values, of)
         return found
 
     def columns_of_rows(self, name: str, means: tuple[Tensor, ...]) -> Columns:
@@ -136,13 +136,15 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Known]] = WeakKeyDictionary(
 def known_of(task: Task, images: Tensor) -> Known:
     """What is known of the task's model on such images, as long as the model lives."""
     key = (tuple(images.shape[1:]), images.dtype, images.device, task.options, task.kind)
-    return _KNOWN.setdefault(task.model, {}).setdefault(key, Known(ways_of(task.options.strategy, images.is_cuda)))
+    return _KNOWN.setdefault(task.model, {}).setdefault(key, Known(ways_of(task.options, images.is_cuda)))
 
 
-def ways_of(strategy: str, is_cuda: bool) -> tuple[str, ...]:
+def ways_of(options: Options, is_cuda: bool) -> tuple[str, ...]:
     """Ways in the order in which a strategy tries them. Vectorized gradients pay on a GPU only."""
+    if "output" in options.of:  # gradients do not say what a unit does
+        return {"auto": ("fast", "single"), "fast": ("fast",)}.get(options.strategy, ("single",))
     auto = ("fast", "vmap", "loop") if is_cuda else ("fast", "single", "loop")
-    return {"auto": auto, "fast": ("fast",), "vmap": ("vmap", "loop"), "loop": ("loop",)}[strategy]
+    return {"auto": auto, "fast": ("fast",), "vmap": ("vmap", "loop"), "loop": ("loop",)}[options.strategy]
 
 
 def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import pss
 from pss.correction import Search, refuse_overlap
 from pss.editing import _damage, predicted
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.fisher import DAMPING, Weights, damped, digest, fisher_scores
 from pss.lines import line_of, predicts, shifted, smallest, unit_mask
@@ -369,7 +370,7 @@ def _correct(
 def _mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, names: Sequence[str], loss: Loss) -> Weights:
     """Of the images that are wrong now, (1, *shape) by parameter name."""
     wrong = predicted(model(images)) != labels
-    with preserved(model), torch.enable_grad():
+    with preserved(model), torch.enable_grad(), ExplicitNormalization():
         model.requires_grad_(False)
         parameters = [model.get_parameter(name).requires_grad_() for name in names]
         total = loss(model(images[wrong]), labels[wrong]).mean()

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from pss.editing import Ids, check_batch, check_ids, check_logits, damage, restored
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.storage.tensors import bytes_of
@@ -93,7 +94,7 @@ def gain_jacobian(
         grad = partial(torch.autograd.grad, inputs=gains, retain_graph=True, materialize_grads=True)
         return torch.stack([grad(total)[0] for total in sums.sum(dim=0)], dim=1)
 
-    with torch.inference_mode(False), preserved(model), torch.enable_grad():
+    with torch.inference_mode(False), preserved(model), torch.enable_grad(), ExplicitNormalization():
         model.requires_grad_(False)
         images = images.clone() if images.is_inference() else images
         one = slice(0, 1)
@@ -381,7 +382,7 @@ class _Search:
         """Line along the gradient of the loss through the units, or through whole parameters, and the size on it."""
         mask = {name: torch.ones_like(self.model.get_parameter(name), dtype=torch.bool) for name in whole}
         mask |= self._mask(ids)
-        with preserved(self.model), torch.enable_grad():
+        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
             self.model.requires_grad_(False)
             weights = [self.model.get_parameter(name).requires_grad_() for name in mask]
             loss = self.loss(self.model(x), y).sum()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pss.engine import growing as _variants
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
 from pss.units import Units
@@ -311,7 +312,7 @@ class _Runner:
         """Gradients to changes of each image's units that are zero: no gradient of a whole weight is formed."""
         zeros = [[torch.zeros_like(v).requires_grad_() for v in self._views(own)] for own in ids]
         flat = [zero for own in zeros for zero in own]
-        with preserved(self.model), torch.enable_grad():
+        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
             self.model.requires_grad_(False)
             outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[:, 0]
             if not self.apart and len(images) > 1:
@@ -328,7 +329,7 @@ class _Runner:
         for image, label, own in zip(images, labels, ids, strict=True):
             places = [(self.units.layers[number], j) for number, j in map(self.units.locate, own)]
             names = list(dict.fromkeys(layer.parameter for layer, _ in places))
-            with preserved(self.model), torch.enable_grad():
+            with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
                 self.model.requires_grad_(False)
                 parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
                 found = self._differentiate(self.model(image[None]), label[None], parameters)

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from pss.editing import Ids, check_batch, check_ids, check_logits, damage, restored
+from pss.editing import Ids, check_batch, check_logits, damage
+from pss.engine.checks import check_ids
+from pss.engine.edits import restored
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.saliency import Loss, check_inputs, get_loss
@@ -320,7 +322,7 @@ def smallest_correction(
     ways = [through] if isinstance(through, str) else list(through)
     rankings = {"all": np.arange(len(units))[None].repeat(len(images), 0)} if rankings is None else rankings
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
-    rankings = {name: check_ids(ids, units, dims=2) for name, ids in rankings.items()}
+    rankings = {name: check_ids(ids, len(units), dims=2) for name, ids in rankings.items()}
     ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
     _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:

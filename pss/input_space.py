@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pss.engine.checks import check_ids, check_known, check_positive
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
@@ -193,7 +194,8 @@ def _twice_differentiable(model: nn.Module, units: Units, images: Tensor) -> Ite
 def _profile(model: nn.Module, image: Tensor, label: Tensor, units: Units, loss: Loss, signed: bool) -> Tensor:
     """Profile of one image, (1, U), as a function of the image that can be differentiated."""
     parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
-    value = loss(model(image), label).sum()
+    with ExplicitNormalization():
+        value = loss(model(image), label).sum()
     gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
     whole = {name: gradient[None] for name, gradient in zip(parameters, gradients, strict=True)}
     return units.reduce(whole if signed else {name: gradient.abs() for name, gradient in whole.items()})

@@ -37,6 +37,7 @@ import pss
 from pss import editing as repair
 from pss.apps.explain import has_built_in
 from pss.data import digits
+from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models import zoo
 from pss.models.builtin import predict
@@ -309,8 +310,8 @@ def run(
     if not 1 <= filters <= len(units):
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
-        repair.check_edit(edit)
-    repair.check_lengths(lr, step_norm)
+        check_known("edit", edit, repair.EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")

@@ -12,6 +12,7 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 MACHINE_PATHS = re.compile(r"/(home|root|work|tmp|Users|var|mnt)/|[A-Z]:\\\\")
 PROGRESS = re.compile(r"it/s\]|\d+%\|")
 POLITE = re.compile(r"(です|ます|でした|ました|ください|でしょう)[．。，、\s)」]")
+WITHOUT_FINDINGS = {"00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12"}  # not yet rewritten
 KANA = re.compile(r"[ぁ-んァ-ン]")
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -119,6 +120,35 @@ def test_opens_with_a_card_and_closes_with_exercises_and_references(path):
     assert any("References" in h for h in headings) and any("Exercises" in h for h in headings)
     solutions = [c for c in cells(path) if "solution" in tags(c)]
     assert any(c.cell_type == "markdown" for c in solutions)
+
+
+def said(some: list[nbformat.NotebookNode]) -> list[tuple[str, str]]:
+    """The sentences that `pss.plots.say` left in the outputs, English and Japanese."""
+    outputs = [o for c in some if c.cell_type == "code" for o in c.outputs if "lang" in o.get("metadata", {})]
+    assert [o.metadata["lang"] for o in outputs] == ["en", "ja"] * (len(outputs) // 2)
+    texts = ["".join(o.data["text/markdown"]) for o in outputs]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def test_computed_sentences_say_the_same_numbers_in_both_languages(path):
+    for english, japanese in said(cells(path)):
+        assert KANA.search(japanese) and not re.search(r"[。、]", japanese) and not POLITE.search(japanese), japanese
+        assert not re.search(r"[ぁ-んァ-ン一-鿿]", english), english
+        first, second = (sorted(re.findall(r"\d+(?:\.\d+)?%?", t.replace(",", ""))) for t in (english, japanese))
+        assert first == second, f"the languages differ in numbers: {english!r}, {japanese!r}"
+
+
+def test_closes_with_findings_in_both_languages(path):
+    if path.stem[:2] in WITHOUT_FINDINGS:
+        return
+    found = cells(path)
+    starts = [n for n, c in enumerate(found) if c.cell_type == "markdown" and c.source.startswith("## ")]
+    first = next(n for n in starts if found[n].source.startswith("## What was shown"))
+    last = next(n for n in starts if found[n].source.startswith("## Exercises"))
+    assert found[first + 1].source.startswith("## まとめ") and first < last
+    english, japanese = (" ".join(t) for t in zip(*said(found[first:last]), strict=True))
+    assert 2 <= len(re.findall(r"[.?!](?=\s|$)", english)) <= 4, f"two to four sentences of findings: {english!r}"
+    assert 2 <= len(re.findall(r"[．？](?!\d)", japanese)) <= 4, f"two to four sentences of findings: {japanese!r}"
 
 
 def test_cells_are_short_and_time_nothing(path):

@@ -15,6 +15,20 @@ POLITE = re.compile(r"(です|ます|でした|ました|ください|でしょ�
 WITHOUT_FINDINGS = {"00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12"}  # not yet rewritten
 KANA = re.compile(r"[ぁ-んァ-ン]")
 
+# One word for one thing: what is not written, and the word of the glossary that stands for it.
+INSTEAD = {
+    r"標準化顕著性(?!（z得点）)": "z得点",
+    r"閾値超過法": "POT",
+    r"最後のステージ": "最終ステージ",
+    r"チャンネル": "チャネル",
+    r"バッチ正規化": "BatchNorm",
+    r"(そのまま|標準化前)の顕著性": "生の顕著性",
+    r"等しい長さのステップ": "等ノルムのステップ",
+    r"リテイン": "保持画像",
+    r"発散": "KLダイバージェンス",
+}
+METAPHORS = re.compile(r"台帳|台地|騒ぎ過ぎ|張り付|語[るりらっ]|報われ|釣り針|畳み込め|普段から最?も?外れ")
+
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
@@ -149,6 +163,33 @@ def test_closes_with_findings_in_both_languages(path):
     english, japanese = (" ".join(t) for t in zip(*said(found[first:last]), strict=True))
     assert 2 <= len(re.findall(r"[.?!](?=\s|$)", english)) <= 4, f"two to four sentences of findings: {english!r}"
     assert 2 <= len(re.findall(r"[．？](?!\d)", japanese)) <= 4, f"two to four sentences of findings: {japanese!r}"
+
+
+def japanese_of(path: Path) -> list[str]:
+    alts = [o.get("metadata", {}).get("image/png", {}).get("alt-ja", "") for c in code(path) for o in c.outputs]
+    return [b for _, b in pairs(path)] + [b for _, b in said(cells(path))] + alts
+
+
+def test_one_word_for_one_thing(path):
+    if path.stem[:2] in WITHOUT_FINDINGS:
+        return
+    glossary = (FOLDER / "glossary.md").read_text(encoding="utf-8")
+    for text in japanese_of(path):
+        for pattern, word in INSTEAD.items():
+            assert word in glossary
+            assert not (found := re.search(pattern, text)), f"{word}, not {found[0]}: {text[:80]!r}"
+        assert not (found := METAPHORS.search(text)), f"a plain word for {found[0]}: {text[:80]!r}"
+        for sentence in re.split(r"[．？]", text):
+            assert "尺度" not in sentence or re.search(r"beta|β|形状", sentence), f"尺度 is beta: {sentence!r}"
+
+
+def test_card_asks_a_question_and_answers_it_in_a_sentence(path):
+    if path.stem[:2] in WITHOUT_FINDINGS:
+        return
+    rules = ((("Question", "Answer"), r"[.?](?=\s)"), (("問い", "答え"), "[．？]"))
+    for card, (names, stop) in zip(pairs(path)[0], rules, strict=True):
+        rows = [re.search(rf"^\| \*\*{name}\*\* \| (.+) \|$", card, re.MULTILINE) for name in names]
+        assert all(rows) and all(len(re.findall(stop, row[1])) <= 1 for row in rows)
 
 
 def test_cells_are_short_and_time_nothing(path):

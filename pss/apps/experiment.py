@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss.apps.explain import has_built_in
+from pss.apps.reading import SAVED, has_built_in, pictures
 from pss.data import digits
 from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
@@ -134,7 +134,7 @@ def statistics(
     provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
-    if Path(path).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(path).suffix in SAVED:
         reference = _read_reference(Path(path), units, provenance)
         return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
@@ -169,7 +169,7 @@ def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Ref
     try:
         return Reference.load(file, units).check(units, **provenance)
     except ValueError as error:
-        what = "give another reference_path, or remove this one to have it made anew"
+        what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
         raise ValueError(f"{file}: {error}: {what}") from error
 
 
@@ -196,7 +196,7 @@ def usual_of(
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if str(root) or has_built_in(network):
-        return zoo.reference_set(network, root, count, seed)
+        return pictures(network, str(root), count, seed)
     if needed:
         raise ValueError(
             f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "

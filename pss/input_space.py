@@ -20,12 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-<<<<<<< HEAD
-from pss.engine.checks import check_ids, check_known, check_positive
-from pss.engine.folding import ExplicitNormalization
-=======
 from pss.engine.checks import check_count, check_ids, check_known, check_positive
->>>>>>> own
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference

@@ -10,7 +10,7 @@ import torch
 from test_cost import Net
 
 import pss
-from pss.models.builtin import fingerprint
+from pss.models import fingerprint
 from pss.patches import Patch, fit_patch
 from pss.units import Units
 

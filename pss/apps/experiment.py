@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
+from pss import models as zoo
 from pss.apps.explain import has_built_in
 from pss.data import digits
 from pss.engine.process import thread_count
 from pss.fisher import fisher_diagonal, fisher_scores
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference

@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from pss.__main__ import main
 from pss.apps import execution
 from pss.apps.execution import refresh, run_notebook
-from pss.apps.parameters import check_values, parameters_of, read_text, read_yaml
+from pss.apps.parameters import check_places, check_values, parameters_of, read_text, read_yaml
 from pss.apps.sweep import read_sweep, run_sweep
 
 PICTURE = """
@@ -268,15 +268,15 @@ def test_only_what_the_notebook_calls_a_place_is_seen_from_the_caller(placed, tm
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("picture", "dog.jpg", "picture = 'dog.jpg': there is no .*here.dog.jpg; relative places are seen from .*here"),
-        ("model", "other.yaml", "there is no .*other.yaml"),
-        ("many", ["cat.jpg", "x"], "many = 'x': there is no"),
+        ("picture", "dog.jpg", "picture = '.*here.dog.jpg' is not there; relative places are seen from"),
+        ("model", "other.yaml", "model = '.*here.other.yaml' is not there"),
+        ("many", ["cat.jpg", "x"], "many = '.*here.x' is not there"),
         ("method", "fisher", "method = 'fisher': expected one of zscore, pot"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_runs(placed, tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
-        check_values(placed, {name: value}, tmp_path / "here")
+        check_places(placed, check_values(placed, {name: value}, tmp_path / "here"))
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------

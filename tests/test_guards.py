@@ -29,6 +29,18 @@ GUARDS = {
     "images are finite": Guard(
         "saliency", "        if not finite.all():", "        if False:", f"{BAD}::test_is_refused[image with NaN]"
     ),
+    "a pass verifies itself": Guard(
+        "saliency",
+        "            if verify and (",
+        "            if False and (",
+        "tests/test_verification.py::test_a_broken_guard_is_seen[float64-gains]",
+    ),
+    "rows follow samples": Guard(
+        "engine/locating",
+        "x.shape == shifted.shape and close(",
+        "True or close(",
+        "tests/test_gradients.py::test_a_sorted_batch_whose_last_image_keeps_its_place",
+    ),
     "labels are classes": Guard(
         "saliency",
         "    if len(outside):",
@@ -160,8 +172,8 @@ GUARDS = {
     ),
     "patches are for this model": Guard(
         "patches",
-        "        if found != self.model:",
-        "        if False:",
+        "        if (found := base_fingerprint(model)) != self.model:",
+        "        if (found := base_fingerprint(model)) == 0:",
         "tests/test_patches.py::test_another_model_is_refused",
     ),
     "levels are inside": Guard(

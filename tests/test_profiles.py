@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import pss
 from pss import profiles
-from pss.apps.profiling import main
+from pss.__main__ import main
 from pss.profiles import profile_dataset
 from pss.saliency import cross_entropy, logit
 from pss.storage import passes
@@ -493,14 +493,14 @@ ARGUMENTS = [
 
 
 def test_command_line(tmp_path, capsys):
-    assert main([*ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.saliency:logit"]) == 0
+    assert main(["profile", *ARGUMENTS, "--out", str(tmp_path), "--units", "all", "--loss", "pss.saliency:logit"]) == 0
     assert "ProfileStore(23 images × 12 units" in capsys.readouterr().out
     provenance = json.loads((tmp_path / "manifest.json").read_text())["provenance"]
     assert provenance["preprocessing"] == "as it is" and provenance["loss"] == "logit" and provenance["options"] == {}
-    main([*ARGUMENTS, "--out", str(tmp_path / "bf16"), "--precision", "bf16"])
+    main(["profile", *ARGUMENTS, "--out", str(tmp_path / "bf16"), "--precision", "bf16"])
     assert read_manifest(tmp_path / "bf16")["provenance"]["options"] == {"precision": "bf16"}
     with pytest.raises(SystemExit, match="'oops' is no argument"):
-        main(["--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
+        main(["profile", "--model", "test_profiles:make_model", "oops", "--data", "x:y", "--out", str(tmp_path)])
 
 
 def test_a_rank_takes_every_other_batch(tmp_path, monkeypatch):
@@ -513,7 +513,7 @@ def test_a_rank_takes_every_other_batch(tmp_path, monkeypatch):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    main([*ARGUMENTS, "--out", str(tmp_path / "one")])
+    main(["profile", *ARGUMENTS, "--out", str(tmp_path / "one")])
     module = [*ARGUMENTS, "--out", str(tmp_path / "two")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}

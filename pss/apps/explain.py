@@ -21,10 +21,9 @@ from pss import data
 from pss import models as zoo
 from pss.apps.pages import sentence
 from pss.editing import edit_curve, side_effects, unit_steps
-from pss.engine.checks import check_known
 from pss.models import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import RANKINGS, fdr_significant, rank
+from pss.ranking import RANKINGS, fdr_significant
 from pss.reference import Reference
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
@@ -212,22 +211,6 @@ def has_built_in(network: zoo.Network) -> bool:
     return True
 
 
-def ranked(saliency: Tensor, reference: Reference | None, method: str, units: Units, seed: int = 0) -> Tensor:
-    """All units, most anomalous first, (U,); as `pss.rank`, but says at once what a method would need here."""
-    if method == "fisher":
-        raise ValueError(
-            "method 'fisher' ranks by gradients and Fisher information, which explaining one image does not make: take "
-            "'zscore', which comes close to it, or pss.fisher_scores as notebook 10 does"
-        )
-    check_known("method", method, RANKINGS)
-    if RANKINGS[method].tail and reference is not None and reference.threshold is None:
-        raise ValueError(
-            f"method {method!r} needs tail probabilities, and this reference has mean and deviation only: take "
-            "'zscore', or give a folder of images to fit a reference to"
-        )
-    return rank(saliency, reference, method, units=units, generator=seed)[0]
-
-
 def unit_table(
     saliency: Tensor, reference: Reference, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
 ) -> pd.DataFrame:
@@ -237,7 +220,7 @@ def unit_table(
     ----------
     saliency : Tensor, shape (1, U)
     order : Tensor of int, shape (U,)
-        From `ranked`.
+        From `pss.rank`, of all units.
     method : str
         ``"exponential"`` takes that tail for p, everything else the generalized Pareto one.
     q : float
@@ -282,11 +265,10 @@ def outcome(curves: pd.DataFrame) -> tuple[str, str]:
 
 def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
-    if not patch.units:
+    if not len(patch.gains):
         return sentence("no patch", reason=patch.reason)
-    held_out = patch.evidence.set_index("part")["kl_mean"].get("retain held out", np.nan)
-    numbers = {"units": len(patch.units), "size": patch.kilobytes, "kl": patch.tried["kl"].iloc[-1]}
-    return sentence("patch", **numbers, held_out=held_out)
+    held_out, fitted = (patch.evidence.set_index("part")["kl_mean"][part] for part in ("retain held out", "retain"))
+    return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
 
 
 def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:
@@ -345,26 +327,15 @@ def offer_patch(
     case: Case,
     retain: tuple[Tensor, Tensor] | None,
     units: Units,
-    reference: Reference,
     budget: float = 0.01,
-    method: str = "zscore",
-    loss: str = "cross_entropy",
-    ks: Sequence[int] = (10, 100),
 ) -> Patch:
-    """`pss.fit_patch` for one image; where it cannot be asked, a patch without units that says why.
-
-    Through the top units of the ranking, first of those in ``ks``, in one straight step each; a ranking that is not
-    of one number a unit is replaced by the z-score.
-    """
+    """`pss.fit_patch` for one image; where it cannot be asked, a patch without gains that says why."""
     none = partial(Patch, fingerprint(network.model))
     if int(predict(network.model, case.image).argmax()) == case.label:
         return none(reason="the image is read correctly: there is nothing to repair")
     if retain is None:
         return none(reason="there are no retain images to measure the damage on: give data_root or reference")
     right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
-    if int(right.sum()) < 2:
+    if int(right.sum()) < 4:
         return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
-    ranking = method if RANKINGS[method].differentiable else "zscore"
-    options = {"budget": budget, "method": ranking, "loss": loss, "rounds": 1, "progress": False}
-    options["ks"] = sorted({k for k in ks if k <= len(units)}) or [len(units)]
-    return fit_patch(network.model, (case.image, case.labels), retain, units, reference, **options)
+    return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)

@@ -32,6 +32,7 @@ import pss
 from pss import editing as repair
 from pss import models
 from pss import models as zoo
+from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
 from pss.ranking import fdr_significant, rank
@@ -364,7 +365,7 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
     """
     folder = Path(folder)
     collections = [digits(), photographs()] if collections is None else list(collections)
-    code = _code()
+    code = source_hash()
     tasks = [delayed(_cached)(c, i, code) for c in collections for i in range(len(c.images))]
     with warnings.catch_warnings():  # joblib starts a worker anew when its memory has grown
         warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
@@ -383,11 +384,6 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
     found = describe(collection, position)
     write_whole(path, json.dumps(found))
     return found
-
-
-def _code() -> str:
-    """Hash of the package's sources."""
-    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:

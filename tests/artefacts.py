@@ -20,7 +20,7 @@ import nbformat
 import numpy as np
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from test_profiles import make_data, make_model
+from networks import make_data, make_model
 
 from pss import models
 from pss.apps.execution import write_figures

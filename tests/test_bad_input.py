@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from networks import Small
 from PIL import Image
 from safetensors.torch import save_file
 from state import files_of, state_of, state_of_process, unsettled
@@ -35,17 +36,6 @@ from pss.storage.folder import ProfileStore
 from pss.units import UnitGroup, Units
 
 NAN, INF = float("nan"), float("inf")
-
-
-class Small(nn.Module):
-    """Two convolutions and a linear layer: 8 filters, 3 classes, images (3, 8, 8)."""
-
-    def __init__(self, width: int = 4):
-        super().__init__()
-        self.one, self.two, self.head = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Linear(width, 3)
-
-    def forward(self, x):
-        return self.head(self.two(self.one(x).tanh()).tanh().mean((2, 3)))
 
 
 class Answers(nn.Module):
@@ -466,7 +456,7 @@ CASES = {
     "safetensors of text": (lambda w: models.load_weights(w.model, w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
     "checkpoint of numbers": (lambda w: models.load_weights(w.model, w.tmp / "numbers.pth"), ValueError, r"numbers.pth holds no state dict: expected names and tensors"),
     "checkpoint of another model": (lambda w: models.load_weights(w.wide, w.tmp / "weights.safetensors"), ValueError, r"does not fit Small: one.weight is \(4, 3, 3, 3\), in the model \(6, 3, 3, 3\)"),
-    "checkpoint of other names": (lambda w: models.load_weights(w.model, w.tmp / "other.safetensors"), ValueError, r"does not fit Small: one.bias is missing"),
+    "checkpoint of other names": (lambda w: models.load_weights(w.model, w.tmp / "other.safetensors"), ValueError, r"does not fit Small: one.weight is \(1,\), in the model \(4, 3, 3, 3\); one.bias is missing, in the model \(4,\).* and 1 more"),
     "prediction of nothing": (lambda w: models.predict(w.model, w.x[:0]), ValueError, r"no images to predict: expected at least one"),
     "prediction in batches of 0": (lambda w: models.predict(w.model, w.x, 0), ValueError, r"batch_size must be positive and finite, not 0"),
     "mistakes of wrong labels": (lambda w: models.misclassified(w.model, TensorDataset(w.x, w.y + 3)), ValueError, r"label \d is outside 0\.\.2"),
@@ -479,12 +469,16 @@ CASES = {
     "set of wrong labels": (lambda w: data.ImageSet(w.x, w.y + 3, name="a", split="b", classes="abc"), ValueError, r"label \d is outside 0\.\.2: give one name in classes per class"),
     "set of float labels": (lambda w: data.ImageSet(w.x, w.y + 0.5, name="a", split="b", classes="abc"), ValueError, r"labels are torch.float32: expected class numbers, ints"),
     "set of other lengths": (lambda w: data.ImageSet(w.x, w.y[:2], name="a", split="b", classes="abc"), ValueError, r"expected images \(N, C, H, W\) and N labels, got \(6, 3, 8, 8\) and \(2,\)"),
+    "set of fewer ids": (lambda w: data.ImageSet(w.x, w.y, name="a", split="b", classes="abc", ids=["one"]), ValueError, r"6 images, but 1 ids and 6 sources"),
     "no folder": (lambda w: data.folder(w.tmp / "absent"), FileNotFoundError, r"absent is not a folder: expected one with a folder of pictures per class"),
     "folder without classes": (lambda w: data.folder(w.tmp / "pictures" / "empty"), FileNotFoundError, r"empty"),
     "folder without pictures": (lambda w: data.folder(w.tmp / "pictures" / "classes"), FileNotFoundError, r"cat"),
     "folder of other classes": (lambda w: data.folder(w.tmp / "pictures" / "classes", classes=["dog"]), ValueError, r"folders that are not in classes: cat"),
     "folder as a split": (lambda w: data.open_set("x", "half", root=w.tmp), ValueError, r"unknown split 'half': expected one of train"),
     "MNIST that is not there": (lambda w: data.torchvision_set("MNIST", w.tmp), FileNotFoundError, r"MNIST's test files are not in .*PSS downloads nothing"),
+    "SVHN that is not there": (lambda w: data.torchvision_set("SVHN", w.tmp), FileNotFoundError, r"SVHN's test files are not in .*PSS downloads nothing"),
+    "unknown split of MNIST": (lambda w: data.torchvision_set("MNIST", w.tmp, "extra"), ValueError, r"unknown split of MNIST 'extra': expected one of train, test"),
+    "unknown full set": (lambda w: data.torchvision_set("mnist", w.tmp), ValueError, r"unknown set 'mnist': expected one of MNIST, SVHN"),
     # --- pictures
     **{
         f"cut picture, {kind}": (lambda w, kind=kind: look(w, f"cut.{kind}"), ValueError, rf"cut.{kind} is (damaged, cut off|not a picture that can be read)")
@@ -505,7 +499,8 @@ CASES = {
     "folder for a picture": (lambda w: look(w, "empty"), FileNotFoundError, r"empty is a folder: expected a picture file"),
     "picture that links to itself": (lambda w: look(w, "self"), FileNotFoundError, r"self is not there: expected a picture file"),
     # --- networks by name
-    "unknown network": (lambda w: models.load("resnet51"), ValueError, r"unknown model 'resnet51'.*resnet50"),
+    "weights of no such name": (lambda w: models.load("squeezenet1_1", "absent.pth"), FileNotFoundError, r"expected published or random or IMAGENET1K_V1, or a checkpoint"),
+    "unknown network": (lambda w: models.load("resnet51"), ValueError, r"unknown model 'resnet51': did you mean 'resnet50'"),
     "network of no module": (lambda w: models.load("no.such.module:thing"), ValueError, r"is not found \(No module named 'no'\): .*; install its package, or put its folder on PYTHONPATH"),
     "network of no callable": (lambda w: models.load("pss.models:resnet19"), ValueError, r"is not found .*no attribute 'resnet19'.*expected package.module:callable"),
     "network that is none": (lambda w: models.load("builtins:dict"), ValueError, r"builtins:dict gave a dict: expected a callable that gives a torch.nn.Module"),
@@ -595,6 +590,8 @@ def exif(orientation):
 PICTURES = {
     "RGB": ((Image.fromarray(COLOURS), "png", {}), COLOURS),
     "grey": ((Image.fromarray(GREY), "png", {}), three(GREY)),
+    "grey, BMP": ((Image.fromarray(GREY), "bmp", {}), three(GREY)),
+    "RGB, PPM": ((Image.fromarray(COLOURS), "ppm", {}), COLOURS),
     "black and white": ((Image.fromarray(GREY > 99), "png", {}), three(255 * (GREY > 99))),
     "alpha": ((Image.fromarray(np.dstack([COLOURS, ALPHA])), "png", {}), on_white(COLOURS, ALPHA)),
     "grey with alpha": ((Image.fromarray(np.dstack([GREY, ALPHA])), "png", {}), on_white(three(GREY), ALPHA)),

@@ -163,19 +163,6 @@ def test_subset_and_fingerprint():
     assert relabelled.fingerprint != part.fingerprint
 
 
-def test_errors_say_what_was_expected():
-    with pytest.raises(ValueError, match=r"unknown set 'cifar'.*svhn_like"):
-        data.load("cifar")
-    with pytest.raises(ValueError, match=r"unknown split of noise 'train'.*reference, test"):
-        data.load("noise", "train")
-    with pytest.raises(ValueError, match=r"label 7 is outside 0\.\.1"):
-        data.ImageSet(torch.zeros(1, 3, 4, 4), [7], name="x", split="y", classes="ab")
-    with pytest.raises(ValueError, match="expected images"):
-        data.ImageSet(torch.zeros(2, 3, 4, 4), [0], name="x", split="y", classes="ab")
-    with pytest.raises(ValueError, match="2 images, but 1 ids"):
-        data.ImageSet(torch.zeros(2, 3, 4, 4), [0, 0], name="x", split="y", classes="ab", ids=["one"])
-
-
 def test_missing_photo_is_named(monkeypatch):
     monkeypatch.setattr(builtin, "_PHOTOGRAPHS", ("gone.png",))
     builtin.mnist_m_photographs.cache_clear()
@@ -328,16 +315,6 @@ def test_full_svhn_from_disk(tmp_path, monkeypatch):
     assert np.array_equal(full.to_image(full.images), pixels.transpose(3, 0, 1, 2))
 
 
-def test_absent_full_sets_are_a_clear_error(tmp_path):
-    for name in ("MNIST", "SVHN"):
-        with pytest.raises(FileNotFoundError, match=f"{name}'s test files are not in .*downloads nothing"):
-            data.torchvision_set(name, tmp_path)
-    with pytest.raises(ValueError, match="unknown split of MNIST 'extra'"):
-        data.torchvision_set("MNIST", tmp_path, "extra")
-    with pytest.raises(ValueError, match="unknown set 'mnist'"):
-        data.torchvision_set("mnist", tmp_path)
-
-
 @pytest.fixture
 def tree(tmp_path):
     dataset = data.load("svhn_like")
@@ -363,16 +340,6 @@ def test_folder_tree_with_the_models_classes(tree):
     assert dataset.classes == ["dog", "bird", "cat"]
     assert dataset.labels.tolist() == [2, 2, 2, 0, 0, 0]
     assert dataset[0] == ((32, 32), 2)
-    with pytest.raises(ValueError, match="not in classes: cat"):
-        data.folder(tree, classes=["dog"])
-
-
-def test_folder_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        data.folder(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError):
-        data.folder(tmp_path / "empty")
 
 
 def test_preprocess_is_what_the_built_in_sets_had():
@@ -381,69 +348,6 @@ def test_preprocess_is_what_the_built_in_sets_had():
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def rows(*colours, width=2) -> np.ndarray:
-    """A picture with rows of these colours, (rows, width, channels)."""
-    return np.repeat(np.asarray(colours, dtype=np.uint8)[:, None], width, axis=1)
-
-
-RED, GREY, WHITE = (200, 30, 40), (90, 90, 90), (255, 255, 255)
-PICTURES = {  # file name: what is in the file, what is to be read
-    "rgb.png": (Image.fromarray(rows(RED, GREY)), rows(RED, GREY)),
-    "no extension": (Image.fromarray(rows(RED, GREY)), rows(RED, GREY)),
-    "grey.bmp": (Image.fromarray(rows(RED, GREY)[..., 1]), rows((30,) * 3, GREY)),
-    "bilevel.png": (Image.fromarray(rows((0,), (255,))[..., 0]).convert("1"), rows((0, 0, 0), WHITE)),
-    "one pixel.ppm": (Image.new("RGB", (1, 1), RED), rows(RED, width=1)),
-    "palette.gif": (Image.fromarray(rows(RED, GREY)).quantize(4), rows(RED, GREY)),
-    "alpha.png": (Image.fromarray(rows((*RED, 255), (*GREY, 0)), "RGBA"), rows(RED, WHITE)),
-    "half.png": (Image.fromarray(rows((0, 0, 0, 255), (0, 0, 0, 51)), "RGBA"), rows((0, 0, 0), (204,) * 3)),
-    "grey alpha.png": (Image.fromarray(rows((90, 255), (90, 0)), "LA"), rows(GREY, WHITE)),
-    "16 bit.png": (Image.fromarray(np.asarray([[0, 65535], [257 * 90, 257]], np.uint16)), [[0, 255], [90, 1]]),
-    "16 bit.tif": (Image.fromarray(np.asarray([[0, 65535], [257 * 90, 257]], np.uint16)), [[0, 255], [90, 1]]),
-    "print.tif": (Image.new("CMYK", (2, 1), (0, 255, 255, 0)), rows((255, 0, 0))),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_of_every_kind_are_read(tmp_path, name):
-    picture, expected = PICTURES[name]
-    picture.save(tmp_path / name, format=None if "." in name else "PNG")
-    found = data.read_image(tmp_path / name)
-    assert found.mode == "RGB"
-    expected = np.asarray(expected)
-    np.testing.assert_array_equal(found, expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2))
-
-
-def test_pictures_stand_as_their_camera_was_held(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(rows(RED, GREY, WHITE)).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(data.read_image(tmp_path / "turned.png"), np.rot90(rows(RED, GREY, WHITE), -1))
-
-
-def test_what_is_no_picture_is_refused(tmp_path):
-    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1000])
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    Image.new("F", (2, 2)).save(tmp_path / "float.tif")
-    Image.new("L", (1, 101)).save(tmp_path / "line.png")
-    for name, message in {
-        "cut.jpg": "damaged, cut off",
-        "text.png": "not a picture that can be read",
-        "empty.png": "not a picture that can be read",
-        "page.eps": "expected one of BMP, GIF",
-        "float.tif": "floating-point",
-        "line.png": "1 x 101 pixels: at most 100 times",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            data.read_image(tmp_path / name)
-    with pytest.raises(ValueError, match="64 x 64 pixels: at most 4,095 are read"):
-        data.read_image(tmp_path / "whole.jpg", max_pixels=4095)
-    with pytest.raises(FileNotFoundError, match="is a folder: expected a picture file"):
-        data.read_image(tmp_path)
 
 
 def test_large_pictures_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
@@ -455,9 +359,10 @@ def test_large_pictures_are_refused_before_they_are_unpacked(tmp_path, monkeypat
 
 def test_trees_of_folders_read_pictures_alike(tmp_path):
     (tmp_path / "tree" / "a").mkdir(parents=True)
-    PICTURES["16 bit.png"][0].save(tmp_path / "tree" / "a" / "x.png")
+    deep = np.asarray([[0, 65535], [257 * 90, 257]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "tree" / "a" / "x.png")
     dataset = data.folder(tmp_path / "tree", lambda picture: np.asarray(picture))
-    np.testing.assert_array_equal(dataset[0][0][..., 0], PICTURES["16 bit.png"][1])
+    np.testing.assert_array_equal(dataset[0][0][..., 0], deep // 257)
     assert dataset.fingerprint == data.folder(tmp_path / "tree").fingerprint
     Image.new("RGB", (9, 9)).save(tmp_path / "tree" / "a" / "y.png")
     assert dataset.fingerprint != data.folder(tmp_path / "tree").fingerprint

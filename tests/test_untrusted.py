@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import Small
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save
-from test_bad_input import Small
 from torch.utils.data import TensorDataset
 
 import pss

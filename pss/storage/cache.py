@@ -22,7 +22,7 @@ def cached(name: str, build: Callable[[], tuple[Mapping[str, Tensor], Mapping[st
     if path.exists():
         try:
             tensors, record = unpack(path, "record")
-            if record is None:
+            if not isinstance(record, dict):
                 raise ValueError("it has no record of what it holds")
             return tensors
         except (OSError, ValueError) as error:

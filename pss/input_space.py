@@ -133,7 +133,7 @@ def input_saliency(
     ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
     check_inputs(model, images, labels, units)
     if reference is not None:
-        reference.check(units, model=model, loss=loss, signed=signed)
+        reference.check(units, model=model, loss=loss, signed=signed, of="gradient")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
     loss, total, chosen_by = get_loss(loss), 0.0, "random" if random else method
     with _twice_differentiable(model, units, images):

@@ -397,7 +397,7 @@ def _fingerprint(c: Collection, position: int, code: str) -> str:
 def widget(collection: Collection | None = None) -> Any:
     """The explorer inside JupyterLab: controls, and below them the story of the chosen image, computed as one chooses.
 
-    Needs the extra ``widgets``. The digits by default.
+    Needs the extra ``lab``. The digits by default.
 
     Returns
     -------

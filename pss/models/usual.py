@@ -107,8 +107,9 @@ def reference(
     """
     path = Path(source)
     if path.suffix in (".safetensors", ".pth", ".pt"):
-        made_of = {"model": network.model, "loss": how.get("loss", "cross_entropy")}
-        found = Reference.load(path, units).check(units, **made_of, signed=bool(how.get("signed", False)))
+        plain = {"loss": "cross_entropy", "signed": False, "of": "gradient"}
+        made_of = {key: how.get(key, value) for key, value in plain.items()}
+        found = Reference.load(path, units).check(units, model=network.model, **made_of)
         if path.suffix != ".safetensors" and network.weights != "IMAGENET1K_V1":
             warnings.warn(
                 f"{path.name} was published for torchvision's IMAGENET1K_V1 weights, {network.name} has "

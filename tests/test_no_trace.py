@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 
 import pss
 from pss import editing as repair
-from pss import plots, statistics
-from pss.models import builtin as models
+from pss import models, plots, statistics
 from pss.reference import Reference
 from pss.units import Units
 

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import Skip
 from state import state_of
-from test_cost import Net
 from torch import nn
 from torch.nn.utils import parametrize
 
 import pss
 from pss.correction import unit_maps
-from pss.models.builtin import fingerprint
+from pss.models import fingerprint
 from pss.patches import Patch, applied_to, bake, fit_patch, upper_bound
 from pss.units import Units
 
@@ -26,7 +26,7 @@ from pss.units import Units
 def case():
     """A small network, and images of which the first twelve get a wrong label."""
     torch.manual_seed(0)
-    model = Net().double().eval()
+    model = Skip().double().eval()
     images = torch.randn(212, 2, 5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
         top = model(images).topk(2).indices
@@ -226,7 +226,7 @@ def test_damaged_or_other_files_are_refused(patch, tmp_path):
     path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
     with pytest.raises(ValueError, match="checksum differs"):
         Patch.load(path)
-    pss.models.save_weights(Net(), path)
+    pss.models.save_weights(Skip(), path)
     with pytest.raises(ValueError, match="no patch of this version"):
         Patch.load(path)
     with pytest.raises(FileNotFoundError, match="no patch at"):

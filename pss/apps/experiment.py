@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
+from pss import models as zoo
 from pss.apps.reading import SAVED, has_built_in, pictures
 from pss.data import digits
 from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference

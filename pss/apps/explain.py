@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from pss import data
+from pss import models as zoo
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.patches import Patch, fit_patch
 from pss.ranking import RANKINGS, fdr_significant, rank
 from pss.reference import Reference

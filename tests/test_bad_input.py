@@ -345,7 +345,7 @@ CASES = {
     "edit of a unit twice": (lambda w: edits(w, [1, 2, 1]), ValueError, r"unit 1 is given twice.*edited once"),
     "edit of half a unit": (lambda w: edits(w, [0.5]), ValueError, r"ids are float64: expected integers"),
     "edit of a batch": (lambda w: edits(w, [[1]]), ValueError, r"ids have shape \(1, 1\): expected \(K,\)"),
-    "unknown edit": (lambda w: edits(w, [1], "erase"), ValueError, r"unknown edit 'erase': expected 'finetune' or 'prune'"),
+    "unknown edit": (lambda w: edits(w, [1], "erase"), ValueError, r"unknown edit 'erase': expected one of finetune, prune"),
     "fine-tuning without steps": (lambda w: edits(w, [1], "finetune"), ValueError, r"steps go with edit='finetune'"),
     "pruning with steps": (lambda w: edits(w, [1], "prune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"edit='prune' needs none"),
     "fewer steps than units": (lambda w: edits(w, [1, 2], "finetune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"1 steps for 2 units: give one step per unit"),

@@ -4,8 +4,8 @@ First the one that gradients find, by every image on its own; then seven kinds b
 for the images together.
 
 The first fault is a gain: the BatchNorm after one filter multiplies that filter's output by 20. The images are those
-that were right before and are wrong now, the references those of the healthy model. How often the broken filter is among an
-image's first ten of 1,200 is in the table that the tests print (``-s``), and in their messages when they fail.
+that were right before and are wrong now, the references those of the healthy model. How often the broken filter is
+among an image's first ten of 1,200 is in the table that the tests print (``-s``), and in their messages when they fail.
 """
 
 import copy
@@ -27,7 +27,7 @@ LEAST = {
     ("scale-free", "zscore"): {"conv1": 0.3, "conv2_x": 0.8, "conv3_x": 0.85, "conv4_x": 0.85, "conv5_x": 0.85},
     ("scale-free", "pot"): {"conv1": 0.05, "conv2_x": 0.7, "conv3_x": 0.75, "conv4_x": 0.8, "conv5_x": 0.8},
 }
-KINDS = {  # what is done to a filter's weights w, of deviation s, or to its place r in the normalization n behind it
+KINDS = {  # what is done to a filter's weights w of deviation s, or to its place r in the normalization n behind it
     "weights x10": lambda w, n, r, s: w.mul_(10),
     "noise": lambda w, n, r, s: w.copy_(10 * s * torch.randn(w.shape, generator=torch.Generator().manual_seed(r))),
     "one weight": lambda w, n, r, s: w.view(-1)[r % w.numel()].add_(30 * s),

@@ -21,7 +21,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.utils.data import Subset
 
-from pss import models as zoo
+from pss import models
 from pss.apps.explain import Case
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, pictures, usual
@@ -82,7 +82,7 @@ class Group:
 
 
 def find(
-    network: zoo.Network,
+    network: models.Network,
     units: Units,
     tree: str | Path,
     reference: str = "",
@@ -174,7 +174,7 @@ def _numbers(group: Group) -> list[int]:
     return sorted(set(group.table["cluster"]) - {0})
 
 
-def clusters(group: Group, network: zoo.Network, units: Units) -> pd.DataFrame:
+def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFrame:
     """A row a cluster: how many images, their most frequent confusion, and the units that most of them share."""
     rows = []
     for cluster in _numbers(group):
@@ -189,7 +189,7 @@ def clusters(group: Group, network: zoo.Network, units: Units) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
 
 
-def contact_sheet(group: Group, network: zoo.Network, cluster: int, most: int = 8) -> Figure:
+def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = 8) -> Figure:
     """The first images of a cluster in a row, with their class and what they are read as."""
     own = group.table[group.table["cluster"] == cluster].head(most)
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
@@ -199,7 +199,7 @@ def contact_sheet(group: Group, network: zoo.Network, cluster: int, most: int = 
     return axes[0][0].figure
 
 
-def repairs(group: Group, network: zoo.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
+def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
     """What pruning some units does to the mistakes, and to the other images of the folder.
 
     Returns
@@ -221,7 +221,7 @@ def repairs(group: Group, network: zoo.Network, units: Units, shared: Mapping[st
     return pd.DataFrame(rows)
 
 
-def tell(group: Group, network: zoo.Network, units: Units, report: Report, seed: int = 0) -> dict[str, Any]:
+def tell(group: Group, network: models.Network, units: Units, report: Report, seed: int = 0) -> dict[str, Any]:
     """Put the group on the page: its shared units, its clusters with their pictures, what pruning does to it.
 
     Returns

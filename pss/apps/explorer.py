@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 import pss
 from pss import editing as repair
+from pss import models
+from pss import models as zoo
+from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
-from pss.models import builtin as models
-from pss.models import zoo
 from pss.plots import figures as plots
 from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
@@ -364,7 +365,7 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
     """
     folder = Path(folder)
     collections = [digits(), photographs()] if collections is None else list(collections)
-    code = _code()
+    code = source_hash()
     tasks = [delayed(_cached)(c, i, code) for c in collections for i in range(len(c.images))]
     with warnings.catch_warnings():  # joblib starts a worker anew when its memory has grown
         warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
@@ -385,11 +386,6 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
     return found
 
 
-def _code() -> str:
-    """Hash of the package's sources."""
-    return digest(*sorted(Path(__file__).parents[1].rglob("*.py")))
-
-
 def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
     plain = [c.name, c.ids[position], fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
@@ -401,7 +397,7 @@ def _fingerprint(c: Collection, position: int, code: str) -> str:
 def widget(collection: Collection | None = None) -> Any:
     """The explorer inside JupyterLab: controls, and below them the story of the chosen image, computed as one chooses.
 
-    Needs the extra ``widgets``. The digits by default.
+    Needs the extra ``lab``. The digits by default.
 
     Returns
     -------

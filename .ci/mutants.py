@@ -24,10 +24,8 @@ TESTS = {
     "neighbors": ("neighbors",),
     "input_space": ("input_space",),
     "editing": ("repair",),
-    "lines": ("cost",),
     "correction": ("cost",),
     "patches": ("patches",),
-    "fisher": ("cost",),
     "saliency": ("gradients",),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show

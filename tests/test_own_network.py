@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import pss
+from pss import models
 from pss.apps import explain
-from pss.models import zoo
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPLAIN, EXPERIMENT = NOTEBOOKS / "11_explain_one_image.ipynb", NOTEBOOKS / "12_experiment.ipynb"
@@ -92,8 +92,8 @@ def mistake(desk):
     """The network, and one of the pictures that it misreads: its name, its image and its label."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
-        network = zoo.load(str(desk / "net.yaml"))
-    tree = zoo.reference_set(network, desk / "photos")
+        network = models.load(str(desk / "net.yaml"))
+    tree = models.reference_set(network, desk / "photos")
     at = int(pss.models.misclassified(network.model, tree).index[0])
     return network, str(tree.ids[at]), *tree[at]
 

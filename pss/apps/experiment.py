@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss.apps.explain import has_built_in
+from pss import models as zoo
+from pss.apps.reading import SAVED, has_built_in, pictures
 from pss.data import digits
+from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
@@ -133,7 +134,7 @@ def statistics(
     provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
-    if Path(path).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(path).suffix in SAVED:
         reference = _read_reference(Path(path), units, provenance)
         return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
@@ -168,7 +169,7 @@ def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Ref
     try:
         return Reference.load(file, units).check(units, **provenance)
     except ValueError as error:
-        what = "give another reference_path, or remove this one to have it made anew"
+        what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
         raise ValueError(f"{file}: {error}: {what}") from error
 
 
@@ -195,7 +196,7 @@ def usual_of(
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if str(root) or has_built_in(network):
-        return zoo.reference_set(network, root, count, seed)
+        return pictures(network, str(root), count, seed)
     if needed:
         raise ValueError(
             f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "
@@ -309,8 +310,8 @@ def run(
     if not 1 <= filters <= len(units):
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
-        repair.check_edit(edit)
-    repair.check_lengths(lr, step_norm)
+        check_known("edit", edit, repair.EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")

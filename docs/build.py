@@ -19,13 +19,14 @@ SOLUTION["ja"] = ("解答のコードを表示", "解答のコードを隠す")
 
 
 def in_one_language(notebook: nbformat.NotebookNode, language: str) -> nbformat.NotebookNode:
-    """The notebook without the cells of the other languages; pictures described in this one, solutions folded."""
+    """The notebook without cells and sentences of other languages; pictures described in this one, solutions folded."""
     others = {f"lang-{other}" for other in LANGUAGES if other != language}
     notebook, _ = TagRemovePreprocessor(enabled=True, remove_cell_tags=others).preprocess(notebook, {})
     notebook.metadata.setdefault("language_info", {"name": "python"})
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
+        cell.outputs = [o for o in cell.outputs if o.get("metadata", {}).get("lang", language) == language]
         about = cell.metadata.setdefault("mystnb", {})
         for (
             output

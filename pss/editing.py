@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -33,13 +32,6 @@ from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
 from pss.units import Units
 
 log = logging.getLogger(__name__)
-
-
-def __getattr__(name: str) -> Any:  # they build on this module, and are at home beside it
-    homes = {"smallest_correction": "pss.correction", "fit_patch": "pss.patches", "Patch": "pss.patches"}
-    if name in homes:
-        return getattr(import_module(homes[name]), name)
-    raise AttributeError(f"module 'pss.editing' has no attribute {name!r}")
 
 
 Edit = Literal["finetune", "prune"]
@@ -71,7 +63,7 @@ def edited(
         If the edit is unknown, an id is out of range or given twice, or the steps do not fit the ids.
     """
     check_units(model, units)
-    ids = _check_ids(ids, units, dims=1, least=0)
+    ids = check_ids(ids, units, dims=1, least=0)
     check_edit(edit)
     if (steps is None) != (edit == "prune"):
         raise ValueError("steps go with edit='finetune', which adds them to the units; edit='prune' needs none")
@@ -120,9 +112,9 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``step_norm`` is not
         positive.
     """
-    ids = _check_ids(ids, units, dims=2)
+    ids = check_ids(ids, units, dims=2)
     check_lengths(lr, step_norm)
-    _check_batch(model, images, labels, units, ids)
+    check_batch(model, images, labels, units, ids)
     runner, result = _Runner(model, units, loss, strategy), []
     with _ready(model):
         images, labels = _plain(images), _plain(labels)
@@ -157,7 +149,7 @@ def edit_curve(
     label = torch.as_tensor(label, device=image.device)
     if label.dim() == 0:
         image, label = image[None], label[None]
-    ids = _check_ids(ids, units, dims=1)[None]
+    ids = check_ids(ids, units, dims=1)[None]
     return edit_curves(model, image, label, ids, units, edit, lr, step_norm, loss, strategy, [image_id], progress=False)
 
 
@@ -213,10 +205,10 @@ def edit_curves(
         If an id or label is out of range, an id is given twice for an image, there is no id, the edit or strategy
         is unknown, or ``lr`` or ``step_norm`` is not positive and finite.
     """
-    ids = _check_ids(ids, units, dims=2)
+    ids = check_ids(ids, units, dims=2)
     check_edit(edit)
     check_lengths(lr, step_norm)
-    _check_batch(model, images, labels, units, ids)
+    check_batch(model, images, labels, units, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
@@ -230,7 +222,7 @@ def edit_curves(
             else:
                 steps = [[_step(g, lr, step_norm) for g in gs] for gs in runner.gradients(x, y, own)]
             logits = runner.logits(x, own, steps)
-            _check_logits(y, logits[:, 0])
+            check_logits(y, logits[:, 0])
             frames.append(_records(logits, y, own, image_ids[part], runner.loss))
             bar.update(len(x))
     return pd.concat(frames, ignore_index=True)
@@ -490,7 +482,7 @@ def side_effects(
     ValueError
         As `edited`; or if k is not in 1..K.
     """
-    ids = _check_ids(ids, units, dims=2)
+    ids = check_ids(ids, units, dims=2)
     k = ids.shape[1] if k is None else k
     if not 1 <= k <= ids.shape[1]:
         raise ValueError(f"k must be 1..{ids.shape[1]} (the ids given), not {k}")
@@ -511,16 +503,16 @@ def side_effects(
 
     with preserved(model):
         before = forward()
-        _check_logits(labels, before)
+        check_logits(labels, before)
         rows = []
         for q, own in enumerate(tqdm(ids[:, :k], unit="image", delay=2, disable=not progress)):
             with edited(model, units, own, edit, None if steps is None else steps[q][:k]):
                 after = forward()
-            rows.append({"image": image_ids[q], "k": k, **_damage(before, after, labels)})
+            rows.append({"image": image_ids[q], "k": k, **damage(before, after, labels)})
     return pd.DataFrame(rows)
 
 
-def _damage(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
+def damage(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, float]:
     """The columns of `side_effects` from log-probabilities (G, C) of the unedited and the edited model."""
     was, now = predicted(before) == labels, predicted(after) == labels
     share = lambda hits: float(hits.double().mean()) if len(hits) else float("nan")  # noqa: E731
@@ -543,7 +535,7 @@ def _chunks(images: Tensor, variants: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, len(images), size)]
 
 
-def _check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
+def check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
     """Unit ids as an array of ``dims`` dimensions, each row without repetition."""
     ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     shape = "(K,)" if dims == 1 else "(B, K), a row per image"
@@ -577,7 +569,8 @@ def check_lengths(lr: float, step_norm: float | None) -> None:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
-def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units, ids: np.ndarray) -> None:
+def check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units, ids: np.ndarray) -> None:
+    """Refuse images, labels and rows of ids that are not as many, or not of this model."""
     if not len(images) == len(labels) == len(ids) or not len(images):
         raise ValueError(
             f"{len(images)} images, {len(labels)} labels and {len(ids)} rows of ids: give as many, and at least one"
@@ -585,7 +578,7 @@ def _check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units,
     check_inputs(model, images, labels, units)
 
 
-def _check_logits(labels: Tensor, outputs: Tensor) -> None:
+def check_logits(labels: Tensor, outputs: Tensor) -> None:
     """Refuse labels that are not classes of these outputs of the unedited model, and outputs that are NaN."""
     check_labels(labels, outputs)
     if (bad := outputs.isnan().any(dim=1)).any():

@@ -25,7 +25,6 @@ from test_profiles import make_data, make_model
 from pss.apps.execution import write_figures
 from pss.apps.sweep import Run, Sweep
 from pss.data import builtin
-from pss.fisher import fisher_diagonal
 from pss.models import builtin as models
 from pss.patches import Patch
 from pss.profiles import ProfileStore, profile_dataset
@@ -107,40 +106,12 @@ def _read_weights(folder: Path) -> dict:
     return model.state_dict() | {"record": models.read_record(path)}
 
 
-def _fisher(folder: Path, version: int) -> dict:
-    images, labels = make_data(seed=version).tensors
-    return fisher_diagonal(make_model(), (images, labels), path=folder / "fisher.safetensors", progress=False)
-
-
-def _write_fisher(folder: Path, version: int) -> None:
-    try:
-        _fisher(folder, version)
-    except ValueError:  # made with other images: as its message says
-        (folder / "fisher.safetensors").unlink()
-        _fisher(folder, version)
-
-
-def _read_fisher(folder: Path) -> dict:
-    for version in (0, 1):
-        if not (folder / "fisher.safetensors").exists():
-            raise FileNotFoundError("no Fisher information")
-        try:
-            return _fisher(folder, version)
-        except ValueError as error:
-            if "another images" not in str(error) or version == 1:
-                raise
-    raise AssertionError("unreachable")
-
-
 def patch(version: int) -> Patch:
-    """A patch of one filter."""
+    """A patch of every filter."""
     model = make_model()
-    place = ("0.weight", ((1, 2), (None, None), (None, None), (None, None)))
-    view = Units.of(model).view(model, 1).detach().clone()
-    about = {"pss": "x", "retain": str(version)}
-    return Patch(
-        models.fingerprint(model), (1,), ("0[1]",), (place,), (view,), (view * version + 1,), True, about=about
-    )
+    units = Units.of(model)
+    gains = torch.linspace(0.5, 1.5 + version, len(units))
+    return Patch(models.fingerprint(model), units.layers, gains, about={"pss": "x", "retain": str(version)})
 
 
 def _write_patch(folder: Path, version: int) -> None:
@@ -149,8 +120,7 @@ def _write_patch(folder: Path, version: int) -> None:
 
 def _read_patch(folder: Path) -> dict:
     found = Patch.load(folder / "patch.safetensors")
-    plain = {n: getattr(found, n) for n in ("model", "units", "names", "places", "corrected", "reason", "about")}
-    return plain | {"original": found.original[0], "difference": found.difference[0]}
+    return {n: getattr(found, n) for n in ("model", "groups", "gains", "left", "reason", "about")}
 
 
 def _arrays(version: int) -> dict[str, np.ndarray]:
@@ -186,7 +156,6 @@ KINDS = [
     ),
     Kind("reference", ("reference.safetensors",), _write_reference, _read_reference),
     Kind("weights", ("weights.safetensors",), _write_weights, _read_weights),
-    Kind("fisher", ("fisher.safetensors",), _write_fisher, _read_fisher, replaces=False),
     Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),
     Kind("cached data", ("digits.npz",), _write_cache, _read_cache, rebuilt=True),
     Kind("cached model", ("model.safetensors",), _write_model, _read_model, rebuilt=True),

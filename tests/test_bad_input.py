@@ -192,12 +192,12 @@ def side_effects(w, **given):
 
 def cost(w, **given):
     given = {"model": w.model, "images": w.x, "labels": w.wrong, "units": w.units, "rankings": w.ids, "k": 2} | given
-    return pss.smallest_correction(**{"retain": w.retain, "progress": False} | given)
+    return pss.smallest_correction(**{"retain": w.retain, "through": "weights", "progress": False} | given)
 
 
 def patch(w, **given):
     given = {"model": w.model, "mistakes": (w.x[:1], w.wrong[:1]), "retain": w.retain, "units": w.units} | given
-    return pss.fit_patch(**{"method": "raw", "progress": False} | given)
+    return pss.fit_patch(**{"progress": False} | given)
 
 
 def dataset(w, dataset=None, path="new", **given):
@@ -392,40 +392,30 @@ CASES = {
     "summary of doubles": (lambda w: pss.statistics.summarize(pd.concat([w.curves] * 2)), ValueError, r"two rows for .*name what tells them apart"),
     "difference of unknown methods": (lambda w: pss.statistics.paired_difference(w.curves.assign(method="a"), "a", "b"), ValueError, r"no rows with method = 'b': there are \['a'\]"),
     "difference without resamples": (lambda w: pss.statistics.paired_difference(w.curves.assign(method="a"), "a", "a", resamples=0), ValueError, r"resamples must be at least 1"),
-    # --- cost, Fisher information, patches
+    # --- cost, patches
     "cost of what is right": (lambda w: cost(w, labels=w.right), ValueError, r"are classified correctly: there is nothing to correct"),
     "cost without a retain": (lambda w: cost(w, retain=None), ValueError, r"no retain images: give retain=\(images, labels\)"),
     "cost on the mistakes": (lambda w: cost(w, retain=(w.x, w.right)), ValueError, r"6 of the retain images are among the mistakes: .*take them out"),
     "cost of 0 units": (lambda w: cost(w, k=0), ValueError, r"k = 0 is outside 1\.\.3"),
     "cost of more units": (lambda w: cost(w, k=4), ValueError, r"k = 4 is outside 1\.\.3, the ids given, and is not 8"),
-    "cost in an unknown direction": (lambda w: cost(w, direction="newton"), ValueError, r"unknown direction 'newton': expected one of gradient, fisher"),
-    "cost without Fisher": (lambda w: cost(w, direction="fisher"), ValueError, r"direction 'fisher' needs fisher=: pss.fisher_diagonal"),
+    "cost through walls": (lambda w: cost(w, through="walls"), ValueError, r"through='walls': expected 'gains' or 'weights'"),
+    "cost without usual images": (lambda w: cost(w, through="gains"), ValueError, r"through='gains' needs usual="),
     "cost at cap 0": (lambda w: cost(w, max_relative_step=0), ValueError, r"max_relative_step must be positive and finite, not 0"),
     "cost of a wrong label": (lambda w: cost(w, labels=w.wrong + 3), ValueError, r"label \d is outside 0\.\.2"),
     "cost of NaN guards": (lambda w: cost(w, retain=(w.retain[0] * NAN, w.retain[1])), ValueError, r"retain images \[0, 1, .*hold NaN"),
     "cost of NaN": (lambda w: cost(w, images=w.x * NAN), ValueError, r"images \[0, 1, 2, 3, 4, 5\] hold NaN"),
     "cost with other units": (lambda w: cost(w, model=w.wide, retain=(w.retain[0], w.wide(w.retain[0]).argmax(1))), ValueError, r"the units are not of this model"),
     "cost of fewer retain labels": (lambda w: cost(w, retain=(w.retain[0], w.retain[1][:3])), ValueError, r"labels are \(3,\) for retain images \(12, 3, 8, 8\)"),
-    "Fisher of no images": (lambda w: pss.fisher_diagonal(w.model, (w.x[:0], w.y[:0])), ValueError, r"no images: .*at least one"),
-    "Fisher of a wrong label": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y + 3), path=w.tmp / "f.safetensors"), ValueError, r"label \d is outside 0\.\.2"),
-    "Fisher of other lengths": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y[:1])), ValueError, r"labels are \(1,\) for images \(6"),
-    "Fisher from another file": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y), path=w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no Fisher information"),
-    "Fisher from text": (lambda w: pss.fisher_diagonal(w.model, (w.x, w.y), path=w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or no Fisher information: delete it"),
-    "scores with negative damping": (lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, {}, -1), ValueError, r"damping must be zero or positive, not -1"),
-    "scores without Fisher": (lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, {}), ValueError, r"the Fisher information lacks 'one.weight': make it with fisher_diagonal"),
     "patch of what is right": (lambda w: patch(w, mistakes=(w.x, w.right)), ValueError, r"are classified correctly: there is nothing to correct"),
-    "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"0 mistakes and 0 labels: .*at least 1"),
-    "patch with one retain": (lambda w: patch(w, retain=(w.retain[0][:1], w.retain[1][:1])), ValueError, r"1 retain images and 1 labels: .*at least 2"),
-    "patch with a negative budget": (lambda w: patch(w, budget=-1), ValueError, r"budget must be zero or positive, not -1"),
-    "patch of 9 units": (lambda w: patch(w, ks=[9]), ValueError, r"ks = \(9,\): expected numbers of units in 1\.\.8"),
-    "patch without rounds": (lambda w: patch(w, rounds=0), ValueError, r"rounds = 0: expected at least 1"),
-    "patch at cap -1": (lambda w: patch(w, max_relative_step=-1), ValueError, r"max_relative_step must be positive and finite, not -1"),
-    "patch without a reference": (lambda w: patch(w, method="pot"), ValueError, r"method 'pot' needs a reference"),
-    "patch with another's reference": (lambda w: patch(w, method="zscore", model=w.other, mistakes=(w.x[:1], w.other(w.x[:1]).argmin(1)), reference=w.reference), ValueError, r"fitted with something else \(model: reference"),
-    "patch from weights": (lambda w: patches.Patch.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no patch of pss"),
+    "patch of nothing": (lambda w: patch(w, mistakes=(w.x[:0], w.y[:0])), ValueError, r"mistakes are \(0, 3, 8, 8\): expected .* B >= 1"),
+    "patch with one retain": (lambda w: patch(w, retain=(w.retain[0][:1], w.retain[1][:1])), ValueError, r"1 of 1 retain images are read correctly: give at least four"),
+    "patch with a negative budget": (lambda w: patch(w, budget=-1), ValueError, r"budget must be positive and finite, not -1"),
+    "patch with a margin of NaN": (lambda w: patch(w, margin=NAN), ValueError, r"margin must be positive and finite, not nan"),
+    "patch that holds all out": (lambda w: patch(w, held_out=1), ValueError, r"held_out = 1 is outside"),
+    "patch from weights": (lambda w: patches.Patch.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no patch of this version of pss"),
     "patch from text": (lambda w: patches.Patch.load(w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
     "patch from nowhere": (lambda w: patches.Patch.load(w.tmp / "absent"), FileNotFoundError, r"no patch at"),
-    "patch of no units": (lambda w: patches.Patch("0", reason="nothing helped").apply(w.model), ValueError, r"this patch holds no units: nothing helped"),
+    "patch of no units": (lambda w: patches.Patch("0", reason="nothing helped").apply(w.model), ValueError, r"this patch holds no gains: nothing helped"),
     # --- input-space saliency
     **{
         f"map of {k} units": (lambda w, k=k: heat(w, k=k), ValueError, rf"k = {k} is outside 1\.\.8") for k in (0, -2, 9)
@@ -723,7 +713,7 @@ def test_columns_without_a_tail_are_reported_and_ranked():
     new = torch.from_numpy(np.stack([kept.max(axis=0) * 3 + 1e-6, kept.min(axis=0)]))
     for method in pss.RANKINGS:
         if not {"units", "scale_free"} & set(pss.RANKINGS[method].needs):
-            ids = pss.rank(new, reference, method, gains=new)
+            ids = pss.rank(new, reference, method)
             assert (ids.sort(dim=1).values == torch.arange(len(COLUMNS))).all(), method
             assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
     for values in (reference.zscore(new), reference.tail_score(new), reference.ratio(new)):

@@ -88,7 +88,7 @@ def test_statistics_are_made_once(network, units, usual, kept, monkeypatch):
     with torch.no_grad():
         profiles = pss.profile(network.model, usual.images, usual.labels, units).double()
     torch.testing.assert_close(again.plain.mean, profiles.mean(dim=0), rtol=1e-5, atol=1e-12)
-    assert again.scale_free is None and again.fisher is None
+    assert again.scale_free is None
 
 
 def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_path):
@@ -98,10 +98,9 @@ def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_
         experiment.statistics(network.model, units, tmp_path)
     assert not list(tmp_path.iterdir())
     small = usual.subset(range(24))
-    names = ("baseline", "scale_free_pot", "fisher")
+    names = ("baseline", "scale_free_pot")
     found = experiment.statistics(network.model, units, tmp_path, small, algo=names, progress=False)
     assert found.scale_free.scale_free and not found.plain.scale_free and found.plain.n == 24
-    assert set(found.fisher) == {layer.parameter for layer in units.layers}
 
 
 def test_statistics_of_something_else_are_refused(network, units, usual, kept):

@@ -172,8 +172,8 @@ GUARDS = {
     ),
     "patches are for this model": Guard(
         "patches",
-        "        if found != self.model:",
-        "        if False:",
+        "        if (found := base_fingerprint(model)) != self.model:",
+        "        if (found := base_fingerprint(model)) == 0:",
         "tests/test_patches.py::test_another_model_is_refused",
     ),
     "levels are inside": Guard(

@@ -40,7 +40,7 @@ from pss.models import builtin as models
 from pss.models import zoo
 from pss.reference import Reference
 from pss.storage.folder import ProfileStore, discard
-from pss.units import Units
+from pss.units import UnitGroup, Units
 
 
 class Touches:
@@ -189,10 +189,6 @@ LOADERS = {
     "published statistics": ("stat.pth", lambda p, m, _: Reference.load(p)),
     "reference": ("reference.safetensors", lambda p, m, _: Reference.load(p)),
     "patch": ("patch.safetensors", lambda p, m, _: pss.Patch.load(p)),
-    "Fisher information": (
-        "fisher.safetensors",
-        lambda p, m, _: pss.fisher_diagonal(m, (torch.zeros(1, 3, 8, 8), torch.tensor([0])), path=p),
-    ),
     "profiles": ("profiles.npy", lambda p, m, _: reopened(p, m, "profiles.npy")),
     "records of profiles": ("samples.npy", lambda p, m, _: reopened(p, m, "samples.npy")),
     "manifest of profiles": ("manifest.json", lambda p, m, _: reopened(p, m, "manifest.json")),
@@ -252,7 +248,7 @@ def entry(start, end, dtype="F32", shape=(2,)):
 
 
 EIGHT = bytes(8)
-KEYS = ("pss", "patch", "fisher", "record")
+KEYS = ("pss", "patch", "record")
 TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 CRAFTED = {
     "empty": b"",
@@ -305,28 +301,25 @@ def test_crafted_headers_are_refused(tmp_path, monkeypatch, model, name, loader,
 ESCAPES = ("../outside", "/etc/passwd", "..\\outside", "a/../../outside", "~/.bashrc", "\x00", "a\nb")
 
 
+def patch_of(model, parameter):
+    """A patch on a parameter of any name."""
+    return pss.Patch(models.fingerprint(model), (UnitGroup(parameter, (4, 3, 3, 3), 4),), torch.ones(4))
+
+
 def test_names_in_a_patch_are_looked_up_and_never_opened(model, tmp_path):
     """A patch names parameters; what is no parameter of the model fits no model."""
     for name in ESCAPES:
-        place = (name, ((0, 1), (None, None), (None, None), (None, None)))
-        weights = ((torch.zeros(1, 3, 3, 3),), (torch.ones(1, 3, 3, 3),))
-        patch = pss.Patch(models.fingerprint(model), (0,), ("one[0]",), (place,), *weights, True)
         path = tmp_path / "patch.safetensors"
-        patch.save(path)
-        loaded = pss.Patch.load(path)
-        assert not loaded.fits(model)
-        with pytest.raises((ValueError, AttributeError)):
-            loaded.apply(model)
-        assert [p.name for p in tmp_path.iterdir()] == ["patch.safetensors"]
+        patch_of(model, name).save(path)
+        with pytest.raises((ValueError, AttributeError, KeyError)):
+            pss.Patch.load(path).apply(model)
+        assert [p.name for p in tmp_path.iterdir()] == ["patch.safetensors"] and pss.patches.applied_to(model) == []
 
 
 def test_dunder_names_in_a_patch_reach_no_attribute(model):
     for name in ("__class__.__init__.__globals__", "one.__dict__", "one.forward"):
-        place, weights = (name, ((None, None),)), (torch.zeros(1),)
-        patch = pss.Patch(models.fingerprint(model), (0,), ("one[0]",), (place,), weights, weights, True)
-        assert not patch.fits(model)
-        with pytest.raises((ValueError, AttributeError)):
-            patch.apply(model)
+        with pytest.raises((ValueError, AttributeError, KeyError)):
+            patch_of(model, name).apply(model)
 
 
 def test_names_in_a_manifest_open_nothing_else(model, tmp_path):

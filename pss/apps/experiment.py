@@ -38,7 +38,6 @@ from pss import editing as repair
 from pss.apps.reading import SAVED, has_built_in, pictures
 from pss.data import digits
 from pss.engine.process import thread_count
-from pss.fisher import fisher_diagonal, fisher_scores
 from pss.models import zoo
 from pss.models.builtin import predict
 from pss.profiles import profile_dataset
@@ -54,7 +53,6 @@ from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
-FISHER = 500  # images on disk that the Fisher information is made of
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
 _RESULTS += ("confidence_wrong", "corrected", "loss")
@@ -88,7 +86,6 @@ class Statistics:
 
     plain: Reference | None = None
     scale_free: Reference | None = None
-    fisher: dict[str, Tensor] | None = None
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -164,11 +161,6 @@ def statistics(
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
         found[kind] = _read_reference(file, units, provenance)
-    if "fisher" in methods:
-        if images is None:
-            raise ValueError("algo 'fisher' needs the reference images themselves: give them, or leave it out of algo")
-        read = partial(fisher_diagonal, model, _in_memory(images), units, loss, progress=progress)
-        found["fisher"] = read(path=find("fisher.safetensors", lambda file: read(path=file)))
     return Statistics(**found)
 
 
@@ -178,13 +170,6 @@ def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Ref
     except ValueError as error:
         what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
         raise ValueError(f"{file}: {error}: {what}") from error
-
-
-def _in_memory(images: Dataset) -> Dataset | tuple[Tensor, Tensor]:
-    """Images that are in memory as they are; of others at most `FISHER`, evenly spaced."""
-    if hasattr(images, "images") and hasattr(images, "labels"):
-        return images
-    return _read_images(images, np.unique(np.linspace(0, len(images) - 1, FISHER).astype(int)))
 
 
 def _cached(kind: str, provenance: Any) -> Path:
@@ -367,8 +352,8 @@ def _check_statistics(usual: Statistics, methods: dict[str, str], model: nn.Modu
             reference.check(units, model=fingerprint(model))
     for name, method in methods.items():
         needs = {*RANKINGS[method].needs, *(("reference",) if method == "layer_matched_random" else ())}
-        kind = "fisher" if "gains" in needs else "scale_free" if "scale_free" in needs else "plain"
-        if needs & {"gains", "reference"} and getattr(usual, kind) is None:
+        kind = "scale_free" if "scale_free" in needs else "plain"
+        if "reference" in needs and getattr(usual, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
         if kind == "plain" and RANKINGS[method].tail and usual.plain.threshold is None:
             raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
@@ -476,13 +461,10 @@ class _Job:
     def _rank(self, images: Tensor, labels: Tensor, positions: np.ndarray) -> dict[str, Tensor]:
         """The first units of each image by every ranking, (B, filters)."""
         s = profile(self.model, images, labels, self.units, self.how["loss"])
-        return {name: self._rank_by(method, s, images, labels, positions) for name, method in self.methods.items()}
+        return {name: self._rank_by(method, s, positions) for name, method in self.methods.items()}
 
-    def _rank_by(self, method: str, s: Tensor, images: Tensor, labels: Tensor, positions: np.ndarray) -> Tensor:
+    def _rank_by(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
         plain, k = self.usual.plain, self.filters
-        if method == "fisher":
-            gains = fisher_scores(self.model, images, labels, self.units, self.usual.fisher, loss=self.how["loss"])
-            return rank(s, plain, method, k, gains=gains)
         if "scale_free" in RANKINGS[method].needs:
             return rank(s, self.usual.scale_free, method, k)
         if method in _RANDOM:  # of each image alone: it does not matter which others it came with

@@ -182,7 +182,7 @@ def test_noise_is_averaged_over_gradients_and_seeded(network, images, labels, un
 
 
 def test_the_map_of_gains_is_the_gradient_of_what_the_top_units_add_to_the_margin(network, images, labels, units):
-    """The gain of a unit as the derivative of the margin to a factor on its weights, differentiated back to the image."""
+    """The gain of a unit as the derivative of the margin to a factor on its weights, and back to the image."""
 
     def gains(x, label):
         factors = torch.ones(len(units), dtype=torch.float64, requires_grad=True)

@@ -267,6 +267,10 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     verdict, place = done.stdout.splitlines()[-2:]
     assert re.match(r"3 misread images edited: most are corrected by .*% after 2 units", verdict)
     results = pd.read_csv(Path(place).parent / "results.csv")
+    summary = json.loads((Path(place).parent / "summary.json").read_text())
+    assert "resize (16, 16)" in summary["preprocessing"] and 0 < summary["accuracy"] < summary["accuracy_high"] <= 1
+    after = results[(results["algo"] == "raw") & (results["edit"] == "prune")].set_index("k")["confidence_true"]
+    assert summary["confidence raw prune"] == pytest.approx(after[2].mean() - after[0].mean())
     assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
 
     listed = type_in(desk, "cache").stdout
@@ -305,6 +309,11 @@ def test_what_a_run_lacks_is_said_before_it_starts(desk, arguments, says):
             ["reference /other.safetensors: the reference was fitted .*-p reference FOLDER"],
         ),
         (EXPERIMENT, {"model": "net.yaml", "dataset_path": "photos"}, ["give reference_images_path, a folder"]),
+        (
+            EXPERIMENT,
+            {"model": "swapped.yaml", "dataset_path": "photos", "reference_images_path": "training"},
+            ["Only 0 of 48 images of photos .* Nothing is ranked, .* allow_chance"],
+        ),
     ],
 )
 def test_a_run_that_fails_says_why_and_where(desk, notebook, asked, says):

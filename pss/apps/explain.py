@@ -422,7 +422,7 @@ def integrated_gradients(network: zoo.Network, case: Case) -> Tensor | None:
     with preserved(network.model):
         network.model.eval()
         guess = int(predict(network.model, case.image).argmax())
-        found = IntegratedGradients(network.model).attribute(case.image, target=guess, internal_batch_size=8)
+        found = IntegratedGradients(network.model).attribute(case.image, target=guess, n_steps=20, internal_batch_size=4)
     return found[0].sum(dim=0).abs().detach().float()
 
 

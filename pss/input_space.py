@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pss.engine.checks import check_count, check_ids, check_known, check_positive
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
@@ -133,7 +134,7 @@ def input_saliency(
     ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
     check_inputs(model, images, labels, units)
     if reference is not None:
-        reference.check(units, model=model, loss=loss, signed=signed)
+        reference.check(units, model=model, loss=loss, signed=signed, of="gradient")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
     loss, total, chosen_by = get_loss(loss), 0.0, "random" if random else method
     with _twice_differentiable(model, units, images):
@@ -247,7 +248,8 @@ def _profile(
 ) -> Tensor:
     """Profile of one image, or what its units contribute, (1, U), as a function that can be differentiated."""
     parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
-    value = loss(model(image), label).sum()
+    with ExplicitNormalization():
+        value = loss(model(image), label).sum()
     gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
     whole = {name: gradient[None] for name, gradient in zip(parameters, gradients, strict=True)}
     if gain:

@@ -677,6 +677,22 @@ def test_batches_of_every_size_agree_where_a_gradient_is_transposed():
         assert_close(torch.cat(alone), whole, units)
 
 
+class InPlace(nn.Module):
+    """Layers on several places of an image, whose outputs are changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.convolve, self.head = nn.Linear(3, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.convolve(F.silu(self.embed(x), inplace=True).mT).relu_()
+        return F.silu(self.head(x.mT), inplace=True).mean(1)
+
+
+def test_outputs_changed_in_place_are_no_views():
+    assert_equal_to_loop(seeded(InPlace), (5, 3), "all")
+
+
 # What the fast path does not know
 
 

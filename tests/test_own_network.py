@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import pss
+from pss import models
 from pss.apps import explain, reading
-from pss.models import zoo
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPLAIN, EXPERIMENT = NOTEBOOKS / "11_explain_one_image.ipynb", NOTEBOOKS / "12_experiment.ipynb"
@@ -42,7 +42,7 @@ CLASSES = ("cat", "<b>dog", "$x$")
 
 def train(network, folder, path):
     """A few steps until the images of the folder are read right; the weights go to the path."""
-    tree = zoo.reference_set(network, folder)
+    tree = models.reference_set(network, folder)
     images, labels = torch.stack([tree[i][0] for i in range(len(tree))]), tree.labels
     optimizer = torch.optim.Adam(network.model.parameters(), 0.02)
     for _ in range(200):
@@ -104,7 +104,7 @@ def desk(tmp_path_factory):
     torch.save(model.state_dict(), desk / "net.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
-        train(zoo.load(str(desk / "net.yaml")), desk / "training", desk / "net.pth")
+        train(models.load(str(desk / "net.yaml")), desk / "training", desk / "net.pth")
     (desk / "swapped.yaml").write_text(YAML.replace("[cat, '<b>dog', '$x$']", "['<b>dog', '$x$', cat]"))
     pss.Reference.fit(torch.rand(30, 16), provenance={"model": "another"}).save(desk / "other.safetensors")
     torch.save({"mean": torch.rand(16), "std": torch.rand(16).double()}, desk / "stats.pth")
@@ -117,9 +117,9 @@ def mistake(desk):
     """The network, and one of the pictures that it misreads: its name, its image and its label."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
-        network = zoo.load(str(desk / "net.yaml"))
-    tree = zoo.reference_set(network, desk / "photos")
-    at = int(pss.models.misclassified(network.model, tree).index[0])
+        network = models.load(str(desk / "net.yaml"))
+    tree = models.reference_set(network, desk / "photos")
+    at = int(models.misclassified(network.model, tree).index[0])
     return network, str(tree.ids[at]), *tree[at]
 
 
@@ -136,8 +136,8 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
     """By what name it comes; the training images are taken where they are named; the sentence says which and why."""
     network = mistake[0]
     units = pss.Units.of(network.model)
-    tree, right = zoo.reference_set(network, desk / "photos"), 13 * 3
-    wrong = set(pss.models.misclassified(network.model, tree).index)
+    tree, right = models.reference_set(network, desk / "photos"), 13 * 3
+    wrong = set(models.misclassified(network.model, tree).index)
     for at, left in ((int(next(iter(wrong))), right), (next(i for i in range(48) if i not in wrong), right - 1)):
         x, y = tree[at]
         explained = (pss.profile(network.model, x[None], torch.tensor([y]), units), int(y))
@@ -156,7 +156,7 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
 def test_near_chance_nothing_is_ranked(desk):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
-        network = zoo.load(str(desk / "swapped.yaml"))
+        network = models.load(str(desk / "swapped.yaml"))
     units, tree = pss.Units.of(network.model), str(desk / "photos")
     with pytest.raises(ValueError, match=r"Only . of 48 .* Nothing is ranked.*resize .16, 16.*allow_chance"):
         reading.usual(network, units, tree=tree)

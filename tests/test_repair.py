@@ -316,7 +316,7 @@ def test_auto_falls_back_and_says_so(make, why, caplog):
     units = Units.of(model, "heads" if make is vit else "filters")
     (images, labels), ids = batch(2), torch.arange(len(units) - 4, len(units)).expand(2, 4)
     expected = copying_loop(model, images, labels, ids, units, "prune", 0.0)
-    with caplog.at_level(logging.INFO, logger="pss.editing"):
+    with caplog.at_level(logging.INFO, logger="pss.engine.edits"):
         curves = edit_curves(model, images, labels, ids, units, "prune")
     assert_same_curves(curves, expected, labels)
     assert "in place" in caplog.text
@@ -362,7 +362,7 @@ def test_gradients_also_in_inference_mode(strategy):
 def test_the_log_names_the_growing_batch(caplog):
     model = build(Chain)
     units = Units.of(model)
-    with caplog.at_level(logging.INFO, logger="pss.editing"):
+    with caplog.at_level(logging.INFO, logger="pss.engine.edits"):
         edit_curves(model, *batch(2), rankings(units), units)
     assert [r.message for r in caplog.records] == ["all edits of up to 2 images in one pass"]
 

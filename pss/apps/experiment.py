@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
+from pss import models as zoo
 from pss.apps.reading import SAVED, Reading, has_built_in, pictures
 from pss.data import digits
+from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
@@ -309,8 +310,8 @@ def run(
     if not 1 <= filters <= len(units):
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
-        repair.check_edit(edit)
-    repair.check_lengths(lr, step_norm)
+        check_known("edit", edit, repair.EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")

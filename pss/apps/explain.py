@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from pss import data
+from pss import models as zoo
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.patches import Patch, fit_patch
 from pss.ranking import RANKINGS, fdr_significant, rank
 from pss.reference import Reference
@@ -422,7 +422,9 @@ def integrated_gradients(network: zoo.Network, case: Case) -> Tensor | None:
     with preserved(network.model):
         network.model.eval()
         guess = int(predict(network.model, case.image).argmax())
-        found = IntegratedGradients(network.model).attribute(case.image, target=guess, n_steps=20, internal_batch_size=4)
+        found = IntegratedGradients(network.model).attribute(
+            case.image, target=guess, n_steps=20, internal_batch_size=4
+        )
     return found[0].sum(dim=0).abs().detach().float()
 
 

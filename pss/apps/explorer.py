@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import pss
 from pss import editing as repair
+from pss import models
+from pss import models as zoo
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
-from pss.models import builtin as models
-from pss.models import zoo
 from pss.plots import figures as plots
 from pss.ranking import fdr_significant, rank
 from pss.reference import Reference
@@ -397,7 +397,7 @@ def _fingerprint(c: Collection, position: int, code: str) -> str:
 def widget(collection: Collection | None = None) -> Any:
     """The explorer inside JupyterLab: controls, and below them the story of the chosen image, computed as one chooses.
 
-    Needs the extra ``widgets``. The digits by default.
+    Needs the extra ``lab``. The digits by default.
 
     Returns
     -------

@@ -21,13 +21,13 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.utils.data import Subset
 
+from pss import models as zoo
 from pss.apps.explain import Case, readable, with_evidence
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
-from pss.models import zoo
-from pss.models.builtin import misclassified, predict
+from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
 from pss.plots.figures import image_row

@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from pss import models as zoo
 from pss.apps.pages import sentence
-from pss.models import zoo
-from pss.models.builtin import misclassified
+from pss.models import misclassified
 from pss.profiles import profile_dataset
 from pss.reference import MIN_IMAGES, Reference
 from pss.storage.fingerprints import name_of

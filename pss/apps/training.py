@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pss.models import builtin
+from pss import models as builtin
 from pss.storage.fingerprints import fingerprint
 
 

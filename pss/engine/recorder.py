@@ -2,8 +2,10 @@
 
 While the network runs, its calls of convolutions and linear layers on wanted weights are replaced by an autograd
 function that hides the weight from autograd. Autograd thus makes no weight gradients; when the backward pass reaches
-the call, `pss.engine.kernels` reduces them to row sums. A wanted weight that autograd still reaches was used in
-some other way, and is handed back to the caller to be computed otherwise: never as zero.
+the call, `pss.engine.kernels` reduces them to row sums. What is made of wanted parameters and of no image, as a
+standardized weight or a table of positions, is a weight like any other where it meets the batch: its gradient of each
+sample is carried on to the parameters. A wanted parameter that autograd still reaches was used in some other way, and
+is handed back to the caller to be computed otherwise: never as zero.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradients, Unsupported, computed
+from pss.engine.constants import Constants, parameters_of
 from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
-from pss.engine.kernels import Convolution, Linear
+from pss.engine.kernels import Convolution, Linear, Table
 from pss.engine.locating import BatchDimension, keeps_order, locate_batch
 
 
@@ -72,6 +75,8 @@ class GradientRecorder(TorchFunctionMode):
         like = next(iter({**wanted, **self.others}.values()))
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
+        self.constants: Constants | None = None
+        self.seen = 0
         self.uses: Counter[str] = Counter()
         self.lost: dict[str, str] = {}  # parameters of calls in which the batch is not found, and why
         self.collecting = False
@@ -87,12 +92,20 @@ class GradientRecorder(TorchFunctionMode):
     def outputs(self, model: nn.Module, images: Tensor):
         """Outputs of the model under watch."""
         self.fold = self.fold and not _has_hooks(model)  # they may keep what they see
+        if not self.others:  # of which autograd must not lose sight
+            self.constants = Constants([*model.parameters(), *model.buffers()])
         with self:
             outputs = model(images)
         return computed(outputs)
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        constant = self.constants is not None and self.constants.are_all(function, args, kwargs or {})
+        result = self._call(function, kinds, args, kwargs or {}, constant)
+        if constant:
+            self.constants.add(result)
+        return result
+
+    def _call(self, function, kinds, args, kwargs, constant):
         if DeferredConvolution in kinds and function not in METADATA:
             if function is F.batch_norm and (folded := fold(*args, **kwargs)) is not None:
                 return folded
@@ -108,7 +121,11 @@ class GradientRecorder(TorchFunctionMode):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
         if function in NORMALIZATIONS:
             return NORMALIZATIONS[function](*args, **kwargs)
-        if function in _DECISIONS and self.samples > 1:
+        if function in _ELEMENTWISE and not constant:
+            return self._elementwise(function, *args, **kwargs)
+        if function is F.scaled_dot_product_attention and not constant:
+            return self._attention(*args, **kwargs)
+        if function in _DECISIONS and self.samples > 1 and not constant:
             raise Unsupported(f"the network reads values of a whole batch ({function.__name__})")
         return function(*args, **kwargs)
 
@@ -123,19 +140,57 @@ class GradientRecorder(TorchFunctionMode):
         if isinstance(padding, str):
             input, padding = _numeric_padding(input, weight, padding, dilation)
         geometry = Convolution(weight.shape, stride, _each(padding, dims), dilation, groups)
-        call = LayerCall(self, self.names[id(weight)], geometry, weight.detach(), bias)
+        call = self._call_of(geometry, weight, bias)
         return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
 
     def _linear(self, input, weight, bias=None):
         if not self._is_ours(input, weight, bias) or input.dim() < 2:
             return F.linear(input, weight, bias)
-        return LayerCall(self, self.names[id(weight)], Linear(weight.shape), weight.detach(), bias)(input)
+        return self._call_of(Linear(weight.shape), weight, bias)(input)
+
+    def _elementwise(self, function, input, other, *args, **kwargs):
+        """Addition or multiplication, perhaps of a table."""
+        if self._is_made(other):
+            seen = input.detach().clone() if function in _INTO else input  # the batch is looked for later
+            other = self._rows(other, seen)
+        elif self._is_made(input) and function not in _INTO:
+            input = self._rows(input, other)
+        return function(input, other, *args, **kwargs)
+
+    def _attention(self, query, key, value, attn_mask=None, *args, **kwargs):
+        if self._is_made(attn_mask):
+            attn_mask = self._rows(attn_mask, query)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+
+    def _rows(self, table: Tensor, x) -> Tensor:
+        """The table, with a row of its own for each of the input; as it is where that is not known to be the same."""
+        if not isinstance(x, Tensor) or x.dtype != table.dtype or x.dim() < max(table.dim(), 1) or x in self.constants:
+            return table
+        by_row = table.dim() == x.dim() and len(table) > 1
+        if by_row and len(table) != len(x):
+            return table
+        shape = table.shape[1:] if table.dim() == x.dim() and not by_row else table.shape
+        return self._call_of(Table(shape, by_row), table, None).rows(x)
+
+    def _call_of(self, layer: Convolution | Linear | Table, weight: Tensor, bias: Tensor | None) -> LayerCall:
+        if id(weight) in self.names and not isinstance(layer, Table):
+            return LayerCall(self, self.names[id(weight)], layer, weight.detach(), bias)
+        parameters = tuple(sorted(self.names[i] for i in parameters_of(weight) if i in self.names))
+        return LayerCall(self, ", ".join(parameters), layer, weight.detach(), bias, weight, parameters)
+
+    def _is_made(self, tensor) -> bool:
+        """Whether it depends on wanted parameters and on no image."""
+        if self.constants is None or not isinstance(tensor, Tensor) or tensor not in self.constants:
+            return False
+        return tensor.requires_grad and not tensor.is_complex()
 
     def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
         batched = weight.dim() == 2 or input.dim() == weight.dim()
-        known = id(weight) in self.names and batched and not weight.is_complex()
-        return known and (bias is None or not bias.requires_grad)
+        known = (id(weight) in self.names and not weight.is_complex()) or self._is_made(weight)
+        if self.constants is not None and input in self.constants:
+            return False  # what comes out is made of this weight, and no sample's
+        return known and batched and (bias is None or not bias.requires_grad)
 
     def record(self, call: LayerCall, x: Tensor) -> None:
         """Keep a call until the batch is found in its input."""
@@ -144,12 +199,13 @@ class GradientRecorder(TorchFunctionMode):
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             raise Unsupported("what autograd saves is changed or computed again, as by checkpointing")
         call.recorded = True
-        self.uses[call.name] += 1
+        self.uses.update(call.names)
+        self.seen += 1
         if self.visit is not None:
-            self.visit(self.uses.total() - 1, call, x)
+            self.visit(self.seen - 1, call, x)
         elif self.samples > 1:
             self.calls.append((call, x))
-        elif isinstance(call.layer, Convolution) and len(x) > 1:  # one sample that was cut into several
+        elif not isinstance(call.layer, Linear) and len(x) > 1:  # one sample that was cut into several
             call.batch = BatchDimension(0, 1, len(x))
 
     def course(self) -> tuple:
@@ -160,7 +216,7 @@ class GradientRecorder(TorchFunctionMode):
         """Say of each call where the batch is in its input, or why that is not known."""
         for (call, _), batch in zip(self.calls, batches, strict=True):
             if isinstance(batch, str):
-                self.lost.setdefault(call.name, batch)
+                self.lost = dict.fromkeys(call.names, batch) | self.lost
             else:
                 call.batch = batch
         self.calls.clear()
@@ -173,26 +229,57 @@ class GradientRecorder(TorchFunctionMode):
             raise OwnGradients("the network takes gradients on its way")
         if not call.recorded:
             raise Unsupported("the output of a convolution was passed on without being looked at")
-        if call.name in self.lost:
+        if all(name in self.lost for name in call.names):
             return
         if call.batch is not None:
             x, g = call.batch.first(x), call.batch.first(g)
         if isinstance(call.layer, Linear):
             x, g = (t.reshape(self.samples, -1, t.shape[-1]) for t in (x, g))
         in_parts = isinstance(call.layer, Convolution) and call.batch is not None
-        dtype = self.wanted[call.name].dtype
-        if self.uses[call.name] == 1 and not in_parts:
-            sums = call.layer.row_sums(x, g, self.signed).to(dtype)
+        if call.made is not None:
+            self._collect_made(call, x, g)
+        elif self.uses[call.name] == 1 and not in_parts:
+            sums = call.layer.row_sums(x, g, self.signed).to(call.weight.dtype)
             if call.scale is not None:
                 sums *= call.scale if self.signed else call.scale.abs()
             self.sums[call.name] = sums
-            return
-        for xs, gs in zip(x.unbind(1), g.unbind(1), strict=True) if in_parts else [(x, g)]:
-            gradient = call.layer.gradients(xs, gs).to(dtype)
-            if call.scale is not None:
-                gradient *= call.scale.reshape(-1, *[1] * (gradient.dim() - 2))
-            total = self.gradients.get(call.name)
-            self.gradients[call.name] = gradient if total is None else total.add_(gradient)
+        else:
+            self._add(call.name, self._gradients(call, x, g))
+
+    def _gradients(self, call: LayerCall, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of the call's weight for some samples, ``(b, *shape)``."""
+        in_parts = isinstance(call.layer, Convolution) and call.batch is not None
+        pairs = zip(x.unbind(1), g.unbind(1), strict=True) if in_parts else [(x, g)]
+        gradients = sum(call.layer.gradients(*pair).to(call.weight.dtype) for pair in pairs)
+        if call.scale is not None:
+            gradients *= call.scale.reshape(-1, *[1] * (gradients.dim() - 2))
+        return gradients
+
+    def _add(self, name: str, gradients: Tensor) -> None:
+        total = self.gradients.get(name)
+        self.gradients[name] = gradients if total is None else total.add_(gradients)
+
+    def _collect_made(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Carry the gradient of a weight that is made of parameters on to these, one sample after the other."""
+        parameters = [self.wanted[name] for name in call.parameters]
+        parts: dict[str, list[Tensor]] = {name: [] for name in call.parameters}
+        for b in range(self.samples):
+            gradient = self._gradients(call, x[b : b + 1], g[b : b + 1])[0]
+            if isinstance(call.layer, Table) and call.layer.by_row:
+                own, gradient = gradient, torch.zeros_like(call.weight)
+                (call.batch or BatchDimension(0, self.samples, 1)).first(gradient)[b] = own
+            found = torch.autograd.grad(call.made, parameters, gradient, retain_graph=True)
+            for name, of_one in zip(call.parameters, found, strict=True):
+                parts[name].append(self._row_sums(of_one[None]) if self.uses[name] == 1 else of_one[None])
+        for name, of_each in parts.items():
+            if self.uses[name] == 1:
+                self.sums[name] = torch.cat(of_each)
+            else:
+                self._add(name, torch.cat(of_each))
+
+    def _row_sums(self, gradients: Tensor) -> Tensor:
+        gradients = gradients if self.signed else gradients.abs()
+        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
     def row_means(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the backward pass.
@@ -214,8 +301,7 @@ class GradientRecorder(TorchFunctionMode):
         means = {}
         for name, parameter in self.wanted.items():
             if name in self.gradients:
-                gradient = self.gradients.pop(name)
-                self.sums[name] = (gradient if self.signed else gradient.abs_()).flatten(2).sum(2)
+                self.sums[name] = self._row_sums(self.gradients.pop(name))
             sums = self.sums.get(name)
             row = parameter[0].numel()
             means[name] = parameter.new_zeros(self.samples, len(parameter)) if sums is None else sums / row
@@ -237,7 +323,7 @@ class Locator:
 
     def alone(self, number: int, call: LayerCall, x: Tensor) -> None:
         """Visit a call of the last sample alone."""
-        dims = 1 if isinstance(call.layer, Convolution) else x.dim() - 1
+        dims = x.dim() - 1 if isinstance(call.layer, Linear) else 1
         self.found.append(locate_batch(self._same(number, call), x, self.samples, dims))
 
     def shifted(self, number: int, call: LayerCall, x: Tensor) -> None:
@@ -286,6 +372,9 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
+_ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
+_ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
 _DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 # The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.

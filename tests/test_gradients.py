@@ -820,7 +820,7 @@ class Biased(nn.Module):
         x = F.silu(self.embed(x)).unflatten(1, (self.windows, 5)).flatten(0, 1)
         q, k, v = self.attend(x).chunk(3, dim=-1)
         bias = self.two(F.silu(self.one(self.places))).reshape(5, 5)
-        bias = bias.repeat(len(x), 1, 1) if self.repeat else bias
+        bias = bias.repeat(len(x), 1, 1) if self.repeat else bias[None] if self.windows > 1 else bias
         if self.fused:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
@@ -894,6 +894,43 @@ MADE = {  # weights and tables that are made of parameters, and of no image
 def test_weights_and_tables_that_are_made_of_parameters(name, signed):
     factory, shape, kind = MADE[name]
     assert_equal_to_loop(seeded(factory), shape, kind, sizes=(1, 2, 5, 6, 7), signed=signed)
+
+
+def written(x, view=False):
+    """Where an image is positive, as a mask that was made without it; or what it was a view of."""
+    mask = torch.zeros(len(x), 1, dtype=torch.bool)
+    part = mask[:, 0]
+    part |= x.detach().mean((1, 2, 3)) > 0
+    return mask if view else part
+
+
+READS = {  # what a network may read of its batch to decide by: nothing that images have a part in
+    "positions": (lambda m, x: (torch.arange(x.shape[3])[None].diff() == 1).all(), True),
+    "a mask of ones": (lambda m, x: bool(torch.ones_like(x[:, 0], dtype=torch.bool).all()), True),
+    "a buffer": (lambda m, x: m.bn.running_mean[0].item() > 0, True),
+    "a parameter in a mask": (
+        lambda m, x: torch.zeros(2).masked_fill_(m.layer.bias[:2] > 0, 1).tolist() == [1, 1],
+        True,
+    ),
+    "the images": (lambda m, x: x.detach().mean() > 0, False),
+    "a mask that was written into": (lambda m, x: written(x).any(), False),
+    "a mask that was written into through a view": (lambda m, x: written(x, True).any(), False),
+    "a share of images": (lambda m, x: torch.full((2,), 0.5).to(x) @ x.detach()[0, 0, 0, :2] > 0, False),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_decisions_by_what_images_have_no_part_in(name):
+    read, allowed = READS[name]
+    build = set_all(layer=conv(3), bn=bn())
+    model = seeded(net("d", build, lambda m, x: m.bn(m.layer(x)) * 2 if read(m, x) else m.layer(x).square()))
+    assert_equal_to_loop(model, (3, 8, 8), "all", strategy="auto", verify=False)
+    images, labels = batch((3, 8, 8))
+    if not allowed:
+        with pytest.raises(RuntimeError, match="reads values of a whole batch"):
+            profile(model, images, labels, Units.of(model, "all"), strategy="fast")
+    else:
+        assert_equal_to_loop(model, (3, 8, 8), "all")
 
 
 class Prototypes(nn.Module):

@@ -169,8 +169,7 @@ class GradientRecorder(TorchFunctionMode):
         by_row = table.dim() == x.dim() and len(table) > 1
         if by_row and len(table) != len(x):
             return table
-        shape = table.shape[1:] if table.dim() == x.dim() and not by_row else table.shape
-        return self._call_of(Table(shape, by_row), table, None).rows(x)
+        return self._call_of(Table(table.shape, by_row), table, None).rows(x)
 
     def _call_of(self, layer: Convolution | Linear | Table, weight: Tensor, bias: Tensor | None) -> LayerCall:
         if id(weight) in self.names and not isinstance(layer, Table):

@@ -904,6 +904,30 @@ def written(x, view=False):
     return mask if view else part
 
 
+class Columns(nn.Module):
+    """Layers that multiply by their weights untransposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(8, 8) / 3)
+        self.bias, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 10)
+
+    def forward(self, x):
+        flat = F.silu(torch.addmm(self.bias, x.reshape(-1, 3), self.one))
+        flat = F.silu(torch.addmm(self.bias, flat, self.two))
+        flat = torch.addmm(self.bias, flat, self.two).mul_(self.two.mean())
+        return self.head(flat.view(*x.shape[:2], 8).mean(1))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_units_that_are_columns(signed):
+    def columns(model):
+        return [UnitGroup("one", (3, 8), 8, dim=1), UnitGroup("two", (8, 8), 3, dim=1, rows=2, offset=2)]
+
+    assert_equal_to_loop(seeded(Columns), (5, 3), columns, signed=signed)
+    assert_equal_to_loop(seeded(Columns), (5, 3), own("one", "two"), strategy="auto", signed=signed)
+
+
 READS = {  # what a network may read of its batch to decide by: nothing that images have a part in
     "positions": (lambda m, x: (torch.arange(x.shape[3])[None].diff() == 1).all(), True),
     "a mask of ones": (lambda m, x: bool(torch.ones_like(x[:, 0], dtype=torch.bool).all()), True),

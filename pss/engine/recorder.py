@@ -55,6 +55,8 @@ class GradientRecorder(TorchFunctionMode):
     options : Options
     others : dict of str to Tensor
         Parameters whose gradient is left to autograd.
+    columns : tuple of str
+        Those of ``wanted`` of whose columns the means are asked for: of weights that are multiplied untransposed.
     visit : callable, optional
         Gets the number of each call, the call and its input. There is no backward pass then, and nothing is kept.
     """
@@ -65,11 +67,12 @@ class GradientRecorder(TorchFunctionMode):
         samples: int,
         options: Options,
         others: dict[str, Tensor] | None = None,
+        columns: tuple[str, ...] = (),
         visit: Callable[[int, LayerCall, Tensor], None] | None = None,
     ):
         super().__init__()
         self.names = {id(p): name for name, p in wanted.items()}
-        self.wanted, self.others, self.samples = wanted, others or {}, samples
+        self.wanted, self.others, self.samples, self.columns = wanted, others or {}, samples, columns
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
         like = next(iter({**wanted, **self.others}.values()))
@@ -85,7 +88,7 @@ class GradientRecorder(TorchFunctionMode):
 
     def watching(self, samples: int, visit: Callable[[int, LayerCall, Tensor], None]) -> GradientRecorder:
         """A recorder alike that only has its calls visited."""
-        return GradientRecorder(self.wanted, samples, self.options, self.others, visit)
+        return GradientRecorder(self.wanted, samples, self.options, self.others, self.columns, visit)
 
     # Watching the forward pass
 
@@ -114,6 +117,8 @@ class GradientRecorder(TorchFunctionMode):
             return self._convolution(function, *args, **kwargs)
         if function is F.linear:
             return self._linear(*args, **kwargs)
+        if function is torch.addmm:
+            return self._addmm(*args, **kwargs)
         if function is F.multi_head_attention_forward:
             with self:  # calls inside it must be seen too
                 return _attention(*args, **kwargs)
@@ -144,9 +149,16 @@ class GradientRecorder(TorchFunctionMode):
         return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
 
     def _linear(self, input, weight, bias=None):
-        if not self._is_ours(input, weight, bias) or input.dim() < 2:
+        if not self._is_ours(input, weight, bias) or input.dim() < 2 or self.names.get(id(weight)) in self.columns:
             return F.linear(input, weight, bias)
         return self._call_of(Linear(weight.shape), weight, bias)(input)
+
+    def _addmm(self, input, mat1, mat2, **kwargs):
+        """A linear layer whose units are the columns of its weight, or anything else."""
+        name = self.names.get(id(mat2))
+        if kwargs or name not in self.columns or not self._is_ours(mat1, mat2, input) or input.dim() > 1:
+            return torch.addmm(input, mat1, mat2, **kwargs)
+        return LayerCall(self, name, Linear(tuple(mat2.mT.shape)), mat2.detach().mT, input)(mat1)
 
     def _elementwise(self, function, input, other, *args, **kwargs):
         """Addition or multiplication, perhaps of a table."""
@@ -269,6 +281,7 @@ class GradientRecorder(TorchFunctionMode):
                 (call.batch or BatchDimension(0, self.samples, 1)).first(gradient)[b] = own
             found = torch.autograd.grad(call.made, parameters, gradient, retain_graph=True)
             for name, of_one in zip(call.parameters, found, strict=True):
+                of_one = of_one.mT if name in self.columns else of_one
                 parts[name].append(self._row_sums(of_one[None]) if self.uses[name] == 1 else of_one[None])
         for name, of_each in parts.items():
             if self.uses[name] == 1:
@@ -286,8 +299,8 @@ class GradientRecorder(TorchFunctionMode):
         Returns
         -------
         means : dict of str to Tensor
-            Mean (absolute) gradient of every row of the wanted parameters, ``(B, O)``, without those that were (also)
-            used in a way that is not known here.
+            Mean (absolute) gradient of every row of the wanted parameters, ``(B, O)``, or of every column,
+            ``(B, 1, O)``, without those that were (also) used in a way that is not known here.
         gradients : dict of str to Tensor
             What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
         """
@@ -301,9 +314,10 @@ class GradientRecorder(TorchFunctionMode):
         for name, parameter in self.wanted.items():
             if name in self.gradients:
                 self.sums[name] = self._row_sums(self.gradients.pop(name))
-            sums = self.sums.get(name)
-            row = parameter[0].numel()
-            means[name] = parameter.new_zeros(self.samples, len(parameter)) if sums is None else sums / row
+            shape = parameter.mT.shape if name in self.columns else parameter.shape
+            sums = self.sums.get(name, parameter.new_zeros(self.samples, shape[0]))
+            means[name] = sums / shape[1:].numel()
+            means[name] = means[name][:, None] if name in self.columns else means[name]
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
 
 

@@ -8,7 +8,7 @@ knows profiles and their reference only, so it serves every quantity that a prof
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,6 @@ class Question:
     profiles: Tensor
     reference: Reference | None
     units: Units | None
-    gains: Tensor | None
     generator: torch.Generator
     match: str
     k: int
@@ -46,7 +45,7 @@ class Ranking:
     score : callable ``(Question) -> (B, U)``
         float64, larger is more anomalous; ``-inf`` for a unit that does not take part.
     needs : tuple of str
-        Of "reference", "scale_free" (that it is fitted so), "units", "gains".
+        Of "reference", "scale_free" (that it is fitted so), "units".
     tail : str
         The tail of the reference whose probability it ranks by: "gpd" or "exponential".
     differentiable : bool
@@ -70,21 +69,25 @@ def rank(
     units: Units | None = None,
     generator: torch.Generator | int = 0,
     match: str = "pot",
-    gains: Tensor | None = None,
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
+
+    Every method takes profiles of every quantity. Which unit is broken: what it contributes and what it says, over the
+    images that went wrong (`rank_together` of ``of="gain"`` and ``of="output"``, by ``pot`` or ``zscore``). Which to
+    prune: ``raw`` of the signed gain of the margin (``of="gain", signed=True, loss="logit_difference"``). Which to
+    fine-tune: ``zscore`` of the gradient.
 
     Parameters
     ----------
     profiles : Tensor, shape (B, U)
     reference : Reference, optional
-        Needed by every method but ``raw``, ``fisher``, ``random`` and those of the last stage; where given, dead units
+        Needed by every method but ``raw``, ``random`` and those of the last stage; where given, dead units
         come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
         (POT with the shape held at zero), ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference
-        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
-        (gain over cost: ``gains``), ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
+        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself),
+        ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
         of the last stage at random, or by raw saliency), ``random``, ``layer_matched_random`` (random units with as
         many in each layer as the top k by ``match``), ``lowest_zscore`` (the lowest z-scores first).
     k : int, optional
@@ -95,8 +98,6 @@ def rank(
         Source of randomness, or its seed.
     match : str
         Method whose layers ``layer_matched_random`` copies.
-    gains : Tensor, shape (B, U), optional
-        Needed by ``fisher``: `pss.fisher_scores` of the same images. They are of gradients, and no profile has them.
 
     Returns
     -------
@@ -105,17 +106,77 @@ def rank(
     Raises
     ------
     ValueError
-        For an unknown method, a k outside 1..U, a missing reference, units or gains, or a profile that is not finite.
+        For an unknown method, a k outside 1..U, a missing reference or units, or a profile that is not finite.
     """
-    scores = score(profiles, reference, method, generator, gains, units, match, k)
+    scores = score(profiles, reference, method, generator, units, match, k)
     k = scores.shape[1] if k is None else k
     take_part = scores > -torch.inf
     if (few := take_part.sum(dim=1) < k).any():
         raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
     if reference is not None:  # after all that are alive, before those that take no part
         dead = reference.dead.to(scores.device) & take_part
-        scores = scores.masked_fill(dead, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(dead, _LAST)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+_LAST = -1e300  # the score of what is dead: after all that is alive, and finite also as a sum over many images
+
+
+def rank_together(
+    profiles: Tensor | Sequence[Tensor],
+    reference: Reference | Sequence[Reference | None] | None = None,
+    method: str = "pot",
+    k: int = 10,
+    units: Units | None = None,
+) -> pd.DataFrame:
+    """One ranking for a group of images, because a cause is seen in many of them; of several quantities at once too.
+
+    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, each
+    image gives the largest, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
+    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores. What is signed has
+    two tails: give the output, and the output with its sign turned, each with its reference.
+
+    Parameters
+    ----------
+    profiles : Tensor, shape (B, U), or a sequence of these
+        Of the same images, a tensor for each quantity.
+    reference : Reference, or a sequence of as many
+    method, units
+        As in `rank`.
+    k : int
+        An image counts for a unit that is among its own first k.
+
+    Returns
+    -------
+    DataFrame
+        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``score``, ``images`` (share of the images
+        that have it among their own first k), ``quantity`` (the place in the sequence of the one that says most).
+
+    Raises
+    ------
+    ValueError
+        As `rank`, or if there are not as many references as profiles.
+    """
+    several = [profiles] if isinstance(profiles, Tensor) else list(profiles)
+    usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
+    if not several or len(several) != len(usual):
+        raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
+    scores = []
+    for values, its in zip(several, usual, strict=True):
+        own = score(values, its, method, units=units)
+        scores.append(own if its is None else own.masked_fill(its.dead.to(own.device), _LAST))
+    of_images = torch.stack(scores).amax(dim=0)
+    first = of_images.argsort(dim=1, descending=True, stable=True)[:, :k]
+    shares = torch.zeros_like(of_images).scatter_(1, first, 1.0).mean(dim=0)
+    which = torch.stack([own.mean(dim=0) for own in scores]).argmax(dim=0)
+    together = of_images.mean(dim=0)
+    order = together.argsort(descending=True, stable=True).cpu()
+    table = pd.DataFrame({"unit": order.numpy(), "score": together.cpu()[order].numpy()})
+    if units is not None:
+        table.insert(1, "name", [units.name(int(unit)) for unit in order])
+    table["images"] = shares.cpu()[order].numpy()
+    table["quantity"] = which.cpu()[order].numpy()
+    return table
 
 
 def score(
@@ -123,7 +184,6 @@ def score(
     reference: Reference | None,
     method: str,
     generator: torch.Generator | int = 0,
-    gains: Tensor | None = None,
     units: Units | None = None,
     match: str = "pot",
     k: int | None = None,
@@ -151,7 +211,7 @@ def score(
     if "scale_free" in entry.needs and not reference.scale_free:
         raise ValueError(f"method {method!r} needs a reference fitted with scale_free=True: this one is not")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
-    return entry.score(Question(profiles.double(), reference, units, gains, generator, match, k or count))
+    return entry.score(Question(profiles.double(), reference, units, generator, match, k or count))
 
 
 # --- what they rank by ------------------------------------------------------------------------------------------------
@@ -173,18 +233,6 @@ def _random(q: Question) -> Tensor:
     return torch.rand(q.profiles.shape, generator=q.generator, dtype=torch.float64).to(q.profiles.device)
 
 
-def _fisher(q: Question) -> Tensor:
-    if q.gains is None:
-        raise ValueError(
-            "method 'fisher' needs gains=: pss.fisher_scores(model, images, labels, units, reference), of a reference "
-            "with fisher=pss.fisher_diagonal(…), or of that diagonal"
-        )
-    if q.gains.shape != q.profiles.shape or not q.gains.isfinite().all():
-        expected = f"expected {tuple(q.profiles.shape)}, as profiles, finite"
-        raise ValueError(f"gains of shape {tuple(q.gains.shape)}: {expected}")
-    return q.gains.double()
-
-
 def _last_stage(q: Question, scores: Tensor) -> Tensor:
     """The scores, and ``-inf`` for the units of all stages but the last."""
     inside = torch.from_numpy(q.units.stage_ids == len(q.units.stages) - 1).to(scores.device)
@@ -201,7 +249,7 @@ def _random_last_stage(q: Question) -> Tensor:
 
 def _layer_matched_random(q: Question) -> Tensor:
     """In the place of each of the top k a random unit of its layer, none twice for an image, dead ones last."""
-    base = rank(q.profiles, q.reference, q.match, q.k, q.units, gains=q.gains)
+    base = rank(q.profiles, q.reference, q.match, q.k, q.units)
     dead = torch.zeros(len(q.units), dtype=torch.bool) if q.reference is None else q.reference.dead.cpu()
     layers = torch.from_numpy(q.units.layer_ids)[base.cpu()]
     drawn = torch.empty_like(base, device="cpu")
@@ -223,7 +271,6 @@ RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
     "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),
     "ratio": Ranking("ratio to mean", "#009E73", lambda q: q.reference.ratio(q.profiles), differentiable=True),
-    "fisher": Ranking("gain over cost", "#6A3D9A", _fisher, ("gains",)),
     "random_last_stage": Ranking("last stage, random", "#8C6D31", _random_last_stage, ("units",)),
     "last_stage_raw": Ranking("last stage, raw", "#882255", lambda q: _last_stage(q, q.profiles), ("units",)),
     "random": Ranking("random", "#777777", _random, ()),

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import pss
+from pss import models
 from pss.apps import experiment
-from pss.models import zoo
 
 ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
@@ -22,7 +22,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ip
 
 @pytest.fixture(scope="module")
 def network():
-    return zoo.load("digits")
+    return models.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_statistics_are_made_once(network, units, usual, kept, monkeypatch):
     with torch.no_grad():
         profiles = pss.profile(network.model, usual.images, usual.labels, units).double()
     torch.testing.assert_close(again.plain.mean, profiles.mean(dim=0), rtol=1e-5, atol=1e-12)
-    assert again.scale_free is None and again.fisher is None
+    assert again.scale_free is None
 
 
 def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_path):
@@ -98,10 +98,9 @@ def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_
         experiment.statistics(network.model, units, tmp_path)
     assert not list(tmp_path.iterdir())
     small = usual.subset(range(24))
-    names = ("baseline", "scale_free_pot", "fisher")
+    names = ("baseline", "scale_free_pot")
     found = experiment.statistics(network.model, units, tmp_path, small, algo=names, progress=False)
     assert found.scale_free.scale_free and not found.plain.scale_free and found.plain.n == 24
-    assert set(found.fisher) == {layer.parameter for layer in units.layers}
 
 
 def test_statistics_of_something_else_are_refused(network, units, usual, kept):
@@ -369,26 +368,3 @@ def test_imagenet_sweep_names_parameters_of_the_notebook():
     runs = read_sweep(NOTEBOOK.parent / "params" / "imagenet.yaml").runs
     assert [run.parameters["level"] for run in runs] == [0.85, 0.95]
     assert all(experiment.method_of(name) for run in runs for name in run.parameters["algo"])
-
-
-def test_notebook_on_a_tree(trees, tmp_path):
-    from pss.apps.execution import run_notebook
-
-    parameters = {
-        "dataset_path": str(trees[0]),
-        "reference_path": str(tmp_path / "statistics"),
-        "reference_images_path": str(trees[1]),
-        "algo": ["baseline", "POT", "random"],
-        "n_images": 12,
-        "filters": 4,
-        "zero_clear": True,
-        "output": str(tmp_path / "output"),
-    }
-    figures = run_notebook(NOTEBOOK, tmp_path / "executed", parameters)
-    assert len(figures) >= 3
-    found = experiment.Experiment.open(tmp_path / "output")
-    assert found.provenance["edited"] == 12 and set(found.results["edit"]) == {"finetune", "prune"}
-    assert found.provenance["network"] == "digits"
-    assert json.loads((tmp_path / "output" / "results.json").read_text())["algo"] == parameters["algo"]
-    assert (tmp_path / "statistics" / "reference-0.9.safetensors").is_file()
-    assert pd.read_csv(tmp_path / "output" / "results.csv")["image"].str.endswith(".png").all()

@@ -10,8 +10,8 @@ from test_gradients import batch, seeded
 from torch import nn
 
 import pss
+from pss.correction import gain_jacobian
 from pss.editing import edit_curves, unit_steps
-from pss.patches import fit_patch
 from pss.units import Units
 
 
@@ -72,22 +72,27 @@ def test_edits(case, strategy):
         assert curve["loss"][k] == pytest.approx(float(loss), rel=1e-7)
 
 
-def test_smallest_correction_and_patch(case):
+def test_smallest_correction(case):
     model, image, label, units, gradient = case
     others = batch((2, 7, 7), 40, seed=2)[0]
     with torch.no_grad():
         retain = (others, model(others).argmax(dim=1))
-    table = pss.smallest_correction(
-        model, image, label, units, torch.arange(6)[None], k=6, retain=retain, tolerance=1e-4, progress=False
-    )
+    how = {"through": "weights", "retain": retain, "tolerance": 1e-4, "progress": False}
+    table = pss.smallest_correction(model, image, label, units, torch.arange(6)[None], 6, **how)
     direction = -gradient / gradient.norm()
     length = table["step"][0]
     assert changed(model, 1.001 * length * direction)(image).argmax() == label
     assert changed(model, 0.999 * length * direction)(image).argmax() != label
-    patch = fit_patch(model, (image, label), retain, units, method="raw", ks=[6], budget=9, rounds=1, progress=False)
-    difference = torch.empty_like(gradient)
-    difference[list(patch.units)] = torch.cat(patch.difference)
-    torch.testing.assert_close(difference / difference.norm(), direction, rtol=1e-6, atol=1e-8)
+
+
+def test_gains(case):
+    model, image, _, units, _ = case
+    found, weight = gain_jacobian(model, image, units)[0], model.conv.weight.detach()  # (C, U)
+    for unit in range(len(units)):
+        change = torch.zeros_like(weight)
+        change[unit] = 1e-5 * weight[unit]
+        difference = changed(model, change)(image) - changed(model, -change)(image)
+        torch.testing.assert_close(found[:, unit], difference[0] / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 def test_input_saliency(case):

@@ -48,7 +48,7 @@ def test_every_method_ranks_every_unit_once_and_dead_ones_last(method, profiles,
     new = profiles[:8].clone()
     new[:, 17] = 1e6
     k = 30 if method in LAST_STAGE else 60
-    ids = rank(new, reference, method, k, units, gains=new)
+    ids = rank(new, reference, method, k, units)
     assert ids.shape == (8, k) and ids.dtype == torch.int64
     everyone = torch.arange(60)[-k:]
     assert torch.equal(ids.sort(dim=1).values, everyone.expand(8, k))
@@ -59,7 +59,7 @@ def test_every_method_ranks_every_unit_once_and_dead_ones_last(method, profiles,
 def test_what_an_entry_needs_is_asked_for_and_nothing_else(method, profiles, references, units):
     """Each need, taken away, is refused by name; with all of them, and no more, it ranks."""
     entry, new = RANKINGS[method], profiles[:2]
-    given = {"units": units, "gains": new, "reference": references["scale_free" in entry.needs]}
+    given = {"units": units, "reference": references["scale_free" in entry.needs]}
     needs = {n for n in entry.needs if n != "scale_free"} | (
         {"reference"} if method == "layer_matched_random" else set()
     )
@@ -90,18 +90,7 @@ def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, refere
     new = profiles[:3].clone()
     new[1, 4] = value
     with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
-        rank(new, reference, method, 5, units, gains=profiles[:3])
-
-
-def test_fisher_ranks_by_the_gains(profiles, reference, units):
-    gains = profiles[8:16]
-    expected = gains.masked_fill(reference.dead, -torch.inf).argsort(dim=1, descending=True)[:, :5]
-    assert torch.equal(rank(profiles[:8], reference, "fisher", 5, gains=gains), expected)
-    matched = rank(profiles[:8], reference, "layer_matched_random", 5, units, match="fisher", gains=gains)
-    assert (units.layer_ids[matched] == units.layer_ids[expected]).all()
-    for wrong in (gains[:7], gains[:, :59], gains / 0):
-        with pytest.raises(ValueError, match=r"gains of shape .* expected \(8, 60\)"):
-            rank(profiles[:8], reference, "fisher", gains=wrong)
+        rank(new, reference, method, 5, units)
 
 
 def test_orders_are_those_of_the_definitions(profiles, reference):
@@ -130,7 +119,7 @@ def test_equal_scores_go_by_id():
 def test_scores_are_float64(profiles, reference):
     for method, entry in RANKINGS.items():
         if not {"units", "scale_free"} & set(entry.needs):
-            of = score(profiles[:2].float(), reference, method, gains=profiles[:2].float())
+            of = score(profiles[:2].float(), reference, method)
             assert of.dtype == torch.float64 and of.shape == (2, 60), method
 
 

@@ -26,6 +26,8 @@ from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.kernels import Convolution, Linear, Table
 from pss.engine.locating import BatchDimension, keeps_order, locate_batch
 
+QUANTITIES = ("gradient", "gain", "output")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,8 +37,13 @@ class Options:
     strategy: str = "auto"
     fold: bool = True
     precision: str = "fp32"
+    of: tuple[str, ...] = ("gradient",)  # and "gain", the sum of weight times gradient; or "output", alone
 
     def __post_init__(self):
+        if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(QUANTITIES):
+            raise ValueError(f"unknown quantity in of={self.of}: expected some of {QUANTITIES}, each once")
+        if "output" in self.of and len(self.of) > 1:
+            raise ValueError("of='output' needs no backward pass: ask for it alone")
         known = {"strategy": ("auto", "fast", "vmap", "loop"), "precision": ("fp32", "bf16")}
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -75,6 +82,10 @@ class GradientRecorder(TorchFunctionMode):
         self.wanted, self.others, self.samples, self.columns = wanted, others or {}, samples, columns
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
+        self.listens = "output" in options.of and visit is None
+        self.keeps_outputs = self.listens or ("gain" in options.of and visit is None)
+        self.heard: dict[LayerCall, Tensor] = {}  # outputs, of convolutions their means over positions
+        self.outputs_kept: dict[int, LayerCall] = {}  # by their place in memory
         like = next(iter({**wanted, **self.others}.values()))
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
@@ -84,6 +95,7 @@ class GradientRecorder(TorchFunctionMode):
         self.lost: dict[str, str] = {}  # parameters of calls in which the batch is not found, and why
         self.collecting = False
         self.sums: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
 
     def watching(self, samples: int, visit: Callable[[int, LayerCall, Tensor], None]) -> GradientRecorder:
@@ -124,8 +136,10 @@ class GradientRecorder(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
-        if function in NORMALIZATIONS:
-            return NORMALIZATIONS[function](*args, **kwargs)
+        if function in NORMALIZATIONS or (self.listens and function in _LAYER_NORMS):
+            return self._normalized(NORMALIZATIONS.get(function, function), *args, **kwargs)
+        if function in _CUTTING and self.keeps_outputs:
+            return self._cut(function, *args, **kwargs)
         if function in _ELEMENTWISE and not constant:
             return self._elementwise(function, *args, **kwargs)
         if function is F.scaled_dot_product_attention and not constant:
@@ -193,7 +207,51 @@ class GradientRecorder(TorchFunctionMode):
         """Whether it depends on wanted parameters and on no image."""
         if self.constants is None or not isinstance(tensor, Tensor) or tensor not in self.constants:
             return False
+        if self.options.of != ("gradient",):  # what the weight says or gains is not what its parameters do
+            return False
         return tensor.requires_grad and not tensor.is_complex()
+
+    def _cut(self, function, input, *args, **kwargs):
+        """Cut off values, perhaps of an output in place: where it does that the gradient is zero, so that it may."""
+        call = self.outputs_kept.get(input.data_ptr())
+        as_it_was = call is not None and call.kept._version == call.version
+        result = function(input, *args, **kwargs)
+        if as_it_was:
+            call.version = call.kept._version
+        return result
+
+    def _normalized(self, function, input, *args, **kwargs):
+        """A normalization, after which an output is heard instead of before it."""
+        call = self.outputs_kept.get(input.data_ptr()) if self.listens else None
+        directly = call is not None and call.kept._version == call.version and call.kept.shape == input.shape
+        result = function(input, *args, **kwargs)
+        if directly:
+            self.hear(call, result)
+        return result
+
+    def hear(self, call: LayerCall, output: Tensor) -> None:
+        """Keep what a call says, should it be asked for."""
+        if self.listens:
+            positions = isinstance(call.layer, Convolution)
+            self.heard[call] = output.detach().flatten(2).mean(2) if positions else output.detach().clone()
+
+    def output_means(self, losses: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Mean output of every row of the wanted parameters over positions and calls, ``(B, O)``; zero of idle ones."""
+        means: dict[str, tuple[Tensor, ...]] = {}
+        for call, output in self.heard.items():
+            if call.name not in self.lost:
+                first = output if call.batch is None else call.batch.first(output)
+                mean = self._mean(
+                    call.name, first.reshape(self.samples, -1, first.shape[-1]).mean(1), self.uses[call.name]
+                )
+                means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
+        known = {name: p for name, p in self.wanted.items() if name not in self.lost}
+        used: tuple[Tensor | None, ...] = (None,) * len(known)
+        if known and losses.requires_grad:  # autograd sees no weight whose calls are seen here
+            used = torch.autograd.grad(losses.sum(), list(known.values()), allow_unused=True)
+        if unseen := [name for name, g in zip(known, used, strict=True) if g is not None]:
+            raise Unsupported(f"the outputs of {', '.join(unseen)} are not seen: leave these units out of of='output'")
+        return {name: means.get(name, (self._mean(name, None),)) for name in known}
 
     def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
@@ -234,13 +292,26 @@ class GradientRecorder(TorchFunctionMode):
 
     # Collecting in the backward pass
 
-    def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
-        """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+    def collect_products(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Add up weight times gradient of each row, from what the call gave and what came back."""
+        if "gain" not in self.options.of or not self._may_collect(call):
+            return
+        products = call.products(x, g)
+        products = products.flatten(2).sum(2) if isinstance(call.layer, Convolution) else products
+        products = products if call.batch is None else call.batch.first(products)
+        rows = products.reshape(self.samples, -1, products.shape[-1]).sum(1)
+        self.products[call.name] = rows + self.products[call.name] if call.name in self.products else rows
+
+    def _may_collect(self, call: LayerCall) -> bool:
         if not self.collecting:
             raise OwnGradients("the network takes gradients on its way")
         if not call.recorded:
             raise Unsupported("the output of a convolution was passed on without being looked at")
-        if all(name in self.lost for name in call.names):
+        return not all(name in self.lost for name in call.names)
+
+    def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+        if "gradient" not in self.options.of or not self._may_collect(call):
             return
         if call.batch is not None:
             x, g = call.batch.first(x), call.batch.first(g)
@@ -261,7 +332,10 @@ class GradientRecorder(TorchFunctionMode):
         """Gradient of the call's weight for some samples, ``(b, *shape)``."""
         in_parts = isinstance(call.layer, Convolution) and call.batch is not None
         pairs = zip(x.unbind(1), g.unbind(1), strict=True) if in_parts else [(x, g)]
-        gradients = sum(call.layer.gradients(*pair).to(call.weight.dtype) for pair in pairs)
+        parts = (call.layer.gradients(*pair).to(call.weight.dtype) for pair in pairs)
+        gradients = next(parts)
+        for part in parts:
+            gradients += part
         if call.scale is not None:
             gradients *= call.scale.reshape(-1, *[1] * (gradients.dim() - 2))
         return gradients
@@ -282,28 +356,28 @@ class GradientRecorder(TorchFunctionMode):
             found = torch.autograd.grad(call.made, parameters, gradient, retain_graph=True)
             for name, of_one in zip(call.parameters, found, strict=True):
                 of_one = of_one.mT if name in self.columns else of_one
-                parts[name].append(self._row_sums(of_one[None]) if self.uses[name] == 1 else of_one[None])
+                once = _sum_rows((of_one if self.signed else of_one.abs())[None]) if self.uses[name] == 1 else None
+                parts[name].append(of_one[None] if once is None else once)
         for name, of_each in parts.items():
             if self.uses[name] == 1:
                 self.sums[name] = torch.cat(of_each)
             else:
                 self._add(name, torch.cat(of_each))
 
-    def _row_sums(self, gradients: Tensor) -> Tensor:
-        gradients = gradients if self.signed else gradients.abs()
-        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
-
-    def row_means(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def row_means(self, losses: Tensor) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
         """Run the backward pass.
 
         Returns
         -------
-        means : dict of str to Tensor
-            Mean (absolute) gradient of every row of the wanted parameters, ``(B, O)``, or of every column,
-            ``(B, 1, O)``, without those that were (also) used in a way that is not known here.
+        means : dict of str to tuple of Tensor
+            Of every row of the wanted parameters the mean (absolute) gradient or weight times gradient, ``(B, O)``, or
+            of every column, ``(B, 1, O)``, a tensor for each quantity asked for; without those that were (also) used
+            in a way that is not known here.
         gradients : dict of str to Tensor
             What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
         """
+        if self.listens:
+            return self.output_means(losses), {}
         watched = {**self.wanted, **self.others}
         found: tuple[Tensor | None, ...] = (None,) * len(watched)
         if losses.requires_grad:
@@ -311,14 +385,21 @@ class GradientRecorder(TorchFunctionMode):
             found = torch.autograd.grad(losses.sum(), [self.token, *watched.values()], allow_unused=True)[1:]
         reached = {name: g for name, g in zip(watched, found, strict=True) if g is not None}
         means = {}
-        for name, parameter in self.wanted.items():
+        for name in self.wanted:
             if name in self.gradients:
-                self.sums[name] = self._row_sums(self.gradients.pop(name))
-            shape = parameter.mT.shape if name in self.columns else parameter.shape
-            sums = self.sums.get(name, parameter.new_zeros(self.samples, shape[0]))
-            means[name] = sums / shape[1:].numel()
-            means[name] = means[name][:, None] if name in self.columns else means[name]
+                gradient = self.gradients.pop(name)
+                self.sums[name] = _sum_rows(gradient if self.signed else gradient.abs_())
+            sums = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
+            means[name] = tuple(self._mean(name, sums[quantity]) for quantity in self.options.of)
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
+
+    def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
+        """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""
+        parameter = self.wanted[name]
+        shape = parameter.mT.shape if name in self.columns else parameter.shape
+        sums = parameter.new_zeros(self.samples, shape[0]) if sums is None else sums
+        mean = sums / (size or shape[1:].numel())
+        return mean[:, None] if name in self.columns else mean
 
 
 class Locator:
@@ -368,6 +449,10 @@ def _has_hooks(model: nn.Module) -> bool:
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def _sum_rows(gradients: Tensor) -> Tensor:
+    return gradients.reshape(*gradients.shape[:2], -1).sum(2)
+
+
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):
     """Padding "same" or "valid" in numbers; an odd amount is padded beforehand, the larger part at the end."""
     if padding == "valid":
@@ -388,6 +473,8 @@ _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
 _ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
 _ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}
+_LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}
+_CUTTING = {F.relu, F.relu6, F.hardtanh, F.relu_, F.hardtanh_, torch.relu, torch.relu_, Tensor.relu_}
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
 _DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 # The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.

@@ -1,86 +1,311 @@
-r"""What a correction costs: the smallest step that repairs a mistake, and what it does to images that were right.
+r"""The smallest step that corrects a mistake, and what it does to images that were right.
 
-The pages before judge a ranking by what a step of fixed length does to the image. Here the step is as long as it must
-be, and what is judged is the damage: the divergence on retain images that the step never saw. See `pss.fisher` for
-the direction and the ranking that follow from this question.
+A gain :math:`a_u = 1 + d_u` on the weights of every unit moves the logits by :math:`J d`, where :math:`J` is the
+gain saliency of every logit. What it does to usual images is to second order
+
+.. math:: \mathrm{KL} \approx \tfrac12 d^\top F d, \qquad F = \mathbb E\bigl[J^\top(\mathrm{diag}\,p - pp^\top)J\bigr],
+
+so the least harmful correction is the :math:`d` of least :math:`d^\top F d` whose margins :math:`z_y - z_k` are closed.
+:math:`F` has low rank, and is solved with through its factor. The diagonal of squared gradients of the true labels,
+which many take for :math:`F`, is nearly zero on images that the model is sure of, and cost more on digits.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
-from pss.editing import Ids, _check_batch, _check_ids, _check_logits, _chunks, _damage
-from pss.engine import growing as _variants
+from pss.editing import Ids, check_batch, check_logits, damage
+from pss.engine.checks import check_ids
+from pss.engine.edits import restored
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
-from pss.fisher import DAMPING, Weights, damped, digest, gradients_of
-from pss.lines import GRID, Line, line_of, predicts, runs, shifted, smallest, unit_mask
-from pss.reference import Reference
-from pss.saliency import Loss, check_inputs
+from pss.saliency import Loss, check_inputs, get_loss
+from pss.storage.tensors import bytes_of
 from pss.units import Units
 
-log = logging.getLogger(__name__)
-DIRECTIONS = ("gradient", "fisher")
+DAMPING = 0.01  # added to F, as a multiple of the mean of its diagonal
+_CAUTION = (1, 10, 100)  # factors of the damping that are tried
+_RIVALS = 5  # classes that a mistake must pass
+_EXACT = 2**26  # numbers in the factor of F up to which it is taken over all classes
+_DRAWS = 3  # labels drawn for each image beyond
+_NUMBERS = 2**20  # in the images of one pass
+_SIZES = 25  # step sizes tried first, over six decades
+
+
+# ----------------------------------------------------------------------------------------------- gains and curvature
+
+
+def unit_maps(units: Units) -> dict[str, Tensor]:
+    """Unit of every weight by parameter name, broadcastable to the parameter; ``len(units)`` for weights of none."""
+    maps: dict[str, Tensor] = {}
+    for start, group in zip(units.starts, units.layers, strict=False):
+        kept = {0, group.dim} if group.groups > 1 else {group.dim}
+        shape = [size if dim in kept else 1 for dim, size in enumerate(group.shape)]
+        of = maps.setdefault(group.parameter, torch.full(shape, len(units)))
+        for j in range(group.count):
+            of[group.index(j)] = start + j
+    return maps
+
+
+def gain_jacobian(
+    model: nn.Module, images: Tensor, units: Units, combinations: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
+    r"""Derivative of every logit to the gain of every unit, for each image.
+
+    .. math:: J_{ju} = \frac{\partial z_j}{\partial a_u} = \sum_{i \in u} \theta_i \frac{\partial z_j}{\partial\theta_i}
+
+    (at :math:`a = 1`): for a filter the sum over positions of gradient times output without bias.
+
+    Parameters
+    ----------
+    images : (B, …)
+    combinations : (B, M, C), optional
+        Weights of sums of logits that are taken instead.
+    steps : (U,), optional
+        Differentiate at gains of 1 plus these.
+
+    Returns
+    -------
+    Tensor, shape (B, C, U) or (B, M, U)
+    """
+    maps, start = unit_maps(units), (torch.ones(len(units)) if steps is None else 1 + steps).to(images)
+
+    def by_definition(x: Tensor, gains: Tensor) -> Tensor:  # of one image
+        return functional_call(model, gained(model, maps, gains[0] - 1), (x,))
+
+    def by_layers(x: Tensor, gains: Tensor) -> Tensor:
+        return _with_gains(model, x, maps, gains)
+
+    def rows(part: slice, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        gains = start.repeat(len(images[part]), 1).requires_grad_()
+        logits = forward(images[part], gains)
+        sums = logits if combinations is None else (combinations[part].to(logits) * logits[:, None]).sum(dim=2)
+        if not sums.requires_grad:
+            return gains.new_zeros(*sums.shape, len(units))
+        grad = partial(torch.autograd.grad, inputs=gains, retain_graph=True, materialize_grads=True)
+        return torch.stack([grad(total)[0] for total in sums.sum(dim=0)], dim=1)
+
+    with torch.inference_mode(False), preserved(model), torch.enable_grad(), ExplicitNormalization():
+        model.requires_grad_(False)
+        images = images.clone() if images.is_inference() else images
+        one = slice(0, 1)
+        first, expected = rows(one, by_layers), rows(one, by_definition)
+        slack = torch.finfo(first.dtype).eps ** 0.5 * float(expected.abs().max())
+        if torch.allclose(first, expected, rtol=0, atol=slack):
+            return torch.cat([rows(part, by_layers) for part in _parts(images)])
+        return torch.cat([rows(slice(b, b + 1), by_definition) for b in range(len(images))])
+
+
+def gained(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict[str, Tensor]:
+    """Weights by parameter name where the gains of the units are 1 plus the steps (U,)."""
+    gains = torch.cat([1 + steps, steps.new_ones(1)])
+    return {name: (p := model.get_parameter(name)).detach() * gains[of].to(p) for name, of in maps.items()}
+
+
+def _with_gains(model: nn.Module, images: Tensor, maps: Mapping[str, Tensor], gains: Tensor) -> Tensor:
+    """Logits with gains (B, U) of each image's own, put on what the layers give before their bias is added."""
+    of = {id(model.get_parameter(name)): of for name, of in maps.items()}
+    gains = torch.cat([gains, gains.new_ones(len(gains), 1)], dim=1)
+
+    def scale(module: nn.Module, _: Any, out: Tensor) -> Tensor:
+        linear = isinstance(module, nn.Linear)
+        units, rest = of[id(module.weight)], [1] * (out.dim() - 2)
+        if getattr(module, "transposed", False) and module.groups > 1:  # each group of input channels has its units
+            units = units[:: len(units) // module.groups]
+        own = gains[:, units.flatten()]
+        if len(out) != len(gains) or own.shape[1] != out.shape[-1 if linear else 1]:
+            return out  # laid out in another way: the comparison with one image alone will show it
+        own = own.reshape(len(out), *rest, -1) if linear else own.reshape(len(out), -1, *rest)
+        if module.bias is None:
+            return out * own
+        bias = module.bias if linear else module.bias.reshape(-1, *rest)
+        return bias + (out - bias) * own
+
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    found = [m for m in model.modules() if isinstance(m, layers) and id(m.weight) in of]
+    hooks = [module.register_forward_hook(scale) for module in found]
+    try:
+        return model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Curvature:
+    r"""The quadratic form :math:`F + \lambda I` from a factor, :math:`F = R^\top R`.
+
+    Parameters
+    ----------
+    rows : (n, U)
+        :math:`R`.
+    """
+
+    def __init__(self, rows: Tensor):
+        rows = rows.double()
+        self.rows = torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+        _, singular, self._axes = torch.linalg.svd(self.rows, full_matrices=False)
+        self._values = singular.square()
+        self.damping = DAMPING * float(self._values.sum()) / rows.shape[1] + torch.finfo(torch.float32).tiny
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0) -> Curvature:
+        """Of the KL on these images: over all classes where the factor stays small, otherwise of labels drawn."""
+        p = logits_of(model, images).double().softmax(dim=1)
+        eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+        if len(images) * p.shape[1] * len(units) <= _EXACT:
+            weights = p.sqrt()[:, :, None] * (eye - p[:, None])
+        else:
+            drawn = torch.multinomial(p.cpu(), _DRAWS, True, generator=torch.Generator().manual_seed(seed))
+            weights = (eye[drawn.to(p.device)] - p[:, None]) / _DRAWS**0.5
+        return cls(gain_jacobian(model, images, units, weights).flatten(0, 1) / len(images) ** 0.5)
+
+    def solve(self, vectors: Tensor, damping: float | None = None) -> Tensor:
+        r""":math:`(F + \lambda I)^{-1}` times each row, (m, U)."""
+        damping = self.damping if damping is None else damping
+        along = (vectors @ self._axes.mT) * (self._values / (self._values + damping))
+        return (vectors - along @ self._axes) / damping
+
+    def correction(self, slopes: Tensor, needs: Tensor, price: float = np.inf, damping: float | None = None) -> Tensor:
+        r"""Steps (U,) of least :math:`\tfrac12 d^\top(F+\lambda I)d` with ``slopes @ d >= needs``.
+
+        With a finite ``price`` what is lacking costs that much each, so that some may be left. By the dual problem, a
+        least-squares problem in one bounded number for each of the m needs.
+        """
+        towards = self.solve(slopes, damping)
+        gram = slopes @ towards.mT
+        scale = float(gram.diagonal().mean())
+        if not scale > 0:
+            return torch.zeros_like(slopes[0])
+        gram = gram + 1e-9 * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        root = torch.linalg.cholesky(gram).cpu()
+        target = torch.linalg.solve_triangular(root, needs.double().cpu()[:, None], upper=False)[:, 0]
+        found = lsq_linear(root.mT.numpy(), target.numpy(), bounds=(0, price)).x
+        return torch.from_numpy(found).to(towards) @ towards
+
+
+def margins(
+    model: nn.Module, images: Tensor, labels: Tensor, units: Units, steps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Margins (B, M) of the labels over their strongest rivals, and their derivative (B, M, U), at gains 1 + steps."""
+    with shifted(model, {} if steps is None else changes(model, unit_maps(units), steps)):
+        logits = logits_of(model, images).double()
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    weights = eye[labels][:, None] - eye[_rivals(logits, labels)]
+    return (weights * logits[:, None]).sum(dim=2), gain_jacobian(model, images, units, weights, steps).double()
+
+
+def rival_margins(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Margins (B, M) of the labels over their strongest rivals."""
+    logits = logits_of(model, images).double()
+    return logits.gather(1, labels[:, None]) - logits.gather(1, _rivals(logits, labels))
+
+
+def _rivals(logits: Tensor, labels: Tensor) -> Tensor:
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.topk(min(_RIVALS, logits.shape[1] - 1), dim=1).indices
+
+
+def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict[str, Tensor]:
+    """What gains of 1 plus these steps (U,) add to the weights."""
+    return {name: w - model.get_parameter(name).detach() for name, w in gained(model, maps, steps).items()}
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of the model in evaluation mode, without gradients."""
+    with preserved(model), torch.no_grad():
+        return torch.cat([model(images[part]) for part in _parts(images)])
+
+
+def _parts(images: Tensor) -> list[slice]:
+    size = max(1, _NUMBERS // max(1, images[0].numel()))
+    return [slice(start, start + size) for start in range(0, len(images), size)]
+
+
+def divergences(before: Tensor, after: Tensor) -> Tensor:
+    """KL of each image in nats, float64, from the logits before and after."""
+    p, q = before.double().log_softmax(dim=1), after.double().log_softmax(dim=1)
+    return (p.exp() * (p - q)).sum(dim=1)
+
+
+def predicts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label is predicted, over the last dimension; never where a number overflowed."""
+    return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)
+
+
+@contextmanager
+def shifted(model: nn.Module, delta: Mapping[str, Tensor], size: float = 1.0) -> Iterator[nn.Module]:
+    """Add ``size`` times the changes to the named parameters; bit-identical afterwards."""
+    with torch.no_grad(), restored([model.get_parameter(name).data for name in delta]) as weights:
+        for weight, change in zip(weights, delta.values(), strict=True):
+            weight.add_(change, alpha=size)
+        yield model
+
+
+# ------------------------------------------------------------------------------------------------- the smallest step
 
 
 def smallest_correction(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    units: Units,
-    rankings: Mapping[str, Ids] | Ids,
-    k: int | Sequence[int] = 25,
-    direction: str | Sequence[str] = "gradient",
+    units: Units | None = None,
+    rankings: Mapping[str, Ids] | Ids | None = None,
+    k: int | Sequence[int] | None = None,
+    through: str | Sequence[str] = "gains",
     retain: tuple[Tensor, Tensor] | None = None,
-    fisher: Weights | Reference | None = None,
-    damping: float = DAMPING,
+    usual: Tensor | None = None,
     parameters: Mapping[str, Sequence[str]] | None = None,
     loss: str | Loss = "cross_entropy",
     max_relative_step: float = 10.0,
     tolerance: float = 0.05,
     image_ids: Sequence | None = None,
-    retain_ids: Sequence | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Smallest step through the top k units that corrects each image, and what it does to the retain images.
+    r"""Smallest step that corrects each image, and what it does to the retain images.
 
-    The step is :math:`\delta = -t\,g` or, with direction ``fisher``, :math:`-t\,g_i/(F_i+\lambda)`, zero outside the
-    units, with :math:`g` the gradient at the unedited model. The first of 25 sizes, over six decades, that makes the
-    label the predicted class is refined to ``tolerance``. What is corrected only between two neighbouring
-    sizes, a factor of 1.8 apart, and not beyond, can be missed.
+    Through ``gains`` the step is the :math:`d` of least :math:`d^\top F d` (see the module) that closes the margins,
+    taken to be linear; through ``weights`` it is along the gradient of the loss. Then the first of 25 sizes, over six
+    decades, that makes the label the predicted class is refined to ``tolerance``.
 
     Parameters
     ----------
     images, labels : (B, …), (B,)
         Misclassified images.
-    rankings : mapping of name to (B, K) unit ids, or one such ranking
-    k : int or sequence of int
-        How many units, each at most K. All units of the model is the same for every ranking and taken once.
-    direction : {"gradient", "fisher"} or a sequence of both
+    units : Units, optional
+        By default the filters of the model's convolutions.
+    rankings : mapping of name to (B, K) unit ids, or one such ranking, optional
+        Take the step through the top ``k`` units of these; by default, and for k = all, through all units.
+    k : int or sequence of int, optional
+    through : {"gains", "weights"} or a sequence of both
     retain : (images, labels)
-        Images on which the damage is measured: none of them may be among the mistakes.
-    fisher : mapping of str to Tensor, or Reference
-        From `fisher_diagonal`, or a reference fitted with it, for direction ``fisher``.
-    damping : float
-        :math:`\lambda`, as a multiple of the mean of the Fisher information over the units' parameters.
+        Images on which the damage is measured. None of them may be among the mistakes or the usual images.
+    usual : (N, …)
+        Images on which the curvature :math:`F` of the KL is taken, for ``gains``: of the kind that the model meets.
     parameters : mapping of name to parameter names, optional
-        To compare with: whole parameters that are moved instead of units, along the gradient alone.
+        To compare with: whole parameters that are moved instead of units, along the gradient.
+    loss : str or callable
+        Whose gradient is the direction through ``weights``.
     max_relative_step : float
         Longest step, as a multiple of the norm of the weights that it changes; of weights that are all zero, as those
         of a pruned unit are, that of as many usual weights of their layers.
-    image_ids, retain_ids : sequence, optional
-        Ids for the column ``image``, and of the retain images to be held against them.
+    image_ids : sequence, optional
+        Ids for the column ``image``.
 
     Returns
     -------
     DataFrame
-        One row per image, ranking, k and direction: ``corrected``; ``step``, the norm of :math:`\delta`, and
+        One row per image, ranking, k and way: ``corrected``; ``step``, the norm of the change of the weights, and
         ``relative``, that over the norm of the weights changed; ``kl_mean`` and ``kl_worst``, the divergence
         :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over the retain images that were right;
         ``accuracy_lost`` on all retain images; ``others_corrected``, the share of the wrong ones that become right (NaN
@@ -93,210 +318,211 @@ def smallest_correction(
         If an image is classified correctly, is also a retain image, an id is out of range or given twice, or an option
         is not one of those above.
     """
+    units = Units.of(model) if units is None else units
+    ways = [through] if isinstance(through, str) else list(through)
+    rankings = {"all": np.arange(len(units))[None].repeat(len(images), 0)} if rankings is None else rankings
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
-    rankings = {name: _check_ids(ids, units, dims=2) for name, ids in rankings.items()}
-    ks, directions = np.atleast_1d(k).tolist(), [direction] if isinstance(direction, str) else list(direction)
-    _check_options(units, rankings, ks, directions, fisher, max_relative_step, tolerance)
+    rankings = {name: check_ids(ids, len(units), dims=2) for name, ids in rankings.items()}
+    ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
+    _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:
         raise ValueError("no retain images: give retain=(images, labels), on which the damage is measured")
     for ids in rankings.values():
-        _check_batch(model, images, labels, units, ids)
+        check_batch(model, images, labels, units, ids)
     image_ids = list(range(len(images))) if image_ids is None else list(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids)) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
-    refuse_overlap(images, retain[0], None if retain_ids is None else image_ids, retain_ids)
-    names = [layer.parameter for layer in units.layers]
-    curvature = damped(fisher, names, damping) if "fisher" in directions else None
-    search, rows = Search(model, retain, max_relative_step, tolerance), []
-    with preserved(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
-        search.check_wrong(images, labels, image_ids)
-        for part, gradients in gradients_of(model, images, labels, loss):
-            x, y, at = images[part], labels[part], list(range(len(images)))[part]
-            for name, count, kind, masks in _jobs(model, units, rankings, ks, directions, parameters, at):
-                lines = [
-                    line_of(model, gradients, b, mask, curvature if kind == "fisher" else None)
-                    for b, mask in enumerate(masks)
-                ]
-                found = search.costs(x, y, lines)
-                tags = {"ranking": name, "k": count, "direction": kind}
-                rows += [
-                    {"image": image_ids[i], "label": int(labels[i]), **tags, **cost}
-                    for i, cost in zip(at, found, strict=True)
-                ]
-            bar.update(len(x))
-    return _repeat_all(pd.DataFrame(rows), list(rankings))
+    check_inputs(model, *retain, what="retain images")
+    check_mistakes(model, (images, labels), image_ids)
+    refuse_overlap(retain[0], images)
+    if usual is not None:
+        check_inputs(model, usual, torch.zeros(len(usual), dtype=torch.long), what="usual images")
+        refuse_overlap(retain[0], usual, "usual images")
+    search = _Search(model, units, retain, get_loss(loss), max_relative_step, tolerance)
+    curvature = Curvature.of(model, usual, units) if "gains" in ways else None
+    rows: list[dict] = []
+    with preserved(model):
+        for b, image_id in enumerate(tqdm(image_ids, unit="image", delay=2, disable=not progress)):
+            x, y = images[b : b + 1], labels[b : b + 1]
+            jobs = [(name, count, way) for way in ways for count in ks for name in rankings]
+            found: dict[tuple, dict] = {}  # all units are the same whatever the ranking
+            for name, count, way in jobs:
+                ids = tuple(range(count)) if count == len(units) else tuple(rankings[name][b, :count].tolist())
+                if (way, ids) not in found:
+                    line = (
+                        search.by_gains(x, y, ids, curvature, usual)
+                        if way == "gains"
+                        else search.by_gradient(x, y, ids)
+                    )
+                    found[way, ids] = search.measure(*line)
+                rows.append(
+                    {"image": image_id, "label": int(y), "ranking": name, "k": count, "through": way} | found[way, ids]
+                )
+            for name, whole in (parameters or {}).items():
+                cost = search.measure(*search.by_gradient(x, y, (), whole))
+                rows.append({"image": image_id, "label": int(y), "ranking": name, "k": 0, "through": "weights"} | cost)
+    return pd.DataFrame(rows)
 
 
-def refuse_overlap(
-    images: Tensor, others: Tensor, ids: Sequence | None = None, other_ids: Sequence | None = None
-) -> None:
-    """Refuse retain images that are among the mistakes, by their pixels and where given by their ids."""
-    common = {digest(image) for image in images} & {digest(image) for image in others}
-    if not common and ids is not None and other_ids is not None:
-        common = set(ids) & set(other_ids)
-    if common:
-        raise ValueError(
-            f"{len(common)} of the retain images are among the mistakes: the damage is measured on images that the "
-            "step never saw, so take them out of one"
-        )
+class _Search:
+    """Finds the smallest step that corrects an image, and measures it on the retain images."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Units,
+        retain: tuple[Tensor, Tensor],
+        loss: Loss,
+        longest: float,
+        tolerance: float,
+    ):
+        self.model, self.units, self.retain, self.loss = model, units, retain, loss
+        self.longest, self.tolerance, self.maps = longest, tolerance, unit_maps(units)
+        self.before = logits_of(model, retain[0]).double().log_softmax(dim=1)
 
-class Search:
-    """Finds the smallest step that corrects, and measures it on the retain images."""
+    def by_gradient(self, x: Tensor, y: Tensor, ids: Sequence[int], whole: Sequence[str] = ()) -> tuple:
+        """Line along the gradient of the loss through the units, or through whole parameters, and the size on it."""
+        mask = {name: torch.ones_like(self.model.get_parameter(name), dtype=torch.bool) for name in whole}
+        mask |= self._mask(ids)
+        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
+            self.model.requires_grad_(False)
+            weights = [self.model.get_parameter(name).requires_grad_() for name in mask]
+            loss = self.loss(self.model(x), y).sum()
+            found = torch.autograd.grad(loss, weights, materialize_grads=True) if loss.requires_grad else weights
+        delta = {name: -torch.where(mask[name], g, 0).double() for name, g in zip(mask, found, strict=True)}
+        line, length = self._line(delta, mask)
+        return line, length, self._smallest(x, y, line)
 
-    def __init__(self, model: nn.Module, retain: tuple[Tensor, Tensor], max_relative_step: float, tolerance: float):
-        self.model, (self.retain, self.retain_labels) = model, retain
-        self.max_relative_step, self.tolerance = max_relative_step, tolerance
-        self.trusted: set[str] = set()  # parameters whose edits in one pass were compared with edits in place
-        check_inputs(model, *retain, what="retain images")
-        with torch.no_grad(), preserved(model):
-            logits = torch.cat([model(part) for part in self.retain.split(256)])
-        _check_logits(self.retain_labels, logits)
-        self.before = logits.double().log_softmax(dim=1)
+    def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int], curvature: Curvature, usual: Tensor) -> tuple:
+        """Line of least curvature that closes the margins, and the size on it.
+
+        Of lines for several dampings, and one with the margins linear at the end of the best, that of least KL on the
+        usual images: where the curvature is nearly zero, it does not hold for long.
+        """
+        ids, mask, before = list(ids), self._mask(ids), logits_of(self.model, usual)
+        own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, ids])
+        found: list[tuple] = [(np.inf, ({}, 0.0, np.inf), 1, torch.zeros(len(self.units)).to(own.rows))]
+        for factor in (*_CAUTION, None):
+            _, _, again, start = min(found, key=lambda each: each[0])
+            gaps, slopes = (values[0] for values in margins(self.model, x, y, self.units, start * (factor is None)))
+            needs = (slopes @ start) * (factor is None) - gaps
+            factor, steps = factor or again, torch.zeros_like(start)
+            steps[ids] = own.correction(slopes[:, ids], needs, damping=factor * own.damping)
+            delta = changes(self.model, self.maps, steps)
+            line, length = self._line(delta, mask)
+            size = self._smallest(x, y, line)
+            if np.isfinite(size):
+                with shifted(self.model, line, size):
+                    kl = float(divergences(before, logits_of(self.model, usual)).mean())
+                found.append((kl, (line, length, size), factor, steps * (size * length / _norm(delta))))
+        return min(found, key=lambda each: each[0])[1]
+
+    def _mask(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """Where the units lie in their parameters."""
+        masks = {name: torch.isin(of, torch.tensor(ids, dtype=torch.long)) for name, of in self.maps.items()}
+        whole = {name: self.model.get_parameter(name) for name in masks}
+        return {name: mask.to(whole[name].device).expand_as(whole[name]) for name, mask in masks.items() if mask.any()}
+
+    def _line(self, delta: dict[str, Tensor], mask: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """The change made as long as the weights that it may change, and that length; of no change an empty line.
+
+        Weights that are all zero (pruned units) count as long as as many usual ones of their layers.
+        """
+        weights = {name: self.model.get_parameter(name).detach() for name in mask}
+        length = _norm({name: torch.where(mask[name], w, 0) for name, w in weights.items()})
+        if not length > 0:
+            usual = {name: w.double().square().mean() for name, w in weights.items()}
+            length = sum(float(usual[name] * mask[name].sum()) for name in mask) ** 0.5
+        size = _norm(delta)
+        if not (size > 0 and length > 0):
+            return {}, 0.0
+        return {name: (delta[name] * (length / size)).to(w) for name, w in weights.items()}, length
 
     @torch.no_grad()
-    def check_wrong(self, images: Tensor, labels: Tensor, image_ids: list) -> None:
-        """Refuse images that are no mistakes."""
-        logits = torch.cat([self.model(part) for part in images.split(256)])
-        _check_logits(labels, logits)
-        right = predicts(logits, labels).nonzero()[:, 0].tolist()
-        if right:
-            which = [image_ids[i] for i in right[:5]]
-            raise ValueError(f"images {which} are classified correctly: there is nothing to correct, leave them out")
+    def _smallest(self, x: Tensor, y: Tensor, line: dict[str, Tensor]) -> float:
+        def corrected(size: float) -> bool:
+            with shifted(self.model, line, size):
+                return bool(predicts(self.model(x), y).all())
+
+        return smallest(corrected, self.longest, self.tolerance) if line else np.inf
 
     @torch.no_grad()
-    def costs(self, images: Tensor, labels: Tensor, lines: list[Line | None]) -> list[dict]:
-        """The columns of the result for images with their lines."""
-        there = [b for b, line in enumerate(lines) if line is not None]
-        sizes = dict.fromkeys(range(len(lines)), np.inf)
-        for part in _chunks(images, GRID):
-            now = there[part]
-            if now:
-                x, y, own = images[now], labels[now], [lines[b] for b in now]
-                sizes |= dict(zip(now, self._smallest(x, y, own), strict=True))
-        return [self._measure(images[b], labels[b], line, sizes[b]) for b, line in enumerate(lines)]
-
-    def _smallest(self, images: Tensor, labels: Tensor, lines: list[Line]) -> list[float]:
-        """Smallest size that corrects each image; inf where none does."""
-        try:
-            together = lambda sizes: predicts(self._along(images, lines, sizes), labels[:, None])  # noqa: E731
-            return smallest(together, len(lines), self.max_relative_step, self.tolerance)
-        except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again in place
-            log.info("steps one at a time, in place, because: %s", error)
-            return [self._alone(*each) for each in zip(images, labels, lines, strict=True)]
-
-    def _alone(self, image: Tensor, label: Tensor, line: Line) -> float:
-        def corrected(sizes: Tensor) -> Tensor:  # (1, S), in ascending order: none is tried after the first that does
-            hits = torch.zeros(sizes.shape, dtype=torch.bool)
-            for at, size in enumerate(sizes[0].tolist()):
-                with shifted(self.model, line.delta, size):
-                    hits[0, at] = predicts(self.model(image[None])[0], label)
-                if hits[0, at]:
-                    break
-            return hits
-
-        return smallest(corrected, 1, self.max_relative_step, self.tolerance)[0]
-
-    def _along(self, images: Tensor, lines: list[Line], sizes: Tensor) -> Tensor:
-        """Logits of every image at its sizes (B, S) along its line, (B, S, C), in one growing batch."""
-        sizes, changes = sizes.to(images), {}
-        for b, line in enumerate(lines):
-            for name, delta in line.delta.items():
-                for start, rows in runs(delta):
-                    change = _variants.Change(b, 0, start, rows, sizes[b])
-                    changes.setdefault(self.model.get_parameter(name), []).append(change)
-        logits = _variants.forward(self.model, images, changes, sizes.shape[1])
-        for b, line in enumerate(lines):
-            if not line.delta.keys() <= self.trusted:
-                self._compare(logits[b, -1], images[b], line, float(sizes[b, -1]))
-        return logits
-
-    def _compare(self, logits: Tensor, image: Tensor, line: Line, size: float) -> None:
-        """Hold one variant against the model edited in place, once for every parameter that is edited."""
-        with shifted(self.model, line.delta, size):
-            expected = self.model(image[None])[0]
-        slack = 1e3 * torch.finfo(logits.dtype).eps * float(expected.abs().max())
-        if not torch.allclose(logits, expected, rtol=0, atol=slack):
-            raise _variants.NotCarried("edited in place the model says something else: its rows interact")
-        self.trusted |= line.delta.keys()
-
-    def _measure(self, image: Tensor, label: Tensor, line: Line | None, size: float) -> dict:
-        """The step of this size, edited in place, on the image and on the retain images."""
-        after = None
-        if np.isfinite(size):
-            after = self._edited(image, label, line, size)
-            if after is None:  # at the very boundary the two ways may round differently
-                size = self._alone(image, label, line)
-                after = self._edited(image, label, line, size) if np.isfinite(size) else None
-        if after is None:
+    def measure(self, line: dict[str, Tensor], length: float, size: float) -> dict:
+        """The step in the columns of the result."""
+        if not np.isfinite(size):
             infinite = dict.fromkeys(("step", "relative", "kl_mean", "kl_worst"), np.inf)
             return {"corrected": False, **infinite, "accuracy_lost": np.nan, "others_corrected": np.nan}
-        damage = _damage(self.before, after, self.retain_labels)
+        with shifted(self.model, line, size):
+            after = logits_of(self.model, self.retain[0]).double().log_softmax(dim=1)
+        done = damage(self.before, after, self.retain[1])
         return {
             "corrected": True,
-            "step": size * line.length,
+            "step": size * length,
             "relative": size,
-            "kl_mean": damage["kl_mean"],
-            "kl_worst": damage["kl_worst"],
-            "accuracy_lost": damage["accuracy_before"] - damage["accuracy_after"],
-            "others_corrected": damage["corrected"],
+            "kl_mean": done["kl_mean"],
+            "kl_worst": done["kl_worst"],
+            "accuracy_lost": done["accuracy_before"] - done["accuracy_after"],
+            "others_corrected": done["corrected"],
         }
 
-    def _edited(self, image: Tensor, label: Tensor, line: Line, size: float) -> Tensor | None:
-        """Log-probabilities of the retain images after the step, None if it does not correct the image."""
-        with shifted(self.model, line.delta, size):
-            if not predicts(self.model(image[None])[0], label):
-                return None
-            return torch.cat([self.model(part).double().log_softmax(dim=1) for part in self.retain.split(256)])
+
+def smallest(corrected: Callable[[float], bool], longest: float, tolerance: float = 0.05) -> float:
+    """First of the sizes that corrects, to a relative tolerance from above; inf where none does.
+
+    What is corrected only between two neighbouring sizes, a factor of 1.8 apart, and not beyond, can be missed.
+    """
+    sizes = np.geomspace(longest * 1e-6, longest, _SIZES)
+    at = next((i for i, size in enumerate(sizes) if corrected(size)), None)
+    if at is None:
+        return np.inf
+    low, high = sizes[at - 1] if at else longest * 1e-12, sizes[at]
+    while high > low * (1 + tolerance):
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if corrected(middle) else (middle, high)
+    return float(high)
 
 
-def _jobs(
-    model: nn.Module,
-    units: Units,
-    rankings: Mapping[str, np.ndarray],
-    ks: list[int],
-    directions: list[str],
-    parameters: Mapping[str, Sequence[str]] | None,
-    at: list[int],
-) -> Iterator[tuple[str | None, int, str, list[dict[str, Tensor]]]]:
-    """Name, k, direction and what each image may change; the name is None for all units."""
-    for kind in directions:
-        for count in ks:
-            if count == len(units):
-                yield None, count, kind, [unit_mask(model, units, range(count))] * len(at)
-                continue
-            for name, ids in rankings.items():
-                yield name, count, kind, [unit_mask(model, units, ids[i, :count]) for i in at]
-    for name, whole in (parameters or {}).items():
-        mask = {p: torch.ones_like(model.get_parameter(p), dtype=torch.bool) for p in whole}
-        yield name, 0, "gradient", [mask] * len(at)
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5
 
 
-def _repeat_all(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """The rows of all units, which have no ranking, for every ranking."""
-    everything = frame["ranking"].isna()
-    parts = [frame[~everything], *(frame[everything].assign(ranking=name) for name in names)]
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check_mistakes(model: nn.Module, mistakes: tuple[Tensor, Tensor], image_ids: Sequence) -> None:
+    """Refuse images that are no mistakes."""
+    logits = logits_of(model, mistakes[0])
+    check_logits(mistakes[1], logits)
+    right = [image_ids[b] for b in predicts(logits, mistakes[1]).nonzero()[:, 0].tolist()]
+    if right:
+        raise ValueError(f"images {right[:5]} are classified correctly: there is nothing to correct, leave them out")
+
+
+def refuse_overlap(retain: Tensor, others: Tensor, what: str = "mistakes") -> None:
+    """Refuse retain images that are among others, by their bytes."""
+    if common := {bytes_of(image.cpu()) for image in retain} & {bytes_of(image.cpu()) for image in others}:
+        raise ValueError(
+            f"{len(common)} of the retain images are among the {what}: the damage is measured on images that the "
+            "step never saw, so take them out of one"
+        )
 
 
 def _check_options(
     units: Units,
     rankings: Mapping[str, np.ndarray],
     ks: list[int],
-    directions: list[str],
-    fisher: Weights | Reference | None,
-    max_relative_step: float,
-    tolerance: float,
+    ways: list[str],
+    usual: Tensor | None,
+    **positive: float,
 ) -> None:
     shortest = min(ids.shape[1] for ids in rankings.values()) if rankings else 0
     for k in ks:
         if not (1 <= k <= shortest or k == len(units)):
             raise ValueError(f"k = {k} is outside 1..{shortest}, the ids given, and is not {len(units)}, all units")
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"unknown direction {direction!r}: expected one of {', '.join(DIRECTIONS)}")
-    if "fisher" in directions and fisher is None:
-        raise ValueError("direction 'fisher' needs fisher=: pss.fisher_diagonal(model, reference set, units)")
-    for name, value in (("max_relative_step", max_relative_step), ("tolerance", tolerance)):
+    if unknown := [way for way in ways if way not in ("gains", "weights")]:
+        raise ValueError(f"through={unknown[0]!r}: expected 'gains' or 'weights'")
+    if "gains" in ways and (usual is None or not len(usual)):
+        raise ValueError("through='gains' needs usual=: images, without labels, on which the curvature is taken")
+    for name, value in positive.items():
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, not {value}")

@@ -42,6 +42,7 @@ def profile_dataset(
     rebuild: bool = False,
     verify: bool = True,
     of: str = "gradient",
+    cache: str | os.PathLike | None = None,
     **options: Any,
 ) -> ProfileStore:
     """Profile every image of a data set into a folder; resume what is there, and reopen what is finished.
@@ -117,7 +118,8 @@ def profile_dataset(
     }
     computed_with = {"torch": torch.__version__, "device": device.type}
     if path is None:
-        path = cache_folder() / "profiles" / key_of([FORMAT, length_of(dataset), provenance, computed_with])
+        key = key_of([FORMAT, length_of(dataset), provenance, computed_with])
+        path = Path(cache or cache_folder()) / "profiles" / key
 
     def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
         how = {**options, "of": (of,), "verify": verify, "verify_again": last}

@@ -29,7 +29,6 @@ class Question:
     profiles: Tensor
     reference: Reference | None
     units: Units | None
-    gains: Tensor | None
     generator: torch.Generator
     match: str
     k: int
@@ -46,7 +45,7 @@ class Ranking:
     score : callable ``(Question) -> (B, U)``
         float64, larger is more anomalous; ``-inf`` for a unit that does not take part.
     needs : tuple of str
-        Of "reference", "scale_free" (that it is fitted so), "units", "gains".
+        Of "reference", "scale_free" (that it is fitted so), "units".
     tail : str
         The tail of the reference whose probability it ranks by: "gpd" or "exponential".
     differentiable : bool
@@ -70,7 +69,6 @@ def rank(
     units: Units | None = None,
     generator: torch.Generator | int = 0,
     match: str = "pot",
-    gains: Tensor | None = None,
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
@@ -83,13 +81,13 @@ def rank(
     ----------
     profiles : Tensor, shape (B, U)
     reference : Reference, optional
-        Needed by every method but ``raw``, ``fisher``, ``random`` and those of the last stage; where given, dead units
+        Needed by every method but ``raw``, ``random`` and those of the last stage; where given, dead units
         come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
         (POT with the shape held at zero), ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference
-        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``fisher``
-        (gain over cost: ``gains``), ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
+        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself),
+        ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
         of the last stage at random, or by raw saliency), ``random``, ``layer_matched_random`` (random units with as
         many in each layer as the top k by ``match``), ``lowest_zscore`` (the lowest z-scores first).
     k : int, optional
@@ -100,8 +98,6 @@ def rank(
         Source of randomness, or its seed.
     match : str
         Method whose layers ``layer_matched_random`` copies.
-    gains : Tensor, shape (B, U), optional
-        Needed by ``fisher``: `pss.fisher_scores` of the same images. They are of gradients, and no profile has them.
 
     Returns
     -------
@@ -110,9 +106,9 @@ def rank(
     Raises
     ------
     ValueError
-        For an unknown method, a k outside 1..U, a missing reference, units or gains, or a profile that is not finite.
+        For an unknown method, a k outside 1..U, a missing reference or units, or a profile that is not finite.
     """
-    scores = score(profiles, reference, method, generator, gains, units, match, k)
+    scores = score(profiles, reference, method, generator, units, match, k)
     k = scores.shape[1] if k is None else k
     take_part = scores > -torch.inf
     if (few := take_part.sum(dim=1) < k).any():
@@ -188,7 +184,6 @@ def score(
     reference: Reference | None,
     method: str,
     generator: torch.Generator | int = 0,
-    gains: Tensor | None = None,
     units: Units | None = None,
     match: str = "pot",
     k: int | None = None,
@@ -216,7 +211,7 @@ def score(
     if "scale_free" in entry.needs and not reference.scale_free:
         raise ValueError(f"method {method!r} needs a reference fitted with scale_free=True: this one is not")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
-    return entry.score(Question(profiles.double(), reference, units, gains, generator, match, k or count))
+    return entry.score(Question(profiles.double(), reference, units, generator, match, k or count))
 
 
 # --- what they rank by ------------------------------------------------------------------------------------------------
@@ -238,18 +233,6 @@ def _random(q: Question) -> Tensor:
     return torch.rand(q.profiles.shape, generator=q.generator, dtype=torch.float64).to(q.profiles.device)
 
 
-def _fisher(q: Question) -> Tensor:
-    if q.gains is None:
-        raise ValueError(
-            "method 'fisher' needs gains=: pss.fisher_scores(model, images, labels, units, reference), of a reference "
-            "with fisher=pss.fisher_diagonal(…), or of that diagonal"
-        )
-    if q.gains.shape != q.profiles.shape or not q.gains.isfinite().all():
-        expected = f"expected {tuple(q.profiles.shape)}, as profiles, finite"
-        raise ValueError(f"gains of shape {tuple(q.gains.shape)}: {expected}")
-    return q.gains.double()
-
-
 def _last_stage(q: Question, scores: Tensor) -> Tensor:
     """The scores, and ``-inf`` for the units of all stages but the last."""
     inside = torch.from_numpy(q.units.stage_ids == len(q.units.stages) - 1).to(scores.device)
@@ -266,7 +249,7 @@ def _random_last_stage(q: Question) -> Tensor:
 
 def _layer_matched_random(q: Question) -> Tensor:
     """In the place of each of the top k a random unit of its layer, none twice for an image, dead ones last."""
-    base = rank(q.profiles, q.reference, q.match, q.k, q.units, gains=q.gains)
+    base = rank(q.profiles, q.reference, q.match, q.k, q.units)
     dead = torch.zeros(len(q.units), dtype=torch.bool) if q.reference is None else q.reference.dead.cpu()
     layers = torch.from_numpy(q.units.layer_ids)[base.cpu()]
     drawn = torch.empty_like(base, device="cpu")
@@ -288,7 +271,6 @@ RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
     "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),
     "ratio": Ranking("ratio to mean", "#009E73", lambda q: q.reference.ratio(q.profiles), differentiable=True),
-    "fisher": Ranking("gain over cost", "#6A3D9A", _fisher, ("gains",)),
     "random_last_stage": Ranking("last stage, random", "#8C6D31", _random_last_stage, ("units",)),
     "last_stage_raw": Ranking("last stage, raw", "#882255", lambda q: _last_stage(q, q.profiles), ("units",)),
     "random": Ranking("random", "#777777", _random, ()),

@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from pss.__main__ import main
 from pss.apps import execution
 from pss.apps.execution import refresh, run_notebook
-from pss.apps.parameters import check_values, parameters_of, read_text, read_yaml
+from pss.apps.parameters import check_places, check_values, parameters_of, read_text, read_yaml
 from pss.apps.sweep import read_sweep, run_sweep
 
 PICTURE = """
@@ -57,6 +57,7 @@ def test_runs_with_parameters_and_writes_figures(notebook, tmp_path):
     assert "the answer is 63" in text_of(tmp_path / "out" / "01_small.ipynb")
     assert figures == [tmp_path / "out" / "figures" / "01.png"] and figures[0].read_bytes().startswith(b"\x89PNG")
     assert "63" not in text_of(notebook)
+    assert "the answer is 63" in (tmp_path / "out" / "01_small.html").read_text()
     with pytest.raises(ValueError, match="would take the place of"):
         run_notebook(notebook, notebook.parent)
 
@@ -90,7 +91,7 @@ def test_copies_are_on_the_disk_before_they_take_their_place(notebook, tmp_path,
     with pytest.raises(RuntimeError):
         run_notebook(notebook, tmp_path / "failed", {"factor": 3})
     refresh(notebook)
-    copies = [tmp_path / folder / notebook.name for folder in ("copy", "failed")]
+    copies = [tmp_path / folder / f"01_small.{kind}" for folder in ("copy", "failed") for kind in ("ipynb", "html")]
     assert moved == [(path, True) for path in (*copies, notebook)]
     assert notebook.read_text().endswith("}\n") and not list(tmp_path.rglob(".*"))
 
@@ -112,7 +113,7 @@ def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, t
 def test_command_line_says_what_was_made_and_fails_with_a_notebook(notebook, tmp_path, capsys):
     runs = tmp_path / "runs"
     assert main(["run", "--out", str(runs), str(notebook.parent)]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["1 finished", str(runs / "01_small" / "01_small.ipynb")]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["1 finished", str(runs / "01_small" / "01_small.html")]
     assert main(["run", "--out", str(runs), "-p", "factor", "100", str(notebook)]) == 1
     told = capsys.readouterr().out
     assert "FAILED: AssertionError: too large" in told and "factor=100" in told.splitlines()[-1]
@@ -268,15 +269,15 @@ def test_only_what_the_notebook_calls_a_place_is_seen_from_the_caller(placed, tm
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("picture", "dog.jpg", "picture = 'dog.jpg': there is no .*here.dog.jpg; relative places are seen from .*here"),
-        ("model", "other.yaml", "there is no .*other.yaml"),
-        ("many", ["cat.jpg", "x"], "many = 'x': there is no"),
+        ("picture", "dog.jpg", "picture = '.*here.dog.jpg' is not there; relative places are seen from"),
+        ("model", "other.yaml", "model = '.*here.other.yaml' is not there"),
+        ("many", ["cat.jpg", "x"], "many = '.*here.x' is not there"),
         ("method", "fisher", "method = 'fisher': expected one of zscore, pot"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_runs(placed, tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
-        check_values(placed, {name: value}, tmp_path / "here")
+        check_places(placed, check_values(placed, {name: value}, tmp_path / "here"))
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -346,6 +347,18 @@ def test_a_grid_of_runs_is_summed_up_goes_on_past_failures_and_runs_again_what_f
     assert again["status"].tolist() == table["status"].tolist() and again["run"].tolist() == table["run"].tolist()
     ran = (tmp_path / "log").read_text().splitlines()
     assert sorted(line.split()[1] for line in ran) == ["10.0"] * 4 + ["3.0"] * 2
+
+
+def test_places_are_seen_from_the_file_of_the_sweep_wherever_it_names_them(sweep_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "books")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).touch()
+    grid = read_sweep(sweep_file(parameters={"name": "x"}, grid={"log_file": ["a.txt", "./b.txt"]}))
+    assert [run.parameters["log_file"] for run in grid.runs] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    table = read_sweep(sweep_file(parameters={"name": "x"}, table=[{"log_file": "c.txt"}]))
+    assert [run.parameters["log_file"] for run in table.runs] == [str(tmp_path / "c.txt")]
+    fixed = read_sweep(sweep_file(parameters={"log_file": "a.txt"}, grid={"k": [1, 2]}))
+    assert {run.parameters["log_file"] for run in fixed.runs} == {str(tmp_path / "a.txt")}
 
 
 def test_finished_runs_are_known_by_code_parameters_and_version(sweep_file, tmp_path, monkeypatch):

@@ -321,7 +321,7 @@ def test_tail_probability_is_monotone_and_the_score_finite(xi, exponent, seed):
     assert (log_p <= math.log(0.1)).all() and (log_p[1:] <= log_p[:-1]).all()
     assert np.isfinite(score).all() and (np.diff(score) >= 0).all()
     beyond = log_p == -math.inf
-    assert (np.diff(score[beyond]) > 0).all() or (np.diff(x[beyond]) == 0).any() or beyond.sum() < 2
+    assert ((np.diff(score[beyond]) > 0) == (np.diff(x[beyond]) > 0)).all()
     np.testing.assert_array_equal(score[~beyond], np.minimum(-log_p[~beyond], 1e30))
     assert not beyond.any() or beyond.all() or score[beyond].min() >= score[~beyond].max()
 
@@ -347,6 +347,10 @@ def test_mean_excess_by_hand_and_in_theory():
     np.testing.assert_allclose(got.mean, [[4.0, 3.5], [5.0, 2.0]])
     np.testing.assert_allclose(got.error[0], [np.std([1, 2, 4, 9], ddof=1) / 2, np.std([1, 6], ddof=1) / math.sqrt(2)])
     assert got.n.tolist() == [[4, 2], [1, 1]] and got.error[1].isnan().all()
+    rounded = np.random.default_rng(1).integers(0, 6, size=(3, 50))  # values at a threshold do not lie above it
+    got, over = statistics.mean_excess(rounded, [2.0, 4.0]), rounded[:, None] > np.array([[2], [4]])
+    assert got.n.tolist() == over.sum(axis=2).tolist()
+    np.testing.assert_allclose(got.mean[:, 1], 1.0)
     u = torch.tensor([0.0, 1.0, 3.0])
     line = statistics.mean_excess(sample(0.2, 200_000), u)
     assert ((line.mean - (1 + 0.2 * u) / 0.8).abs() < 4 * line.error).all()
@@ -360,6 +364,11 @@ def test_threshold_stability():
     assert got.n[0].tolist() == [20_000, 8_000, 2_000]
     assert ((got.xi - 0.3).abs() < 3 * got.se_xi).all()
     assert ((got.modified_scale - 2.0).abs() < 3 * got.se_modified_scale).all()
+    rounded = np.round(10 * x[:, :500])
+    at = np.quantile(rounded, [0.5, 0.8], axis=1).T
+    assert (rounded[:, None] == at[..., None]).any()
+    over = (rounded[:, None] > at[..., None]).sum(2)
+    assert statistics.threshold_stability(rounded, [0.5, 0.8]).n.tolist() == over.tolist()
 
 
 def test_modified_scale_error_by_simulation():
@@ -423,6 +432,14 @@ def test_anderson_darling_rejects_the_wrong_model():
     assert (statistics.anderson_darling(x, "exponential").p_value < 0.05).double().mean() > 0.9
     two = np.where(np.random.default_rng(0).random((50, 300)) < 0.5, 5 + 0.1 * x, x)
     assert (statistics.anderson_darling(two, "gpd").p_value < 0.01).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("dist", ["normal", "exponential", "gpd"])
+def test_anderson_darling_never_gives_a_probability_of_zero(dist):
+    """The row itself counts with the simulated ones: p is at least 1 / (1 + 99), and that where none is as far."""
+    x = np.where(np.arange(200) % 2 == 0, 1.0, 1e3) + 0.01 * np.random.default_rng(0).random((3, 200))
+    p = statistics.anderson_darling(x, dist, simulations=99).p_value
+    np.testing.assert_allclose(p, 1 / 100, rtol=1e-9)
 
 
 def test_anderson_darling_not_fitted_and_seed():

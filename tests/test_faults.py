@@ -21,10 +21,11 @@ import pytest
 import torch
 from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
 from kills import UNFINISHED, die_before, ended, forked, killed_after
-from test_profiles import ARGUMENTS, Faulty, make_data
+from networks import make_data
+from test_profiles import ARGUMENTS, Faulty
 from test_profiles import run as call
 
-from pss.apps.profiling import main
+from pss.__main__ import main
 from pss.profiles import ProfileStore
 from pss.storage import whole as _whole
 from pss.storage.folder import partial_of
@@ -197,7 +198,7 @@ def test_killed_rebuild_goes_on_with_a_plain_call(tmp_path, count, finished):
 def test_killed_command_line(tmp_path, count, ranks):
     """`python -m pss profile` and two ranks of it, killed as a whole process group, then run to the end."""
     arguments = [*ARGUMENTS, "--batch-size", "1"]
-    main([*arguments, "--out", str(tmp_path / "whole")])
+    main(["profile", *arguments, "--out", str(tmp_path / "whole")])
     launch = [sys.executable, "-m", "pss", "profile"]
     if ranks == 2:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

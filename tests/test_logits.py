@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pss
-from pss.models import builtin
+from pss import models
 
 
 class Plain(nn.Module):
@@ -67,9 +67,7 @@ def everything(model, images, labels, loss):
     top = s[wrong].argsort(dim=1, descending=True)[:, :4]
     edit = {"units": units, "loss": loss, "lr": 0.5, "progress": False}
     steps = pss.editing.unit_steps(model, images[wrong], labels[wrong], units, top, loss, lr=0.5)
-    patch = pss.fit_patch(
-        model, (images[:1], labels[:1]), right, units, budget=9.0, loss=loss, method="raw", progress=False
-    )
+    patch = pss.fit_patch(model, (images[:1], labels[:1]), right, units, budget=9.0, progress=False)
     dataset = torch.utils.data.TensorDataset(images, labels)
     return {
         "profile": s,
@@ -78,12 +76,21 @@ def everything(model, images, labels, loss):
         "in place": pss.edit_curves(model, images[wrong], labels[wrong], top, strategy="in_place", **edit),
         "side effects": pss.side_effects(model, units, top, *right, "finetune", steps, progress=False),
         "smallest": pss.smallest_correction(
-            model, images[wrong], labels[wrong], units, top, k=4, retain=right, loss=loss, progress=False
+            model,
+            images[wrong],
+            labels[wrong],
+            units,
+            top,
+            4,
+            ["gains", "weights"],
+            right,
+            images + 1e-3,
+            progress=False,
         ),
-        "patch": torch.cat([d.flatten() for d in patch.difference]),
+        "patch": patch.gains,
         "input": pss.input_saliency(model, images[:2], labels[:2], units, method="raw", loss=loss),
-        "predicted": builtin.predict(model, images),
-        "mistakes": builtin.misclassified(model, dataset),
+        "predicted": models.predict(model, images),
+        "mistakes": models.misclassified(model, dataset),
     }
 
 
@@ -91,7 +98,7 @@ def everything(model, images, labels, loss):
 def test_every_function_says_of_the_wrapped_network_what_it_says_of_the_plain_one(pair, loss):
     plain, wrapped, images, labels = pair
     expected, found = everything(plain, images, labels, loss), everything(wrapped, images, labels, loss)
-    assert len(found["mistakes"]) == 6 and len(found["curves"]) == 30 and found["patch"].abs().sum() > 0
+    assert len(found["mistakes"]) == 6 and len(found["curves"]) == 30 and (found["patch"] != 1).any()
     for name, value in expected.items():
         if isinstance(value, pd.DataFrame):
             pd.testing.assert_frame_equal(found[name], value, rtol=1e-9, obj=name)
@@ -113,7 +120,7 @@ def test_the_wrapped_network_goes_the_fast_ways(pair):
 
 def test_it_is_the_network_itself_which_stays_as_it_is():
     network = Object().double()
-    images = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    images = torch.randn(9, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     model = pss.models.logits_of(network)
     assert isinstance(model(images), torch.Tensor) and isinstance(network(images), SimpleNamespace)
     assert pss.models.fingerprint(model) == pss.models.fingerprint(network)
@@ -123,12 +130,10 @@ def test_it_is_the_network_itself_which_stays_as_it_is():
         model,
         (images[:1], labels[:1]),
         (images[1:], model(images[1:]).argmax(dim=1)),
-        pss.Units.of(model),
         budget=9.0,
-        method="raw",
         progress=False,
     )
-    assert patch.corrected
+    assert patch.left == ()
     with patch.applied(network):
         assert model(images[:1]).argmax() == labels[0] == network(images[:1]).logits.argmax()
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from sklearn.neighbors import NearestNeighbors
 
 import pss
@@ -71,6 +72,19 @@ def test_tail_beyond_a_bounded_tail_stays_finite(reference):
     assert similarity[0, 0] == pytest.approx(0.5**0.5)
 
 
+def test_similarity_is_within_one(generator):
+    x = torch.rand(150, 7, generator=generator)
+    x = torch.cat([x, x, -x])  # signed profiles may be opposite; rounding would go beyond
+    _, similarity = nearest(x, method="raw", k=449)
+    assert similarity.max() == 1 and similarity.min() == -1
+    assert nearest(x, method="raw")[0].shape == (450, 10)
+
+
+def test_many_equal_profiles_go_by_id():
+    ids, _ = nearest(torch.ones(400, 3), method="raw", k=399)
+    assert ids[7].tolist() == [i for i in range(400) if i != 7]
+
+
 def test_one_stage():
     with torch.random.fork_rng(devices=[]):
         model = pss.models.resnet18(width=2)
@@ -90,12 +104,28 @@ def test_zero_profiles_are_similar_to_nothing_and_ties_go_by_id():
     assert ids[1].tolist() == [2, 0, 3] and similarity[1].tolist() == [1, 0, 0]  # 1e-30 squared is 0 in float32
 
 
+def test_many_bounds_of_candidates_are_held(profiles):
+    for arguments, message in (
+        ({"exclude": [30] * 30}, "exclude must hold one id"),
+        ({"exclude": [-2] * 30}, "exclude must hold one id"),
+        ({"k": 30, "exclude": [0] + [-1] * 29}, r"outside 1\.\.29"),
+        ({"among": profiles[..., None]}, "do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nearest(profiles, method="raw", **arguments)
+
+
 def test_agreement_counts_neighbours():
     labels, predicted = np.array([0, 0, 0, 1]), np.array([1, 1, 2, 2])
     found = agreement(labels, predicted, [[1, 2], [0, 3], [1, 3], [2, 0]])
     np.testing.assert_allclose(found["share"], [(2 + 1 + 1 + 0) / 8, (1 + 1 + 1 + 1) / 8, (1 + 1 + 0 + 0) / 8])
     np.testing.assert_allclose(found["chance"], [3 * 2 / 12, 4 / 12, 2 / 12])  # ordered pairs of different images
     assert ((found["low"] <= found["share"]) & (found["share"] <= found["high"])).all()
+    assert found.index.tolist() == ["true", "wrong", "pair"]
+    with_themselves = agreement(labels, predicted, [[1, 2], [0, 3], [1, 3], [2, 0]], exclude=[-1] * 4)
+    np.testing.assert_allclose(
+        with_themselves["chance"], [(3 * 3 + 1) / 16, (2 * 2 + 2 * 2) / 16, (2 * 2 + 1 + 1) / 16]
+    )
 
 
 def test_chance_is_what_random_neighbours_reach():
@@ -126,6 +156,19 @@ def test_interval_is_that_of_a_bootstrap_over_queries():
     margin = 1.96 * each.std(ddof=1) / 300**0.5  # the normal approximation
     assert found["high"] - found["low"] == pytest.approx(2 * margin, rel=0.1)
     assert found["share"] == pytest.approx(each.mean())
+    half = agreement(labels, labels, ids, level=0.5).loc["true"]
+    scipys = bootstrap((each,), np.mean, confidence_level=0.5, method="percentile", rng=2).confidence_interval
+    np.testing.assert_allclose([half["low"], half["high"]], scipys, atol=0.05 * margin)
+    again = agreement(labels, labels, ids, level=0.95, resamples=2000, seed=0).loc["true"]
+    assert again.equals(found) and not agreement(labels, labels, ids, seed=1).loc["true"].equals(found)
+
+
+def test_agreement_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"expected \(N,\) both"):
+        agreement([[0, 1]], [[1, 0]], [[0]])
+    for level in (0, 1, 1.5):
+        with pytest.raises(ValueError, match="level"):
+            agreement([0, 1], [1, 0], [[1], [0]], level=level)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 
 import pss
 from pss import editing as repair
-from pss import plots, statistics
-from pss.models import builtin as models
+from pss import models, plots, statistics
 from pss.reference import Reference
 from pss.units import Units
 
@@ -127,13 +126,10 @@ def w(tmp_path_factory):
     s = pss.profile(model, others, right, units)
     world = SimpleNamespace(model=model, x=x, y=wrong, units=units, retain=(others, right), s=s)
     world.reference = Reference.fit(s, level=0.5)
-    world.fisher = pss.fisher_diagonal(model, (others, right), units, progress=False)
     world.ids = torch.tensor([[0, 4, 2]] * IMAGES)
     world.steps = repair.unit_steps(model, x, wrong, units, world.ids)
     world.items, world.loss_trip, world.tmp = Items(others, right), None, tmp_path_factory.mktemp("stores")
-    options = {"reference": world.reference, "budget": 1e9, "ks": (2, 6), "progress": False}
-    world.patch = pss.fit_patch(model, (x[:1], wrong[:1]), world.retain, units, max_relative_step=100.0, **options)
-    assert world.patch.corrected
+    world.patch = pss.Patch(models.fingerprint(model), units.layers, torch.linspace(0.5, 1.5, len(units)))
 
     def loss(outputs, labels):
         if world.loss_trip is not None:
@@ -163,14 +159,13 @@ def stored(w, **options):
 
 
 def cost(w, **options):
-    options |= {"retain": w.retain, "progress": False, "fisher": w.fisher}
+    options |= {"retain": w.retain, "progress": False, "usual": w.retain[0] + 0.5}
     return pss.smallest_correction(w.model, w.x[:2], w.y[:2], w.units, w.ids[:2], 2, **options)
 
 
 def fitted(w):
-    mistakes = (w.x[:1], w.y[:1])
-    options = {"budget": 1e9, "ks": (6,), "loss": w.loss, "progress": False}
-    return pss.fit_patch(w.model, mistakes, w.retain, w.units, w.reference, **options)
+    units = Units.of(w.model, "all")
+    return pss.fit_patch(w.model, (w.x[:1], w.y[:1]), w.retain, units, 1e9, 0.1, progress=False)
 
 
 CALLS: dict[str, Callable] = {
@@ -194,10 +189,9 @@ CALLS: dict[str, Callable] = {
     ),
     "edit_curves, prune": lambda w: pss.edit_curves(w.model, w.x, w.y, w.ids, w.units, "prune", progress=False),
     "side_effects": lambda w: repair.side_effects(w.model, w.units, w.ids[:2], *w.retain, progress=False),
-    "smallest_correction": lambda w: cost(w, loss=w.loss),
-    "smallest_correction, fisher": lambda w: cost(w, direction="fisher"),
-    "fisher_diagonal": lambda w: pss.fisher_diagonal(w.model, w.retain, w.units, w.loss, progress=False),
-    "fisher_scores": lambda w: pss.fisher_scores(w.model, w.x, w.y, w.units, w.fisher, loss=w.loss),
+    "smallest_correction": lambda w: cost(w),
+    "smallest_correction, weights": lambda w: cost(w, through="weights", loss=w.loss),
+    "gain_jacobian": lambda w: pss.correction.gain_jacobian(w.model, w.x, w.units),
     "fit_patch": fitted,
     "Patch.applied": patched,
     "Patch.measured": lambda w: w.patch.measured(w.model, {"retain": w.retain}),
@@ -210,7 +204,7 @@ CALLS: dict[str, Callable] = {
 NO_MODEL: dict[str, Callable] = {  # these could touch what is global
     "Reference.fit": lambda w: Reference.fit(w.s, scale_free=True),
     "rank": lambda w: [
-        pss.rank(w.s, w.reference, m, 3, w.units, gains=w.s)
+        pss.rank(w.s, w.reference, m, 3, w.units)
         for m, entry in pss.RANKINGS.items()
         if "scale_free" not in entry.needs
     ],

@@ -83,3 +83,14 @@ def test_overlay_grid_has_a_column_for_each_kind_of_map():
     for found, wanted in zip(maps, [0 * heat[0], heat[0], 1 - heat[0], 0 * heat[1], heat[1], 1 - heat[1]], strict=True):
         np.testing.assert_allclose(found, wanted)
     assert [ax.get_title() for ax in figure.axes[:6]] == ["image", "a", "b", "", "", ""]
+
+
+def test_say_displays_a_sentence_in_each_language_and_names_the_language(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda data, **about: shown.append((data, about)))
+    pss.plots.say("Three **filters**.", "フィルタは**三つ**．")
+    assert [about["metadata"]["lang"] for _, about in shown] == ["en", "ja"]
+    assert [data["text/markdown"] for data, _ in shown] == ["Three **filters**.", "フィルタは**三つ**．"]
+    assert all(about["raw"] and data["text/plain"] == data["text/markdown"] for data, about in shown)

@@ -48,7 +48,7 @@ def test_every_method_ranks_every_unit_once_and_dead_ones_last(method, profiles,
     new = profiles[:8].clone()
     new[:, 17] = 1e6
     k = 30 if method in LAST_STAGE else 60
-    ids = rank(new, reference, method, k, units, gains=new)
+    ids = rank(new, reference, method, k, units)
     assert ids.shape == (8, k) and ids.dtype == torch.int64
     everyone = torch.arange(60)[-k:]
     assert torch.equal(ids.sort(dim=1).values, everyone.expand(8, k))
@@ -59,7 +59,7 @@ def test_every_method_ranks_every_unit_once_and_dead_ones_last(method, profiles,
 def test_what_an_entry_needs_is_asked_for_and_nothing_else(method, profiles, references, units):
     """Each need, taken away, is refused by name; with all of them, and no more, it ranks."""
     entry, new = RANKINGS[method], profiles[:2]
-    given = {"units": units, "gains": new, "reference": references["scale_free" in entry.needs]}
+    given = {"units": units, "reference": references["scale_free" in entry.needs]}
     needs = {n for n in entry.needs if n != "scale_free"} | (
         {"reference"} if method == "layer_matched_random" else set()
     )
@@ -90,18 +90,7 @@ def test_a_profile_that_is_not_finite_is_refused(method, value, profiles, refere
     new = profiles[:3].clone()
     new[1, 4] = value
     with pytest.raises(ValueError, match=r"profiles \[1\] are not finite"):
-        rank(new, reference, method, 5, units, gains=profiles[:3])
-
-
-def test_fisher_ranks_by_the_gains(profiles, reference, units):
-    gains = profiles[8:16]
-    expected = gains.masked_fill(reference.dead, -torch.inf).argsort(dim=1, descending=True)[:, :5]
-    assert torch.equal(rank(profiles[:8], reference, "fisher", 5, gains=gains), expected)
-    matched = rank(profiles[:8], reference, "layer_matched_random", 5, units, match="fisher", gains=gains)
-    assert (units.layer_ids[matched] == units.layer_ids[expected]).all()
-    for wrong in (gains[:7], gains[:, :59], gains / 0):
-        with pytest.raises(ValueError, match=r"gains of shape .* expected \(8, 60\)"):
-            rank(profiles[:8], reference, "fisher", gains=wrong)
+        rank(new, reference, method, 5, units)
 
 
 def test_orders_are_those_of_the_definitions(profiles, reference):
@@ -113,8 +102,25 @@ def test_orders_are_those_of_the_definitions(profiles, reference):
     assert rank(new, reference, "abs_zscore")[0, :59].tolist() == by(lambda u: -abs(z[u]))
     assert rank(new, reference, "lowest_zscore")[0, :59].tolist() == by(lambda u: z[u])
     assert rank(new, reference, "raw")[0, :59].tolist() == by(lambda u: -new[0, u])
-    log_p = reference.log_tail_probability(new)[0]
+    assert rank(new, reference, "ratio")[0, :59].tolist() == by(lambda u: -new[0, u] / profiles[:, u].mean())
+    log_p, plain = (reference.log_tail_probability(new, tail)[0] for tail in ("gpd", "exponential"))
     assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
+    assert rank(new, reference, "exponential")[0, :59].tolist() == by(lambda u: plain[u]) != by(lambda u: log_p[u])
+    assert torch.equal(rank(new, reference), rank(new, reference, "pot", 60))
+    assert rank(new, reference, k=1).tolist() == [[by(lambda u: log_p[u])[0]]]
+
+
+def test_equal_scores_go_by_id():
+    values = torch.arange(2000) % 3 == 0
+    ids = rank(values[None].double(), None, "raw")[0]
+    assert ids.tolist() == [*range(0, 2000, 3), *(i for i in range(2000) if i % 3)]
+
+
+def test_scores_are_float64(profiles, reference):
+    for method, entry in RANKINGS.items():
+        if not {"units", "scale_free"} & set(entry.needs):
+            of = score(profiles[:2].float(), reference, method)
+            assert of.dtype == torch.float64 and of.shape == (2, 60), method
 
 
 def test_beyond_the_support_comes_first_and_in_order(profiles):
@@ -133,9 +139,25 @@ def test_layer_matched_random_copies_the_layers_not_the_units(profiles, referenc
     assert (base == drawn).double().mean() < 0.2
 
 
-def test_randomness_comes_from_the_generator(profiles, units):
-    draw = lambda seed: rank(profiles[:3], None, "random", 10, generator=seed)  # noqa: E731
+@pytest.mark.parametrize("method", ["random", "random_last_stage", "layer_matched_random"])
+def test_randomness_comes_from_the_generator(method, profiles, units):
+    def draw(*generator):
+        return rank(profiles[:3], None, method, 10, units, *generator, match="raw")
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(), draw(0))
+    source = torch.Generator().manual_seed(1)
+    first, second = draw(source), draw(source)  # it goes on
+    assert torch.equal(first, draw(1)) and not torch.equal(first, second)
+
+
+def test_scores_drawn_at_random_have_the_seed_of_the_ranking(profiles):
+    assert torch.equal(score(profiles, None, "random"), score(profiles, None, "random", 0))
+
+
+def test_layers_to_be_matched_can_be_those_of_any_ranking(profiles, units):
+    drawn = rank(profiles[:3], None, "layer_matched_random", 10, units, match="random_last_stage")
+    assert (drawn >= 30).all()
 
 
 def test_significant_is_benjamini_hochberg_by_hand():
@@ -152,6 +174,16 @@ def test_what_no_reference_image_has_shown_is_not_significant_alone():
     assert fdr_significant(log_p, 199, q=0.05).sum(dim=1).tolist() == [1, 5, 0]
 
 
+def test_significance_at_its_bounds():
+    assert fdr_significant(torch.tensor([[0.5]]).double().log(), 99, q=0.5).tolist() == [[True]]  # at most q
+    assert fdr_significant(torch.tensor([[0.0, -9.0]]), 10**6).tolist() == [[False, True]]  # p = 1 is a probability
+    for q in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match="q"):
+            fdr_significant(torch.tensor([[-1.0]]), 99, q=q)
+    with pytest.raises(ValueError, match="positive"):
+        fdr_significant(torch.tensor([[0.5]]), 99)
+
+
 def test_false_discoveries_are_held_at_q():
     p = torch.rand(4000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     any_found = fdr_significant(p.log(), 10**6, q=0.1).any(dim=1).double().mean().item()
@@ -165,6 +197,11 @@ def test_stage_shares(units):
         index=pd.Index(["conv1", "conv2_x", "conv3_x"], name="stage"),
     )
     pd.testing.assert_frame_equal(shares, expected)
+    one = stage_shares(torch.tensor([[0, 10, 11, 12]]), units)
+    assert one["share"].tolist() == [1 / 4, 3 / 4, 0] and one["error"].isna().all()
+    for wrong in (-1, 60):
+        with pytest.raises(ValueError, match=f"unit {wrong} is outside"):
+            stage_shares(torch.tensor([[0, wrong]]), units)
 
 
 def test_last_stage_is_ranked_by_raw_saliency(profiles, units):

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 
+import pss
 from pss.reference import Reference
+from pss.storage.fingerprints import fingerprint
 from pss.storage.tensors import pack
 from pss.units import Units
 
@@ -65,6 +67,51 @@ def test_tail_probability_above_and_below_the_threshold(profiles, reference):
         np.testing.assert_allclose(log_p[~above, unit].exp(), share, atol=0.012)
 
 
+def test_mass_of_the_tail_is_the_share_above_not_one_less_the_level():
+    values = np.random.default_rng(2).exponential(size=(22, 3))  # three of 22 lie above the 90th percentile: 0.136
+    u = np.quantile(values, 0.9, axis=0)
+    over = values > u
+    new = u + np.array([[1e-9], [0.7], [3.0]])
+    p = over.sum(axis=0) / 22 * np.exp(-(new - u) / np.where(over, values - u, 0).sum(axis=0) * over.sum(axis=0))
+    assert over.sum(axis=0).tolist() == [3, 3, 3]  # too few for more than an exponential tail
+    np.testing.assert_allclose(Reference.fit(values).log_tail_probability(torch.from_numpy(new)).exp(), p, rtol=1e-8)
+
+
+def test_values_at_the_threshold_are_no_excesses():
+    values = np.random.default_rng(3).geometric(0.4, size=(201, 40)).astype(float)  # whole numbers: many at it
+    u = np.quantile(values, 0.9, axis=0)
+    reference, over = Reference.fit(values), values > u
+    assert ((values == u).sum(axis=0) >= 5).all() and len(set(over.sum(axis=0))) > 3
+    assert reference.n_excess.tolist() == over.sum(axis=0).tolist()
+    mean = [(values[o, unit] - u[unit]).mean() for unit, o in enumerate(over.T)]
+    np.testing.assert_allclose(reference.mean_excess, mean, rtol=1e-12)
+
+
+def test_where_nothing_lies_above_the_threshold_the_tail_is_as_wide_as_the_deviation():
+    values = np.repeat([1.0, 2.0, 3.0, 4.0], 10)[:, None]
+    reference = Reference.fit(values)
+    assert reference.threshold.item() == 4 and reference.n_excess.item() == reference.mean_excess.item() == 0
+    p = reference.log_tail_probability(torch.tensor([[5.5]])).exp().item()
+    assert p == pytest.approx(1 / 40 * np.exp(-1.5 / values.std(ddof=1)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "level"), [(300, 0.9), (47, 0.6), (20, 0.99)])
+def test_below_the_threshold_probability_is_linear_between_quantiles(n, level):
+    values = np.random.default_rng(4).lognormal(size=(n, 5))
+    reference, levels = Reference.fit(values, level), np.linspace(0, level, 101)
+    quantiles = np.quantile(values, levels, axis=0)
+    np.testing.assert_allclose(reference.quantiles, quantiles.T, rtol=1e-12)
+    for new, at in (
+        (quantiles[1:], levels[1:]),
+        ((quantiles[1:] + quantiles[:-1]) / 2, (levels[1:] + levels[:-1]) / 2),
+    ):
+        p = reference.log_tail_probability(torch.from_numpy(new)).exp()
+        share = (values > quantiles[-1]).mean(axis=0)  # above the threshold, which no value below is rarer than
+        np.testing.assert_allclose(p, np.maximum(1 - at[:, None], share), rtol=1e-9)
+    smallest = torch.from_numpy(np.stack([values.min(axis=0), values.min(axis=0) / 2]))
+    assert (reference.log_tail_probability(smallest) == 0).all()
+
+
 def test_zero_saliency_is_never_unusual(profiles, reference):
     zero = reference.log_tail_probability(torch.zeros(1, U))
     assert (zero == 0).all()
@@ -106,12 +153,15 @@ def test_zscores(profiles, reference):
     assert (z[:, 5] == 0).all()
     assert torch.equal(reference.abs_zscore(profiles), z.abs())
     np.testing.assert_allclose(reference.ratio(profiles)[:, :5].mean(dim=0), 1, rtol=1e-9)
+    assert (reference.ratio(profiles + 1)[:, 5] == 0).all()  # its mean is zero
+    ones = Reference(torch.ones(2).double(), torch.ones(2).double())
+    assert ones.ratio(torch.tensor([[3.0, 0.5]])).tolist() == [[3.0, 0.5]]
 
 
 def test_results_keep_the_dtype_and_leave_the_argument_alone(profiles, reference):
     given = profiles[:2].float()
     before = given.clone()
-    assert reference.zscore(given).dtype == torch.float32
+    assert reference.zscore(given).dtype == reference.ratio(given).dtype == torch.float32
     reference.log_tail_probability(given)
     assert torch.equal(given, before)
 
@@ -135,9 +185,24 @@ def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
     torch.testing.assert_close(reference.zscore(1e4 * profiles[:5]), z, rtol=1e-9, atol=1e-9)
     shares = profiles / profiles.mean(dim=1, keepdim=True)
     torch.testing.assert_close(reference.mean, shares.mean(dim=0))
+    some = profiles.clone()
+    some[3] = 0  # an image whose gradient vanishes has no size: it stays zero
+    shares[3] = 0
+    torch.testing.assert_close(Reference.fit(some, scale_free=True).mean, shares.mean(dim=0))
+    nothing = torch.zeros(1, U, dtype=torch.float64)
+    assert torch.equal(reference.ratio(nothing), nothing)
+    with pytest.raises(ValueError, match="negative for some image"):
+        Reference.fit(-some, scale_free=True)
+    with pytest.raises(ValueError, match="negative for some image"):
+        reference.zscore(-profiles[:1])
 
 
 def test_save_and_load(tmp_path, profiles, reference):
+    class Store(np.ndarray):
+        provenance = {"model": "abc", "loss": "logit"}  # noqa: RUF012
+
+    reference = Reference.fit(profiles.numpy().view(Store), provenance={"loss": "mine"})
+    assert reference.provenance == {"model": "abc", "loss": "mine"}
     reference = Reference.fit(profiles, provenance={"model": "abc"})
     reference.save(tmp_path / "sub" / "ref.safetensors")
     loaded = Reference.load(tmp_path / "sub" / "ref.safetensors")
@@ -155,8 +220,44 @@ def test_published_statistics(peer_data):
             reference.log_tail_probability(torch.rand(1, units))
 
 
+def test_statistics_as_they_are_published(tmp_path):
+    path = tmp_path / "stat.pth"
+    held = {"mean": torch.rand(6), "std": torch.rand(6).double(), "more": 1}
+    torch.save(held, path)
+    read = Reference.load(path)
+    assert torch.equal(read.mean, held["mean"].double()) and torch.equal(read.std, held["std"])
+    assert read.provenance == {"source": "stat.pth"} and read.n == 0 and read.level == 0.9 and not read.scale_free
+    assert read.threshold is None and "mean and deviation only, 0 dead" in repr(read)
+    assert torch.equal(read.zscore(held["mean"][None]), torch.zeros(1, 6))
+    for wrong in ({"mean": held["mean"]}, [held["mean"], held["std"]], "mean std"):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="expected a dict with 'mean' and 'std'"):
+            Reference.load(path)
+
+
+def test_says_what_it_is(reference):
+    assert repr(reference) == "Reference(7 units, 300 images, level 0.9, 2 tails not fitted, 1 dead)"
+
+
+@pytest.mark.parametrize("key", ["model", "loss", "signed", "pss"])
+def test_use_for_something_else_is_refused_by_what_differs(profiles, key):
+    model = nn.Conv2d(1, U, 3)
+    units = Units.of(model)
+    use = {"model": model, "loss": "logit", "signed": False}
+    whole = use | {"model": fingerprint(model), "pss": pss.__version__}
+    assert Reference.fit(profiles, provenance=whole).check(units, **use)
+    assert Reference.fit(profiles, provenance={}).check(units, **use)  # nothing is recorded
+    other = Reference.fit(profiles, provenance=whole | {key: "another"})
+    with pytest.raises(ValueError, match=rf"something else \({key}: reference another, given [^;]*\): fit one"):
+        other.check(units, **use)
+
+
 def test_refuses_another_models_units(tmp_path):
-    torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / "stat.pth")
+    for name in ("stat.pth", "stat.pt"):
+        torch.save({"mean": torch.rand(10), "std": torch.rand(10).double()}, tmp_path / name)
+        assert len(Reference.load(tmp_path / name, Units.of(nn.Conv2d(1, 10, 3)))) == 10
+    with pytest.raises(ValueError, match=r"source: reference stat\.pth, given other"):
+        Reference.load(tmp_path / "stat.pth", Units.of(nn.Conv2d(1, 10, 3)), source="other")
     with pytest.raises(ValueError, match="10 units, the model 8"):
         Reference.load(tmp_path / "stat.pth", Units.of(nn.Conv2d(1, 8, 3)))
     other = Reference(torch.ones(8), torch.ones(8), provenance={"units": "0000", "loss": "logit", "pss": "0.0.1"})
@@ -170,25 +271,28 @@ def test_check_compares_records_as_text():
     assert reference.check(Units.of(nn.Conv2d(1, 8, 3)), seed=3, unrecorded="anything") is reference
 
 
-@pytest.mark.parametrize(
-    ("change", "plain", "message"),
-    [
-        ({"mean": None}, {}, "argument: 'mean'"),
-        ({"xi": None}, {}, r"lacks \['xi'\]"),
-        ({"other": torch.ones(7)}, {}, "argument 'other'"),
-        ({"xi": torch.ones(3)}, {}, r"'xi' is \(3,\), expected one number for each unit"),
-        ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
-        ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
-        ({}, {"n": 0}, "n = 0; expected"),
-        ({}, {"provenance": None}, "expected n, level, scale_free, provenance in its header"),
-        ({}, {"more": 1}, "expected n, level, scale_free, provenance in its header"),
-        ({}, "[1]", "expected n, level, scale_free, provenance in its header"),
-        ({}, "{", "damaged"),
-    ],
-)
+# tensors and plain values of a file, changed, and what is said of it
+BAD = [
+    ({"mean": None}, {}, "argument: 'mean'"),
+    ({"xi": None}, {}, r"lacks \['xi'\]"),
+    ({"other": torch.ones(7)}, {}, "argument 'other'"),
+    ({"std": torch.ones(4)}, {}, r"'std' is \(4,\), expected one number for each unit"),
+    ({"mean": torch.ones(7, 1)}, {}, r"'mean' is \(7, 1\)"),
+    ({"mean": torch.tensor(1.0)}, {}, r"'mean' is \(\)"),
+    ({"mean": torch.full((7,), torch.nan)}, {}, "'mean' is not finite for 7 units"),
+    ({"fitted": torch.ones(7)}, {}, "'fitted' is torch.float32"),
+    ({}, {"n": 0}, "n = 0; expected"),
+    ({}, {"n": "many"}, "no reference that can be used"),
+    ({}, {"provenance": None}, "expected n, level, scale_free, provenance in its header"),
+    ({}, {"more": 1}, "expected n, level, scale_free, provenance in its header"),
+    ({}, "[1]", "expected n, level, scale_free, provenance in its header"),
+    ({}, "{", "damaged"),
+]
+
+
+@pytest.mark.parametrize(("change", "plain", "message"), BAD)
 def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain, message):
-    names = ("mean", "std", *TAIL)
-    tensors = {name: getattr(reference, name).contiguous() for name in names} | change
+    tensors = {name: getattr(reference, name).contiguous() for name in ("mean", "std", *TAIL)} | change
     header = {"n": 300, "level": 0.9, "scale_free": False, "provenance": {}}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if isinstance(plain, dict):
@@ -199,33 +303,14 @@ def test_refuses_files_that_are_no_references(tmp_path, reference, change, plain
         Reference.load(tmp_path / "r.safetensors")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
-@pytest.mark.parametrize("published", [False, True])
-def test_refuses_truncated_files(tmp_path, reference, kept, published):
-    path = tmp_path / ("r.pth" if published else "r.safetensors")
-    if published:
-        torch.save({"mean": torch.rand(900), "std": torch.rand(900)}, path)
-    else:
-        reference.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match="is damaged"):
+def test_refuses_damaged_published_statistics(tmp_path):
+    path = tmp_path / "stat.pth"
+    torch.save({"mean": [1.0], "std": [1.0]}, path)
+    with pytest.raises(ValueError, match=r"stat.pth holds no reference that can be used: 'mean' is list"):
         Reference.load(path)
-    with pytest.raises(FileNotFoundError, match="no reference at"):
-        Reference.load(tmp_path / "absent.pth")
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "message"),
-    [
-        (torch.ones(5), torch.ones(4), r"'std' is \(4,\)"),
-        (torch.ones(5, 1), torch.ones(5, 1), r"'mean' is \(5, 1\)"),
-        (torch.tensor(1.0), torch.tensor(1.0), "'mean' is"),
-        ([1.0], [1.0], "'mean' is list"),
-        (torch.full((5,), torch.nan), torch.ones(5), "'mean' is not finite for 5 units"),
-    ],
-)
-def test_refuses_published_statistics_of_wrong_shapes(tmp_path, mean, std, message):
-    torch.save({"mean": mean, "std": std}, tmp_path / "stat.pth")
-    with pytest.raises(ValueError, match=message):
-        Reference.load(tmp_path / "stat.pth")
+    torch.save({"mean": torch.rand(900), "std": torch.rand(900)}, path)
+    whole = path.read_bytes()
+    for kept in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="is damaged"):
+            Reference.load(path)

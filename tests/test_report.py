@@ -10,10 +10,10 @@ import torch
 from test_own_network import Page, is_safe
 
 import pss
+from pss import models
 from pss.apps import experiment, explain
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
-from pss.models import zoo
 
 EVIL = '<script>alert(1)</script> & "quoted" onerror=1'
 
@@ -48,6 +48,7 @@ def test_both_languages_each_with_its_own_texts(filled):
     assert page.named("html") == [{"lang": "en"}]
     assert [(a["id"], a["lang"]) for a in page.named("article")] == [("en", "en"), ("ja", "ja")]
     assert [a["alt"] for a in page.named("img")] == [EVIL, "図"]
+    assert page.texts["title"] == [EVIL] and page.texts["h1"] == [EVIL, EVIL + "の説明"]
     assert "ユニット" in page.text and "見出し" in page.text
     assert filled.files == ["bars.png", "report.html"]
 
@@ -57,6 +58,7 @@ def test_one_language(tmp_path, capsys):
     report.say("sentence", "文")
     page = read(report.write())
     assert page.named("html") == [{"lang": "ja"}] and not page.named("nav") and "sentence" not in page.text
+    assert page.texts["title"] == page.texts["h1"] == ["題"]
     assert capsys.readouterr().out == "文\n"
     with pytest.raises(ValueError, match="'fr': expected one of en, ja, both"):
         Report(tmp_path, "title", "題", language="fr")
@@ -74,7 +76,7 @@ def test_switches_take_what_papermill_passes():
 
 
 def test_an_image_of_a_set():
-    network = zoo.load("digits")
+    network = models.load("digits")
     case = explain.take_image(network, index=658)
     own = pss.data.digits("test")
     assert case.name == "digits/test: 658" and torch.equal(case.image[0], own.images[658])
@@ -96,11 +98,11 @@ def test_an_image_of_a_set():
 )
 def test_an_image_that_is_not_there(asked, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        explain.take_image(zoo.load("digits"), **asked)
+        explain.take_image(models.load("digits"), **asked)
 
 
 def test_a_network_without_images_is_told_which_parameter_takes_them():
-    own = dataclasses.replace(zoo.load("digits", "random"), name="own")
+    own = dataclasses.replace(models.load("digits", "random"), name="own")
     with pytest.raises(ValueError, match="no image: give image_path and label, or data_root"):
         explain.take_image(own)
     with pytest.raises(ValueError, match="give dataset_path"):
@@ -110,23 +112,33 @@ def test_a_network_without_images_is_told_which_parameter_takes_them():
 
 def test_the_notebook_offers_every_ranking_that_it_can_make(root):
     offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
-    units = pss.Units.of(zoo.load("digits", "random").model)
-    saliency, reference = torch.rand(30, len(units)), pss.Reference.fit(torch.rand(30, len(units)))
-    assert set(pss.METHODS) - set(offered) == {"fisher", "random_last_stage"}  # for gradients, for a few units
+    units = pss.Units.of(models.load("digits", "random").model)
+    saliency = torch.rand(30, len(units))
+    reference = pss.Reference.fit(saliency)
+    cannot = {"random_last_stage", "last_stage_raw", "scale_free_zscore", "scale_free_pot"}
+    assert set(pss.RANKINGS) - set(offered) == cannot  # for few units, for another reference
     for method in offered:
-        assert len(explain.ranked(saliency[:1], reference, method, units)) == len(units)
+        assert len(pss.rank(saliency[:1], reference, method, units=units)[0]) == len(units)
 
 
 def test_table_of_units_and_a_reference_without_tail():
-    units = pss.Units.of(zoo.load("digits", "random").model)
+    units = pss.Units.of(models.load("digits", "random").model)
     reference = pss.Reference(mean=torch.ones(len(units)).double(), std=torch.ones(len(units)).double())
     saliency = torch.arange(len(units), dtype=torch.float32)[None]
-    order = explain.ranked(saliency, reference, "zscore", units)
+    order = pss.rank(saliency, reference, "zscore")[0]
     table = explain.unit_table(saliency, reference, units, order)
     assert table["unit"].tolist() == order.tolist() == list(range(len(units)))[::-1] and "p" not in table
     assert table["z"].iloc[0] == len(units) - 2 and table["rank"].tolist() == list(range(1, len(units) + 1))
     assert "cannot" in explain.caution(reference)[0]
-    with pytest.raises(ValueError, match="'pot' needs tail probabilities"):
-        explain.ranked(saliency, reference, "pot", units)
-    with pytest.raises(ValueError, match="'fisher' ranks by gradients"):
-        explain.ranked(saliency, reference, "fisher", units)
+
+
+def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
+    evidence = pd.DataFrame({"part": ["mistakes", "retain", "retain held out"], "kl_mean": [9.0, 0.25, 0.034]})
+    tried = pd.DataFrame({"k": [1, 2], "kl": [0.7, 0.0012]})
+    step = (torch.zeros(1), torch.ones(1))
+    patch = pss.Patch(
+        "0" * 64, (1, 2), ("a", "b"), ((), ()), step, (step[1] + 1, step[1] + 2), True, evidence=evidence, tried=tried
+    )
+    english, japanese = explain.verdict(patch)
+    assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
+    assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)

@@ -56,7 +56,8 @@ def _run(sweep: Sweep, jobs: int, dask: str = "", again: bool = False) -> int:
     try:
         table = run_sweep(sweep, jobs, dask, again)
     except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from here; so far in {index}", file=sys.stderr)
+        goes_on = "" if again else f": the same command goes on from here; so far in {index}"
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
     print(f"{len(table)} runs: {counts}" if len(table) > 1 else table.get("verdict", [counts])[0])

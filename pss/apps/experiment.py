@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss.apps.explain import has_built_in
+from pss import models
+from pss.apps.reading import SAVED, has_built_in, pictures
 from pss.data import digits
+from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
-from pss.fisher import fisher_diagonal, fisher_scores
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
@@ -54,7 +54,6 @@ from pss.units import Units
 
 PUBLISHED = {"baseline": "zscore", "POT": "pot", "conv5": "last_stage_raw", "random": "random"}
 BLOCK = 32  # images of a part: at most so much is lost when a run is killed
-FISHER = 500  # images on disk that the Fisher information is made of
 _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
 _RESULTS += ("confidence_wrong", "corrected", "loss")
@@ -88,7 +87,6 @@ class Statistics:
 
     plain: Reference | None = None
     scale_free: Reference | None = None
-    fisher: dict[str, Tensor] | None = None
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -136,9 +134,9 @@ def statistics(
     provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
-    if Path(path).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(path).suffix in SAVED:
         reference = _read_reference(Path(path), units, provenance)
-        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference}, fisher=reference.fisher)
+        return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
@@ -164,11 +162,6 @@ def statistics(
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
         found[kind] = _read_reference(file, units, provenance)
-    if "fisher" in methods:
-        if images is None:
-            raise ValueError("algo 'fisher' needs the reference images themselves: give them, or leave it out of algo")
-        read = partial(fisher_diagonal, model, _in_memory(images), units, loss, progress=progress)
-        found["fisher"] = read(path=find("fisher.safetensors", lambda file: read(path=file)))
     return Statistics(**found)
 
 
@@ -176,15 +169,8 @@ def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Ref
     try:
         return Reference.load(file, units).check(units, **provenance)
     except ValueError as error:
-        what = "give another reference_path, or remove this one to have it made anew"
+        what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
         raise ValueError(f"{file}: {error}: {what}") from error
-
-
-def _in_memory(images: Dataset) -> Dataset | tuple[Tensor, Tensor]:
-    """Images that are in memory as they are; of others at most `FISHER`, evenly spaced."""
-    if hasattr(images, "images") and hasattr(images, "labels"):
-        return images
-    return _read_images(images, np.unique(np.linspace(0, len(images) - 1, FISHER).astype(int)))
 
 
 def _cached(kind: str, provenance: Any) -> Path:
@@ -192,7 +178,7 @@ def _cached(kind: str, provenance: Any) -> Path:
     return cache_folder() / kind / key_of(provenance)
 
 
-def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
+def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     """Give the images of an experiment: a tree of folders by class, or the built-in ones of the network.
 
     See `pss.models.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
@@ -202,15 +188,15 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
         return digits("test")
     if not str(root) and not has_built_in(network):
         raise ValueError(f"no built-in images fit {network.name}: give dataset_path, a folder of pictures per class")
-    return zoo.reference_set(network, root)
+    return models.reference_set(network, root)
 
 
 def usual_of(
-    network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+    network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if str(root) or has_built_in(network):
-        return zoo.reference_set(network, root, count, seed)
+        return pictures(network, str(root), count, seed)
     if needed:
         raise ValueError(
             f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "
@@ -219,7 +205,7 @@ def usual_of(
     return None
 
 
-def preprocessing_of(network: zoo.Network, dataset: Dataset | None) -> str:
+def preprocessing_of(network: models.Network, dataset: Dataset | None) -> str:
     """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
     return "" if dataset is None or hasattr(dataset, "images") else str(name_of(network.preprocess))
 
@@ -324,8 +310,8 @@ def run(
     if not 1 <= filters <= len(units):
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
-        repair.check_edit(edit)
-    repair.check_lengths(lr, step_norm)
+        check_known("edit", edit, repair.EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
@@ -367,8 +353,8 @@ def _check_statistics(usual: Statistics, methods: dict[str, str], model: nn.Modu
             reference.check(units, model=fingerprint(model))
     for name, method in methods.items():
         needs = {*RANKINGS[method].needs, *(("reference",) if method == "layer_matched_random" else ())}
-        kind = "fisher" if "gains" in needs else "scale_free" if "scale_free" in needs else "plain"
-        if needs & {"gains", "reference"} and getattr(usual, kind) is None:
+        kind = "scale_free" if "scale_free" in needs else "plain"
+        if "reference" in needs and getattr(usual, kind) is None:
             raise ValueError(f"algo {name!r} needs {kind.replace('_', '-')} statistics: give a folder, or leave it out")
         if kind == "plain" and RANKINGS[method].tail and usual.plain.threshold is None:
             raise ValueError(f"algo {name!r}: these statistics have no tail, only mean and deviation: take 'baseline'")
@@ -476,13 +462,10 @@ class _Job:
     def _rank(self, images: Tensor, labels: Tensor, positions: np.ndarray) -> dict[str, Tensor]:
         """The first units of each image by every ranking, (B, filters)."""
         s = profile(self.model, images, labels, self.units, self.how["loss"])
-        return {name: self._rank_by(method, s, images, labels, positions) for name, method in self.methods.items()}
+        return {name: self._rank_by(method, s, positions) for name, method in self.methods.items()}
 
-    def _rank_by(self, method: str, s: Tensor, images: Tensor, labels: Tensor, positions: np.ndarray) -> Tensor:
+    def _rank_by(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
         plain, k = self.usual.plain, self.filters
-        if method == "fisher":
-            gains = fisher_scores(self.model, images, labels, self.units, self.usual.fisher, loss=self.how["loss"])
-            return rank(s, plain, method, k, gains=gains)
         if "scale_free" in RANKINGS[method].needs:
             return rank(s, self.usual.scale_free, method, k)
         if method in _RANDOM:  # of each image alone: it does not matter which others it came with

@@ -103,7 +103,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def read_yaml(text: str) -> Any:
     """Value of a YAML text; tags that make objects, and what cannot be read, are a ValueError."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"not plain YAML: {error}") from error
 
@@ -145,8 +145,7 @@ def check_values(notebook: str | os.PathLike, values: Mapping[str, Any], base: P
     Raises
     ------
     ValueError
-        For a name that the notebook lacks (papermill only warns), a value of another type, one that is none of the
-        choices, or a place that is not there.
+        For a name that the notebook lacks (papermill only warns), a value of another type, or none of the choices.
     """
     known, name = parameters_of(notebook) if values else {}, Path(notebook).name
     if unknown := sorted(set(values) - set(known)):
@@ -189,6 +188,15 @@ def _settle(parameter: Parameter, value: Any, base: Path, what: str) -> Any:
     place = os.path.normpath(base.absolute() / Path(value).expanduser())
     if parameter.kind == "name or place" and not (_LIKE_A_PATH.search(value) or os.path.isfile(place)):
         return value
-    if parameter.kind != "place to write" and not os.path.exists(place):
-        raise ValueError(f"{what} = {value!r}: there is no {place}; relative places are seen from {base.absolute()}")
     return place
+
+
+def check_places(notebook: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Refuse places that are not there, of values that `check_values` has seen."""
+    known = parameters_of(notebook) if values else {}
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            needed = known[name].kind in ("place", "name or place") and os.path.isabs(str(text))
+            if needed and not os.path.exists(text):
+                seen = "relative places are seen from the folder of the command, those of a sweep from its file"
+                raise ValueError(f"{Path(notebook).name}: {name} = {text!r} is not there; {seen}")

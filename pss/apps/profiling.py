@@ -40,9 +40,8 @@ def _named(text: str) -> str | Callable:
     return pkgutil.resolve_name(text) if ":" in text else text
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """``python -m pss profile``; under torchrun every process takes its share."""
-    parser = argparse.ArgumentParser(prog="python -m pss profile", description="Profile a data set into a folder.")
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Give the parser the options of ``profile``."""
     what = {"nargs": "+", "required": True, "metavar": ("MODULE:CALLABLE", "KEY=VALUE")}
     parser.add_argument("--model", **what, help="gives the model, as pss.models:digits")
     parser.add_argument("--data", **what, help="gives the data set, as pss.data:digits split=test")
@@ -61,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="threads of each process (torchrun gives each one)")
     parser.add_argument("--rebuild", action="store_true", help="throw away what is in the folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    chosen = parser.parse_args(arguments)
+
+
+def main(chosen: argparse.Namespace) -> None:
+    """Profile a data set into a folder; under torchrun every process takes its share."""
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     distributed = dist.is_available() and dist.is_torchelastic_launched()
@@ -97,4 +99,3 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if distributed:
             dist.destroy_process_group()
-    return 0

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from pss import __version__
 from pss.apps.execution import raised, run_notebook, source_hash
 from pss.apps.pages import render
-from pss.apps.parameters import Parameter, check_values, parameters_of, read_text, read_values, read_yaml
+from pss.apps.parameters import Parameter, check_places, check_values, parameters_of, read_text, read_values, read_yaml
 from pss.storage.digests import digest, key_of
 from pss.storage.whole import write_whole
 
@@ -68,9 +68,10 @@ class Run:
 
     @property
     def page(self) -> Path:
-        """What to open: the report that it wrote, else the executed notebook."""
+        """What to open: the report that it wrote, else the executed notebook as a page."""
         report = Path(self.parameters.get("output") or self.folder) / "report.html"
-        return report if report.is_file() else self.folder / self.notebook.name
+        page = self.folder / f"{self.notebook.stem}.html"
+        return next((path for path in (report, page) if path.is_file()), self.folder / self.notebook.name)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def single_runs(notebooks: Sequence[Path], out: Path | None = None, texts: Mappi
     runs = []
     for notebook in notebooks:
         values = read_values(notebook, texts or {})
-        key, folder = _key(code_of(notebook), values), (out or Path("runs")).absolute() / notebook.stem
+        key = key_of([code_of(notebook), values, __version__], 12)
+        folder = (out or Path("runs")).absolute() / notebook.stem
         if values:
             own = values.get("output") if out is None else None
             folder = Path(own) if own else folder.with_name(f"{notebook.stem}__{_readable(values)}-{key}")
@@ -277,7 +279,7 @@ def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str]) -> I
     seen: dict[str, int] = {}
     outputs: set[str] = set()
     for number, values in enumerate(rows, 1):
-        key = _key(code, values)
+        key = key_of([code, values, __version__], 12)
         if key in seen:
             raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {values}")
         seen[key] = number
@@ -294,10 +296,6 @@ def _with_output(notebook: Path, values: dict[str, Any], folder: Path) -> dict[s
     """The values, and the run's folder as ``output``; not where that is empty by default and nothing else is asked."""
     own = parameters_of(notebook).get("output")
     return {"output": str(folder)} | values if own and (values or own.default) else values
-
-
-def _key(code: str, values: Mapping[str, Any]) -> str:
-    return key_of([code, values, __version__], 12)
 
 
 def code_of(notebook: Path) -> str:
@@ -332,8 +330,10 @@ def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, 
     Raises
     ------
     ValueError
-        If there is no Dask.
+        If there is no Dask, or a place that a run is to read is not there; nothing has run then.
     """
+    for run in sweep.runs:
+        check_places(run.notebook, run.parameters)
     records = {run.key: run.record() for run in sweep.runs}
     finished = {key: r for key, r in records.items() if r and r["status"] == "finished" and not again}
     to_do = [run for run in sweep.runs if run.key not in finished]

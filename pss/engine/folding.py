@@ -51,7 +51,10 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     if not training and running_mean is not None:
         scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
         shape = (-1, *[1] * (input.dim() - 2))
-        return torch.addcmul(shift.reshape(shape), input, scale.reshape(shape)).to(input.dtype)
+        output = torch.addcmul(shift.reshape(shape), input, scale.reshape(shape)).to(input.dtype)
+        if input.dim() > 2 and input.shape[2:].numel() == 1:  # no memory format: the next convolution copies no weights
+            return output.flatten(1).view(input.shape)
+        return output
     if len(input) == 1 and input.dim() > 2:  # mean and variance of each channel
         return F.group_norm(input, input.shape[1], weight, bias, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

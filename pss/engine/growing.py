@@ -44,15 +44,13 @@ class Unseen(NotCarried):
 class Change:
     """Change of some filters of one weight, in the variants of one image from ``k`` on.
 
-    ``step`` is added to ``weight[start : start + len(step)]``. With ``sizes``, shape (variants,), the variants are
-    points on a line instead: variant v has the step times ``sizes[v]``, from ``k`` = 0 on.
+    ``step`` is added to ``weight[start : start + len(step)]``.
     """
 
     image: int
     k: int
     start: int
     step: Tensor
-    sizes: Tensor | None = None
 
 
 def forward(model: nn.Module, images: Tensor, changes: dict[nn.Parameter, list[Change]], variants: int) -> Tensor:
@@ -166,11 +164,10 @@ class _Carry(TorchFunctionMode):
         if changes[0].step.requires_grad and not torch.is_grad_enabled():
             raise NotCarried("an edited layer inside an autograd function of the model's own")
         starts = [c.image * self.variants + c.k for c in changes]
-        lines = {c.image: c.sizes for c in changes if c.sizes is not None}
-        rows = np.union1d(have, starts + [i * self.variants + v for i in lines for v in range(1, self.variants)])
+        rows = np.union1d(have, starts)
         output = self.expand(self._mark(output, have), rows)
 
-        parts, places, factors, done = [], [], [], 0
+        parts, places, done = [], [], 0
         for image in sorted({c.image for c in changes}):
             own = [c for c in changes if c.image == image]
             keys = [image * self.variants, (image + 1) * self.variants]
@@ -185,15 +182,10 @@ class _Carry(TorchFunctionMode):
             row, which = np.nonzero(rows[r][:, None] >= since)  # row r[row] has the change of filters[which]
             source = np.searchsorted(have, rows[r[row]], side="right") - 1 - first
             places.append([r[row], filters[which], done + source * len(filters) + which])
-            if image in lines:
-                factors.append(lines[image][torch.as_tensor(rows[r[row]] - keys[0])])
             done += len(parts[-1])
         row, channel, part = torch.as_tensor(np.concatenate(places, axis=1), device=output.device)
         channels_first = output.movedim(-1, 1) if func is F.linear else output  # a view
-        values = torch.cat(parts)[part]
-        if factors:
-            values = values * torch.cat(factors).reshape(-1, *[1] * (values.dim() - 1))
-        channels_first.index_put_((row, channel), values, accumulate=True)
+        channels_first.index_put_((row, channel), torch.cat(parts)[part], accumulate=True)
         return self._mark(output, rows)
 
 

@@ -52,17 +52,30 @@ class Convolution:
         return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[0]
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
-        """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``."""
-        positions = g[0, 0].numel()
-        if self.groups == 1 and (x.is_cuda or math.prod(self.shape[2:]) == 1):
-            return self._sums_of_patches(x, g, signed)
-        if self.groups > 1 or positions > 8 * self.shape[0]:
-            return torch.cat([_sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
-        if positions <= 4:
-            return self._sums_of_taps(x, g, signed)
-        if x.dtype in _LOW or positions * self.shape[0] * self.shape[1] < SMALL:
-            return self._sums_of_patches(x, g, signed)
-        return self._sums_of_shifts(x, g, signed)
+        """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``.
+
+        Whichever is quickest; ``make bench`` shows it by the networks whose time is mostly of one of them:
+
+        ===================  ==============================================  ====================================
+        way                  taken where                                     seen in
+        ===================  ==============================================  ====================================
+        by im2col            kernel 1×1; on a GPU any kernel, of one group;  resnet50; all with --device cuda
+                             in low precision; little work
+        by PyTorch's kernel  groups; positions > 8 filters                   mobilenet_v2; the stems
+        per tap              at most 4 positions                             resnet18 at 32 pixels
+        on a shifted grid    the rest                                        resnet18 and vgg19 at 224 pixels
+        ===================  ==============================================  ====================================
+        """
+        positions, pointwise = g[0, 0].numel(), math.prod(self.shape[2:]) == 1
+        little = positions * self.shape[0] * self.shape[1] < SMALL
+        ways = (
+            (self._by_im2col, self.groups == 1 and (x.is_cuda or pointwise)),
+            (self._by_whole_gradients, self.groups > 1 or positions > 8 * self.shape[0]),
+            (self._per_tap, positions <= 4),
+            (self._by_im2col, x.dtype in _LOW or little),
+            (self._on_a_shifted_grid, True),
+        )
+        return next(way for way, taken in ways if taken)(x, g, signed)
 
     def gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Weight gradient of each sample, ``(B, *weight.shape)``."""
@@ -88,7 +101,11 @@ class Convolution:
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, mask)[1]
 
-    def _sums_of_patches(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+    def _by_whole_gradients(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+        """Sum over filters of gradients that PyTorch's own kernel makes."""
+        return torch.cat([_sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
+
+    def _by_im2col(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over filters by matrix products, a few samples at a time: the patches must not fill the memory."""
         g = g.flatten(2).transpose(1, 2)  # (B, P, O)
         row = math.prod(self.shape[1:])
@@ -96,7 +113,7 @@ class Convolution:
         parts = zip(x.split(step), g.split(step), strict=True)
         return torch.cat([sums_of_products(self._patches(a), b, signed) for a, b in parts])
 
-    def _sums_of_taps(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+    def _per_tap(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over filters tap by tap, without the positions where a tap meets padding: of few, they are most."""
         sums = g.new_zeros(len(g), self.shape[0])
         for tap in itertools.product(*(range(k) for k in self.shape[2:])):
@@ -113,7 +130,7 @@ class Convolution:
                 sums += sums_of_products(patch, seen, signed)
         return sums
 
-    def _sums_of_shifts(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
+    def _on_a_shifted_grid(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over filters tap by tap, without copies of patches.
 
         Input and output gradient are laid on one grid, the first with its padding, the second with zeros at its ends.
@@ -160,8 +177,9 @@ class Linear:
     groups: int = 1
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Output of the layer."""
-        return F.linear(x, weight, bias)
+        """Output of the layer. No view of the product, which nobody else has: only so may it be changed in place."""
+        output = F.linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""

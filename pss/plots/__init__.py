@@ -1,4 +1,4 @@
-"""Figures that several pages draw."""
+"""Figures that several pages draw, and the sentences that they print in both languages."""
 
 from pss.plots.figures import (
     METHOD_COLORS,
@@ -15,6 +15,7 @@ from pss.plots.figures import (
     plain,
     profile_by_layer,
     render_map,
+    say,
     show,
     stage_bars,
     stage_colors,
@@ -38,6 +39,7 @@ __all__ = [
     "plain",
     "profile_by_layer",
     "render_map",
+    "say",
     "show",
     "stage_bars",
     "stage_colors",

@@ -46,6 +46,14 @@ def show(figure: Figure | Axes, alt: str, ja: str = "") -> None:
     plt.close(figure)
 
 
+def say(en: str, ja: str) -> None:
+    """Display a sentence computed from the same values in English and in Japanese (Markdown); the site keeps one."""
+    from IPython.display import display
+
+    for lang, text in (("en", en), ("ja", ja)):
+        display({"text/markdown": text, "text/plain": text}, metadata={"lang": lang}, raw=True)
+
+
 def image_row(images: Tensor, titles: Sequence[str] = (), axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Images in a row; (B, 3, H, W) in 0..1, titles above."""
     if axes is None:

@@ -12,6 +12,7 @@ away. A row is finished once its record says so *and* its checksum fits, so whoe
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -156,6 +157,12 @@ class ProfileStore:
             block[filled : filled + len(part)] = part
             filled += len(part)
         return block
+
+    def without(self, rows: np.ndarray) -> ProfileStore:
+        """The same store as if these rows had been skipped; on disk nothing changes."""
+        fewer = copy.copy(self)
+        fewer.finished = self.finished & ~np.isin(np.arange(len(self.finished)), rows)
+        return fewer
 
     def __repr__(self) -> str:
         n, count = self.shape
@@ -302,17 +309,20 @@ def _refuse_files(path: Path, names: set[str]) -> None:
         raise FileExistsError(f"{path} holds other files ({min(names)}, …): give the profiles a folder of their own")
 
 
-def begin(path: Path, manifest: dict) -> None:
-    """Lay out an unfinished store at its full size (sparse, all rows pending); whoever is first begins it.
+def begin(path: Path, manifest: dict) -> bool:
+    """Lay out an unfinished store at its full size (sparse, all rows pending); whether this process was the first.
 
     The manifest has ``samples``, ``n_units``, ``provenance``, ``computed_with``, ``batch_size`` and ``threads``.
     """
+    if is_store(path):
+        return False
     _refuse_files(path, {file.name for file in path.iterdir()} if path.exists() else set())
     if path.is_mount():
         raise ValueError(f"{path} is a disk of its own, which cannot be renamed: give a folder below it")
     partial = partial_of(path)
     if partial.exists() and not is_store(partial):
-        discard(partial)
+        with suppress(FileNotFoundError):  # it was finished in between
+            discard(partial)
     new = beside(partial)
     n, count = manifest["samples"], manifest["n_units"]
     needed, free = n * (count * 4 + RECORD.itemsize), shutil.disk_usage(new.parent).free
@@ -325,11 +335,29 @@ def begin(path: Path, manifest: dict) -> None:
             np.lib.format.open_memmap(new / name, "w+", dtype, shape).flush()
         write_manifest(new, {"format": FORMAT, **manifest, "skipped": {}})
         os.rename(new, partial)
+        return True
     except OSError:
         if not is_store(partial):  # or else another process has begun the same
             raise
+        return False
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Fill and finish a store in here: another process at the same waits for its turn. A lock goes with its holder."""
+    lock = None
+    with suppress(ImportError, OSError):  # on Windows, on a file system without locks, or the store is finished by now
+        import fcntl
+
+        lock = os.open(partial_of(path), os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager

@@ -85,9 +85,8 @@ def store_rows(
         for old in (partial, path) if rebuild else ():
             if folder.is_store(old):
                 folder.discard(old)
-    with folder.taken_back_if_empty(path) if begins and alone else nullcontext():  # other ranks may have rows to write
-        if begins:
-            folder.begin(path, made_of)
+    begun = begins and folder.begin(path, made_of)
+    with folder.taken_back_if_empty(path) if begun and alone else nullcontext():  # other ranks may have rows to write
         barrier()
         if not folder.is_store(path):
             _complete(path, made_of, dataset, compute, workers, on_error == "skip", progress)
@@ -103,16 +102,15 @@ def store_rows(
 
 def _complete(path: Path, made_of: dict, dataset: Dataset, *how: Any) -> None:
     """Compute the missing rows, every rank its own, and finish the store."""
-    try:
+    first = rank()[0] == 0
+    with folder.held(path) if first else nullcontext():
         manifest = folder.refuse_other(path, made_of)
-        with thread_count(manifest["threads"]):
-            _fill(folder.partial_of(path), manifest, dataset, *how)
+        if not folder.is_store(path):  # or else another process, at the same pass, was faster
+            with thread_count(manifest["threads"]):
+                _fill(folder.partial_of(path), manifest, dataset, *how)
         barrier()
-        if rank()[0] == 0:
+        if first and not folder.is_store(path):
             folder.finish(path)
-    except (OSError, ValueError):
-        if not folder.is_store(path):  # or else another process, at the same pass, has finished it
-            raise
     barrier()
 
 

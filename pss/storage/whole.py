@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +21,9 @@ def beside(path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{_literal(path.name)}.*.partial"):
-        if time.time() - old.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has moved it to its place by now
+            if time.time() - old.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 

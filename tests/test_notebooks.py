@@ -154,6 +154,7 @@ def test_computed_sentences_say_the_same_numbers_in_both_languages(path):
         assert KANA.search(japanese) and not re.search(r"[。、]", japanese) and not POLITE.search(japanese), japanese
         assert not re.search(r"[ぁ-んァ-ン一-鿿]", english), english
         first, second = (sorted(re.findall(r"\d+(?:\.\d+)?%?", t.replace(",", ""))) for t in (english, japanese))
+        first, second = ([number for number in found if number != "1"] for found in (first, second))  # "one": 1枚
         assert first == second, f"the languages differ in numbers: {english!r}, {japanese!r}"
 
 

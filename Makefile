@@ -1,7 +1,12 @@
 # Everything runs inside .venv, with relative paths: the checkout may live in a directory with spaces.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PY := .venv/bin/python
-STAMP := .venv/.installed
+# What pip or, where it is there, uv installs; UV= takes pip.
+UV ?= $(shell command -v uv)
+INSTALL = $(if $(UV),"$(UV)" pip install --python $(PY),$(PY) -m pip install) --quiet --constraint constraints.txt
+# A stamp for each extra of pyproject.toml that a target needs.
+RUN := .venv/.installed-notebooks
+TEST := .venv/.installed-test
 
 # The kernel of .venv, whatever kernels and settings the machine has.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -14,32 +19,32 @@ test test-faults test-mutants test-zoo test-lowest test-newest: export OMP_NUM_T
 
 .PHONY: run test test-faults test-mutants test-zoo test-lowest test-newest lab notebooks site bench lint clean
 
-run: $(STAMP)  ## execute the tutorials on the built-in data into runs/
+run: $(RUN)  ## execute the tutorials on the built-in data into runs/
 	@$(PY) -m pss run --out runs notebooks
 
-test: $(STAMP) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
+test: $(TEST) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
 	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=90 tests
 	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Every test of reliability, whether `make test` runs it too or not.
 FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.py guards.py statistics.py reproducible.py)
 
-test-faults: $(STAMP)  ## kills, full disks, damaged files, bad input, untrusted files, counted; under 20 minutes
+test-faults: $(TEST)  ## kills, full disks, damaged files, bad input, untrusted files, counted; under 20 minutes
 	@$(PY) -m pytest -n 2 --dist worksteal -m "" $(FAULTS)
 
-test-zoo: $(STAMP)  ## profiles of architectures of timm and transformers against autograd; installs them, about half an hour
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,zoo]"
+test-zoo: $(TEST)  ## profiles of architectures of timm and transformers against autograd; installs them, about half an hour
+	@$(INSTALL) --editable ".[test,zoo]"
 	@$(PY) -m pytest -n 2 --dist worksteal -m zoo tests/test_architectures.py
 
 FILES ?=
-test-mutants: $(STAMP)  ## change one thing at a time in the core and count what its tests see; hours, FILES=pss/ranking.py for one
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,mutants]"
+test-mutants: $(TEST)  ## change one thing at a time in the core and count what its tests see; hours, FILES=pss/ranking.py for one
+	@$(INSTALL) --editable ".[test,mutants]"
 	@$(PY) .ci/mutants.py $(FILES)
 
 # Older builds of torch bring gigabytes where there is no index of CPU builds: these stay as in constraints.txt.
 KEEP ?= torch torchvision
 
-test-lowest test-newest: test-%: $(STAMP)  ## unit tests with the lowest, the newest versions allowed, in .venv-lowest
+test-lowest test-newest: test-%: $(TEST)  ## unit tests with the lowest, the newest versions allowed, in .venv-lowest
 	@echo "Installing the $* versions that pyproject.toml allows into .venv-$*"
 	@test -x .venv-$*/bin/python || "$(PYTHON)" -m venv .venv-$*
 	@$(PY) .ci/bounds.py $* $(KEEP) > .venv-$*/constraints.txt
@@ -48,19 +53,19 @@ test-lowest test-newest: test-%: $(STAMP)  ## unit tests with the lowest, the ne
 		--constraint .venv-$*/constraints.txt --editable ".[test]"
 	@.venv-$*/bin/python -m pytest -n 2 --dist loadscope -p no:cacheprovider tests
 
-lab: $(STAMP)  ## open the notebooks in JupyterLab
+lab: .venv/.installed-lab  ## open the notebooks in JupyterLab
 	@$(PY) -m jupyterlab notebooks
 
-notebooks: $(STAMP)  ## run the committed notebooks again, in place
+notebooks: $(RUN)  ## run the committed notebooks again, in place
 	@$(PY) -m pss run --in-place notebooks
 
-site: $(STAMP)  ## the pages of the notebooks, English and Japanese, into site/
+site: .venv/.installed-site  ## the pages of the notebooks, English and Japanese, into site/
 	@$(PY) docs/build.py site
 
-bench: $(STAMP)  ## measure speed and memory against plain loops, under 15 minutes
+bench: $(TEST)  ## measure speed and memory against plain loops, under 15 minutes
 	@$(PY) -m bench
 
-lint: $(STAMP)  ## style, format, types, which room knows which
+lint: $(TEST)  ## style, format, types, which room knows which
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
@@ -69,10 +74,11 @@ lint: $(STAMP)  ## style, format, types, which room knows which
 clean:  ## remove what make made
 	rm -rf .venv .venv-lowest .venv-newest runs site data/cache
 
-$(STAMP): pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-		{ echo "PSS needs Python 3.11, which was not found: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+.PRECIOUS: .venv/.installed-%
+.venv/.installed-%: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+		{ echo "PSS needs Python 3.11, 3.12 or 3.13, which was not found: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
 	@test -x $(PY) || { echo "Making .venv"; "$(PYTHON)" -m venv .venv; }
-	@echo "Installing pss and what it needs into .venv (about 500 MB, a few minutes the first time)"
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	@touch $(STAMP)
+	@echo "Installing pss[$*] into .venv (a few minutes the first time)"
+	@$(INSTALL) --editable ".[$*]"
+	@touch $@

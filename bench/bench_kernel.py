@@ -38,6 +38,9 @@ OURS = {
     "profile, BatchNorm unfolded": {"fold": False},
     "profile": {},
     "profile, bf16 backward": {"precision": "bf16"},
+    "profile, gain": {"of": "gain"},
+    "profile, gradient and gain": {"of": ("gradient", "gain")},
+    "profile, output": {"of": "output"},
 }
 
 
@@ -97,7 +100,9 @@ def make(name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dty
 
 
 def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) -> pd.DataFrame:
-    """Time `pss.profile`; ratio is the loop over single images / it, and "of plain" it / a plain training pass.
+    """Time `pss.profile`; ratio is the loop over single images / it, "of plain" it / a plain training pass.
+
+    "of gradient" is it / the profile of the gradient. Those of gain and output are of other quantities than the loop's.
 
     Ratios are taken within each round, and the median is shown: a machine that slows down for a while slows all.
     """
@@ -129,6 +134,7 @@ def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) 
                     "ms an image": 1000 * times[label].median() / batch,
                     "ratio": (times["one image at a time"] / times[label]).median(),
                     "of plain": (times[label] / times["forward and backward pass"]).median(),
+                    "of gradient": (times[label] / times["profile"]).median(),
                 }
             )
     return pd.DataFrame(rows)
@@ -165,14 +171,15 @@ def run_memory(
 ) -> pd.DataFrame:
     """Measure the peak memory above the loaded model, each batch in a fresh process; large batches go in parts of 8."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        tasks = [(name, pixels, b, what) for b in batches for what in ("plain", "profile")]
+        tasks = [(name, pixels, b, what) for b in batches for what in ("plain", "gradient", "gain")]
         peaks = pool.map(_peak_mib, tasks, chunksize=1)
     return pd.DataFrame(
         {
             "model": f"{name}, {pixels} px",
             "batch": batches,
-            "MiB, forward and backward pass": peaks[::2],
-            "MiB, profile": peaks[1::2],
+            "MiB, forward and backward pass": peaks[::3],
+            "MiB, profile": peaks[1::3],
+            "MiB, profile of the gain": peaks[2::3],
         }
     )
 
@@ -185,7 +192,7 @@ def _peak_mib(task: tuple[str, int, int, str]) -> float:
     if what == "plain":
         plain_pass(model, images, labels)
     else:
-        pss.profile(model, images, labels, units, strategy="fast")
+        pss.profile(model, images, labels, units, strategy="fast", of=what)
     return (_peak_kib() - before) / 1024
 
 

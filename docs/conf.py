@@ -54,14 +54,15 @@ html_theme_options = {
 WORDS, CHARACTERS, LINES, PICTURE = 200, 450, 15, 20
 
 
-def reading_minutes(notebook: nbformat.NotebookNode) -> int:
-    """Minutes that reading takes, without the solutions, to the nearest five."""
+def reading_minutes(notebook: nbformat.NotebookNode, code: bool = True) -> int:
+    """Minutes that reading takes, to the nearest five: without solutions and what is folded, or without any code."""
     minutes = 0.0
     for cell in notebook.cells:
         if "solution" in cell.metadata.get("tags", []):
             continue
         if cell.cell_type == "code":
-            minutes += len(cell.source.splitlines()) / LINES
+            if code and "hide-input" not in cell.metadata.get("tags", []):
+                minutes += len(cell.source.splitlines()) / LINES
             minutes += sum("image/png" in output.get("data", {}) for output in cell.outputs) * PICTURE / 60
         elif language == "ja":
             minutes += len(re.sub(r"\s|\]\(\S+\)", "", cell.source)) / CHARACTERS
@@ -70,17 +71,32 @@ def reading_minutes(notebook: nbformat.NotebookNode) -> int:
     return max(5, 5 * round(minutes / 5))
 
 
+# Ways through the notebooks, by their numbers.
+ROUTES = {"story": ("00", "03", "06", "13"), "own": ("11", "12", "14")}
+
+
 def contents(app: Sphinx, config: Config) -> None:
-    """Give the landing page ``{{ notebooks }}``: title, goal and reading time, from the notebooks themselves."""
-    entries = []
+    """Give the landing page ``{{ notebooks }}``, title, goal and reading time, from the notebooks themselves.
+
+    And for each route links to its notebooks, ``{{ story }}``, with ``{{ story_minutes }}``; ``{{ course_hours }}``.
+    """
+    entries, links, times, times_of_story = [], {}, {}, {}
     for path in sorted(Path(app.srcdir, "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
+        notebook, number = nbformat.read(path, as_version=4), path.name[:2]
         title = re.match(r"# (.+)", notebook.cells[0].source)[1]
         goal = re.search(r"^\| *\**(?:Goal|目標)\** *\| *(.+?) *\|$", notebook.cells[0].source, re.MULTILINE)[1]
         goal = goal[0].upper() + goal[1:] + say(".", "．") * (goal[-1] not in ".?．？")
-        minutes = say("about {} minutes", "約{}分").format(reading_minutes(notebook))
-        entries.append(f"- [{title}](notebooks/{path.name}) <span class='minutes'>{minutes}</span><br>\n  {goal}")
-    config.myst_substitutions["notebooks"] = "\n".join(entries)
+        times[number], times_of_story[number] = reading_minutes(notebook), reading_minutes(notebook, code=False)
+        links[number] = f"[{title}](notebooks/{path.name})"
+        minutes = say("about {} minutes", "約{}分").format(times[number])
+        entries.append(f"- {links[number]} <span class='minutes'>{minutes}</span><br>\n  {goal}")
+    given = config.myst_substitutions
+    given["notebooks"] = "\n".join(entries)
+    given["course_hours"] = round(sum(times.values()) / 60)
+    for name, minutes_of in (("story", times_of_story), ("own", times)):
+        there = [number for number in ROUTES[name] if number in links]
+        given[name] = say(", ", "，").join(links[number] for number in there)
+        given[f"{name}_minutes"] = sum(minutes_of[number] for number in there)
 
 
 def bilingual_table(app: Sphinx, doctree: nodes.document) -> None:

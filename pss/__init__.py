@@ -14,6 +14,7 @@ _HOMES = {  # imported when first used: `import pss` is quick
     "Reference": "reference",
     "RANKINGS": "ranking",
     "rank": "ranking",
+    "rank_together": "ranking",
     "fdr_significant": "ranking",
     "stage_shares": "ranking",
     "edit_curve": "editing",

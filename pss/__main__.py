@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (home, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         if name in arguments[:1]:
-            module = import_module(f"pss.apps.{home}")
+            try:
+                module = import_module(f"pss.apps.{home}")
+            except ModuleNotFoundError as error:
+                command.error(f"needs {error.name}: pip install 'pss[notebooks]'")
             module.add_options(command, name)
             command.set_defaults(run=module.main, refuse=command.error)
     options = parser.parse_args(arguments)

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from pss.editing import Ids, check_batch, check_ids, check_logits, damage, restored
+from pss.editing import Ids, check_batch, check_logits, damage
+from pss.engine.checks import check_ids
+from pss.engine.edits import restored
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.storage.tensors import bytes_of
@@ -93,7 +96,7 @@ def gain_jacobian(
         grad = partial(torch.autograd.grad, inputs=gains, retain_graph=True, materialize_grads=True)
         return torch.stack([grad(total)[0] for total in sums.sum(dim=0)], dim=1)
 
-    with torch.inference_mode(False), preserved(model), torch.enable_grad():
+    with torch.inference_mode(False), preserved(model), torch.enable_grad(), ExplicitNormalization():
         model.requires_grad_(False)
         images = images.clone() if images.is_inference() else images
         one = slice(0, 1)
@@ -319,7 +322,7 @@ def smallest_correction(
     ways = [through] if isinstance(through, str) else list(through)
     rankings = {"all": np.arange(len(units))[None].repeat(len(images), 0)} if rankings is None else rankings
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
-    rankings = {name: check_ids(ids, units, dims=2) for name, ids in rankings.items()}
+    rankings = {name: check_ids(ids, len(units), dims=2) for name, ids in rankings.items()}
     ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
     _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:
@@ -381,7 +384,7 @@ class _Search:
         """Line along the gradient of the loss through the units, or through whole parameters, and the size on it."""
         mask = {name: torch.ones_like(self.model.get_parameter(name), dtype=torch.bool) for name in whole}
         mask |= self._mask(ids)
-        with preserved(self.model), torch.enable_grad():
+        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
             self.model.requires_grad_(False)
             weights = [self.model.get_parameter(name).requires_grad_() for name in mask]
             loss = self.loss(self.model(x), y).sum()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss.engine import growing as _variants
+from pss.engine.checks import check_ids, check_known, check_positive
+from pss.engine.edits import EditRunner, Place, add_steps, restored
 from pss.engine.state import preserved
 from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
 from pss.units import Units
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 
 Edit = Literal["finetune", "prune"]
+EDITS = ("finetune", "prune")
 Ids = Sequence | np.ndarray | Tensor
 
 # Images times variants times numbers in an image: 25 edits of one image at 224 pixels, or of 50 images at 32.
@@ -63,14 +66,14 @@ def edited(
         If the edit is unknown, an id is out of range or given twice, or the steps do not fit the ids.
     """
     check_units(model, units)
-    ids = check_ids(ids, units, dims=1, least=0)
-    check_edit(edit)
+    ids = check_ids(ids, len(units), dims=1, least=0)
+    check_known("edit", edit, EDITS)
     if (steps is None) != (edit == "prune"):
         raise ValueError("steps go with edit='finetune', which adds them to the units; edit='prune' needs none")
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"{len(steps)} steps for {len(ids)} units: give one step per unit, as unit_steps returns them")
     with preserved(model), restored(_views(model, units, ids)) as views:
-        _add(views, [-view for view in views] if steps is None else steps)
+        add_steps(views, [-view for view in views] if steps is None else steps)
         yield model
 
 
@@ -112,10 +115,10 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``step_norm`` is not
         positive.
     """
-    ids = check_ids(ids, units, dims=2)
-    check_lengths(lr, step_norm)
+    ids = check_ids(ids, len(units), dims=2)
+    check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
-    runner, result = _Runner(model, units, loss, strategy), []
+    runner, result = _runner(model, units, loss, strategy), []
     with _ready(model):
         images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, 1):
@@ -149,7 +152,7 @@ def edit_curve(
     label = torch.as_tensor(label, device=image.device)
     if label.dim() == 0:
         image, label = image[None], label[None]
-    ids = check_ids(ids, units, dims=1)[None]
+    ids = check_ids(ids, len(units), dims=1)[None]
     return edit_curves(model, image, label, ids, units, edit, lr, step_norm, loss, strategy, [image_id], progress=False)
 
 
@@ -205,14 +208,14 @@ def edit_curves(
         If an id or label is out of range, an id is given twice for an image, there is no id, the edit or strategy
         is unknown, or ``lr`` or ``step_norm`` is not positive and finite.
     """
-    ids = check_ids(ids, units, dims=2)
-    check_edit(edit)
-    check_lengths(lr, step_norm)
+    ids = check_ids(ids, len(units), dims=2)
+    check_known("edit", edit, EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
     image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
         raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
-    runner, frames = _Runner(model, units, loss, strategy), []
+    runner, frames = _runner(model, units, loss, strategy), []
     with _ready(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         images, labels = _plain(images), _plain(labels)
         for part in _chunks(images, ids.shape[1] + 1):
@@ -223,7 +226,7 @@ def edit_curves(
                 steps = [[_step(g, lr, step_norm) for g in gs] for gs in runner.gradients(x, y, own)]
             logits = runner.logits(x, own, steps)
             check_logits(y, logits[:, 0])
-            frames.append(_records(logits, y, own, image_ids[part], runner.loss))
+            frames.append(_records(logits, y, own, image_ids[part], runner.losses))
             bar.update(len(x))
     return pd.concat(frames, ignore_index=True)
 
@@ -240,167 +243,26 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class _Runner:
-    """The two paths to gradients and logits of several images; settles on ``in_place`` where the other fails."""
-
-    def __init__(self, model: nn.Module, units: Units, loss: str | Loss, strategy: str):
-        if strategy not in ("auto", "variants", "in_place"):
-            raise ValueError(f"unknown strategy {strategy!r}: expected 'auto', 'variants' or 'in_place'")
-        self.model, self.units, self.loss, self.strategy = model, units, get_loss(loss), strategy
-        self.trusted = False  # the growing batch was compared with the model edited in place
-        self.apart = False  # an image of a batch was compared with the image alone
-        self.idle: set[nn.Parameter] = set()  # parameters that take no part, as of an auxiliary head
-
-    def gradients(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """Gradient of each image's loss to its own units."""
-        return self._choose(
-            lambda: self._gradients_together(images, labels, ids),
-            lambda: self._gradients_alone(images, labels, ids),
-            images[:1],
-        )
-
-    @torch.no_grad()
-    def logits(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
-        """Logits after the first k steps, for every k, shape (B, K + 1, C)."""
-        return self._choose(
-            lambda: self._logits_together(images, ids, steps),
-            lambda: self._logits_alone(images, ids, steps),
-            images[:1],
-        )
-
-    def _choose(self, together: Any, alone: Any, image: Tensor) -> Any:
-        if self.strategy == "in_place":
-            return alone()
-        try:
-            return together()
-        except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again
-            if isinstance(error, _variants.Unseen) and self._take_no_part(error.parameters, image):
-                self.idle.update(error.parameters)
-                return self._choose(together, alone, image)
-            if self.strategy == "variants":
-                raise
-            log.info("edits one at a time, in place, because: %s", error)
-            self.strategy = "in_place"
-        return alone()
-
-    @torch.no_grad()
-    def _take_no_part(self, parameters: list[nn.Parameter], image: Tensor) -> bool:
-        """Whether the output stays bit-identical when these parameters change."""
-        before = self.model(image)
-        with restored([p.data for p in parameters]) as values:
-            for value in values:
-                value.add_(1)
-            return torch.equal(before, self.model(image))
-
-    def _changes(self, ids: np.ndarray, steps: list[list[Tensor]], cumulative: bool) -> dict:
-        """Changes by parameter. ``cumulative``: edit k is made from variant k on, otherwise from the start."""
-        changes: dict[nn.Parameter, list] = {}
-        for image, own in enumerate(ids):
-            for k, unit in enumerate(own, start=1):
-                number, j = self.units.locate(unit)
-                layer = self.units.layers[number]
-                if layer.dim != 0 or layer.groups != 1:
-                    raise _variants.NotCarried("units do not lie along the first dimension of their weight")
-                parameter = self.model.get_parameter(layer.parameter)
-                if parameter not in self.idle:
-                    change = _variants.Change(image, k if cumulative else 0, layer.first(j), steps[image][k - 1])
-                    changes.setdefault(parameter, []).append(change)
-        return changes
-
-    def _gradients_together(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """Gradients to changes of each image's units that are zero: no gradient of a whole weight is formed."""
-        zeros = [[torch.zeros_like(v).requires_grad_() for v in self._views(own)] for own in ids]
-        flat = [zero for own in zeros for zero in own]
-        with preserved(self.model), torch.enable_grad():
-            self.model.requires_grad_(False)
-            outputs = _variants.forward(self.model, images, self._changes(ids, zeros, cumulative=False), 1)[:, 0]
-            if not self.apart and len(images) > 1:
-                with torch.no_grad():
-                    self._compare(outputs[0], self.model(images[:1])[0], "alone")
-                self.apart = True
-            found = self._differentiate(outputs, labels, flat)
-        gradients = iter(found)
-        return [[next(gradients) for _ in own] for own in ids]
-
-    def _gradients_alone(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
-        """One image at a time, the units' part of the gradients of whole parameters."""
-        result = []
-        for image, label, own in zip(images, labels, ids, strict=True):
-            places = [(self.units.layers[number], j) for number, j in map(self.units.locate, own)]
-            names = list(dict.fromkeys(layer.parameter for layer, _ in places))
-            with preserved(self.model), torch.enable_grad():
-                self.model.requires_grad_(False)
-                parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
-                found = self._differentiate(self.model(image[None]), label[None], parameters)
-            gradients = dict(zip(names, found, strict=True))
-            result.append([gradients[layer.parameter][layer.index(j)].clone() for layer, j in places])
-        return result
-
-    def _differentiate(self, outputs: Tensor, labels: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Gradients of the summed loss: zero for what takes no part in it, all of them if need be."""
-        check_labels(labels, outputs)
-        loss = self.loss(outputs, labels).sum()
-        if not loss.requires_grad:
-            return [torch.zeros_like(i) for i in inputs]
-        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-
-    def _logits_together(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
-        changes = self._changes(ids, steps, cumulative=True)
-        logits = _variants.forward(self.model, images, changes, ids.shape[1] + 1)
-        if not self.trusted:  # compare one variant with all edits
-            with restored(self._views(ids[0])) as views:
-                _add(views, steps[0])
-                expected = self.model(images[:1])[0]
-            self._compare(logits[0, -1], expected, "edited in place")
-            self.trusted = True
-            log.info("all edits of up to %d images in one pass", len(images))
-        return logits
-
-    @staticmethod
-    def _compare(found: Tensor, expected: Tensor, when: str) -> None:
-        """Refuse the growing batch where an image's logits depend on the company."""
-        slack = 300 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-        if not torch.allclose(found, expected, rtol=0, atol=slack):
-            raise _variants.NotCarried(f"{when} the model says something else: its rows interact")
-
-    def _logits_alone(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
-        result = []
-        for image, own, own_steps in zip(images, ids, steps, strict=True):
-            rows = [self.model(image[None])[0]]
-            with restored(self._views(own)) as views:
-                for view, step in zip(views, own_steps, strict=True):
-                    _add([view], [step])
-                    rows.append(self.model(image[None])[0])
-            result.append(torch.stack(rows))
-        return torch.stack(result)
-
-    def _views(self, ids: np.ndarray) -> list[Tensor]:
-        return _views(self.model, self.units, ids)
+def _place(units: Units, unit: int) -> Place:
+    number, j = units.locate(unit)
+    group = units.layers[number]
+    in_rows = group.dim == 0 and group.groups == 1
+    return Place(group.parameter, group.index(j), group.first(j) if in_rows else None)
 
 
 def _views(model: nn.Module, units: Units, ids: np.ndarray) -> list[Tensor]:
     """The units' weights, to be edited through."""
-    # .data: an edit that is undone must not make autograd refuse a graph that the caller holds.
-    return [units.view(model, u).data for u in ids]
+    return [_place(units, u).view(model) for u in ids]
 
 
-@contextmanager
-def restored(views: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Copy the values of the views back on leaving."""
-    saved = [view.clone() for view in views]
-    try:
-        yield views
-    finally:
-        for view, values in zip(views, saved, strict=True):
-            view.copy_(values)
+def _runner(model: nn.Module, units: Units, loss: str | Loss, strategy: str) -> EditRunner:
+    loss = get_loss(loss)
 
+    def losses(outputs: Tensor, labels: Tensor) -> Tensor:
+        check_labels(labels, outputs)
+        return loss(outputs, labels)
 
-def _add(views: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """Add to each unit its step."""
-    for view, step in zip(views, steps, strict=True):
-        if step.shape != view.shape:
-            raise ValueError(f"a step of shape {tuple(step.shape)} for a unit of shape {tuple(view.shape)}")
-        view.add_(step)
+    return EditRunner(model, partial(_place, units), losses, strategy)
 
 
 def _step(gradient: Tensor, lr: float, step_norm: float | None) -> Tensor:
@@ -482,7 +344,7 @@ def side_effects(
     ValueError
         As `edited`; or if k is not in 1..K.
     """
-    ids = check_ids(ids, units, dims=2)
+    ids = check_ids(ids, len(units), dims=2)
     k = ids.shape[1] if k is None else k
     if not 1 <= k <= ids.shape[1]:
         raise ValueError(f"k must be 1..{ids.shape[1]} (the ids given), not {k}")
@@ -533,40 +395,6 @@ def _chunks(images: Tensor, variants: int) -> list[slice]:
     """Slices of as many images as go through one pass."""
     size = max(1, _CHUNK // max(1, variants * images[:1].numel()))
     return [slice(i, i + size) for i in range(0, len(images), size)]
-
-
-def check_ids(ids: Ids, units: Units, dims: int, least: int = 1) -> np.ndarray:
-    """Unit ids as an array of ``dims`` dimensions, each row without repetition."""
-    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    shape = "(K,)" if dims == 1 else "(B, K), a row per image"
-    if ids.ndim != dims:
-        raise ValueError(f"ids have shape {ids.shape}: expected {shape}")
-    if ids.shape[-1] < least:
-        raise ValueError("no unit to edit: give at least one id")
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"ids are {ids.dtype}: expected integers")
-    ids = ids.astype(np.int64)
-    outside = ids[(ids < 0) | (ids >= len(units))]
-    if outside.size:
-        raise ValueError(f"unit {outside[0]} is outside 0..{len(units) - 1} of {units}")
-    ordered = np.sort(ids, axis=-1)
-    twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-    if twice.size:
-        raise ValueError(f"unit {twice[0]} is given twice in one ranking: each unit is edited once")
-    return ids
-
-
-def check_edit(edit: str) -> None:
-    """Refuse an edit that is none."""
-    if edit not in ("finetune", "prune"):
-        raise ValueError(f"unknown edit {edit!r}: expected 'finetune' or 'prune'")
-
-
-def check_lengths(lr: float, step_norm: float | None) -> None:
-    """Refuse a rate or length that is not positive and finite."""
-    for name, value in (("lr", lr), ("step_norm", step_norm)):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
 def check_batch(model: nn.Module, images: Tensor, labels: Tensor, units: Units, ids: np.ndarray) -> None:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pss.engine.checks import check_ids, check_known, check_positive
+from pss.engine.checks import check_count, check_ids, check_known, check_positive
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
@@ -133,7 +134,7 @@ def input_saliency(
     ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
     check_inputs(model, images, labels, units)
     if reference is not None:
-        reference.check(units, model=model, loss=loss, signed=signed)
+        reference.check(units, model=model, loss=loss, signed=signed, of="gradient")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
     loss, total, chosen_by = get_loss(loss), 0.0, "random" if random else method
     with _twice_differentiable(model, units, images):
@@ -154,6 +155,58 @@ def input_saliency(
     if not torch.isfinite(maps).all():
         raise ValueError(f"a map is not finite: second derivatives overflow {maps.dtype}; try model.double()")
     return maps[0] if single else maps
+
+
+def gain_map(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | int,
+    units: Units,
+    k: int = 10,
+    *,
+    ids: Tensor | None = None,
+    loss: str | Loss = "logit_difference",
+) -> Tensor:
+    r"""Map of the pixels behind the units that contribute most to a mistake.
+
+    .. math:: M_{hw} = \Bigl|\sum_c x_{chw} \frac{\partial}{\partial x_{chw}} \sum_{u \in T} c_u\Bigr|,
+        \qquad c_u = \sum_{i \in u} \theta_i \, \partial L / \partial \theta_i
+
+    with :math:`c_u` the gain saliency of a unit, by default of the margin by which the image is misread: pruning the
+    unit lowers the margin by about as much. :math:`T` are the k units with the largest. Image by image, with one more
+    backward pass; what is zero in the image is zero in the map.
+
+    Parameters
+    ----------
+    images : Tensor, shape (B, C, H, W) or (C, H, W)
+    labels : Tensor of int, shape (B,); for one image also an int
+        The true classes.
+    ids : Tensor of int, shape (k,) or (B, k), optional
+        These units instead.
+
+    Returns
+    -------
+    Tensor, shape (B, H, W) or (H, W)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `input_saliency`.
+    """
+    single = isinstance(images, Tensor) and images.dim() == 3
+    images, labels = _as_batch(images, labels)
+    ids = None if ids is None else _units_of_each(ids, len(images), len(units), random=False)
+    check_inputs(model, images, labels, units)
+    check_count("k", k, len(units), "the number of units")
+    maps = []
+    with _twice_differentiable(model, units, images):
+        for i, (image, label) in enumerate(zip(images.split(1), labels.clone().split(1), strict=True)):
+            image = image.detach().clone().requires_grad_()
+            gains = _profile(model, image, label, units, get_loss(loss), signed=True, gain=True)
+            top = gains.detach().topk(k).indices if ids is None else ids[i : i + 1]
+            maps.append((image * _gradient(gains.gather(1, top).sum(), image)).sum(dim=1).abs().detach())
+    found = torch.cat(maps)
+    return found[0] if single else found
 
 
 def channel_map(gradient: Tensor, order: str = "absolute_first") -> Tensor:
@@ -190,12 +243,18 @@ def _twice_differentiable(model: nn.Module, units: Units, images: Tensor) -> Ite
             yield
 
 
-def _profile(model: nn.Module, image: Tensor, label: Tensor, units: Units, loss: Loss, signed: bool) -> Tensor:
-    """Profile of one image, (1, U), as a function of the image that can be differentiated."""
+def _profile(
+    model: nn.Module, image: Tensor, label: Tensor, units: Units, loss: Loss, signed: bool, gain: bool = False
+) -> Tensor:
+    """Profile of one image, or what its units contribute, (1, U), as a function that can be differentiated."""
     parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
-    value = loss(model(image), label).sum()
+    with ExplicitNormalization():
+        value = loss(model(image), label).sum()
     gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
     whole = {name: gradient[None] for name, gradient in zip(parameters, gradients, strict=True)}
+    if gain:
+        terms = units.reduce({name: gradient * parameters[name] for name, gradient in whole.items()})
+        return terms * torch.as_tensor(units.sizes, dtype=terms.dtype, device=terms.device)
     return units.reduce(whole if signed else {name: gradient.abs() for name, gradient in whole.items()})
 
 

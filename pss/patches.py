@@ -53,6 +53,7 @@ from pss.correction import (
     unit_maps,
 )
 from pss.editing import damage
+from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
 from pss.saliency import check_inputs
 from pss.storage.fingerprints import hash_state
@@ -415,7 +416,7 @@ class _Fit:
 
     def slope(self) -> Tensor:
         """Gradient of the KL."""
-        with preserved(self.model), torch.enable_grad():
+        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
             self.model.requires_grad_(False)
             steps = self.steps.clone().requires_grad_()
             after = functional_call(self.model, gained(self.model, self.maps, steps), (self.used,))

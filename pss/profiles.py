@@ -41,6 +41,8 @@ def profile_dataset(
     data_name: str | None = None,
     rebuild: bool = False,
     verify: bool = True,
+    of: str = "gradient",
+    cache: str | os.PathLike | None = None,
     **options: Any,
 ) -> ProfileStore:
     """Profile every image of a data set into a folder; resume what is there, and reopen what is finished.
@@ -62,7 +64,7 @@ def profile_dataset(
         Folder of the store, made if it is not there; by default one in `pss.data.cache_folder`, named by what is
         profiled, so that whoever asks for the same profiles again has them at once. Several ranks need it on a file
         system that they share.
-    loss, signed
+    loss, signed, of
         As in `profile`.
     batch_size : int, optional
         By default what `choose_batch_size` says. A pass that is resumed keeps the size (and the number of threads) that
@@ -111,14 +113,16 @@ def profile_dataset(
         "preprocessing": preprocessing,
         "loss": loss_name(loss),
         "signed": bool(signed),
+        "of": of,
         "options": {key: name_of(options[key]) for key in sorted(options)},
     }
     computed_with = {"torch": torch.__version__, "device": device.type}
     if path is None:
-        path = cache_folder() / "profiles" / key_of([FORMAT, length_of(dataset), provenance, computed_with])
+        key = key_of([FORMAT, length_of(dataset), provenance, computed_with])
+        path = Path(cache or cache_folder()) / "profiles" / key
 
     def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        how = {**options, "verify": verify, "verify_again": last}
+        how = {**options, "of": (of,), "verify": verify, "verify_again": last}
         return _profile_batch(model, images.to(device), labels.to(device), units, loss, signed, how)
 
     size = batch_size if batch_size is not None else lambda image: choose_batch_size(model, image.to(device))

@@ -8,7 +8,7 @@ knows profiles and their reference only, so it serves every quantity that a prof
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,11 @@ def rank(
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
+    Every method takes profiles of every quantity. Which unit is broken: what it contributes and what it says, over the
+    images that went wrong (`rank_together` of ``of="gain"`` and ``of="output"``, by ``pot`` or ``zscore``). Which to
+    prune: ``raw`` of the signed gain of the margin (``of="gain", signed=True, loss="logit_difference"``). Which to
+    fine-tune: ``zscore`` of the gradient.
+
     Parameters
     ----------
     profiles : Tensor, shape (B, U)
@@ -110,8 +115,68 @@ def rank(
         raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
     if reference is not None:  # after all that are alive, before those that take no part
         dead = reference.dead.to(scores.device) & take_part
-        scores = scores.masked_fill(dead, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(dead, _LAST)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+_LAST = -1e300  # the score of what is dead: after all that is alive, and finite also as a sum over many images
+
+
+def rank_together(
+    profiles: Tensor | Sequence[Tensor],
+    reference: Reference | Sequence[Reference | None] | None = None,
+    method: str = "pot",
+    k: int = 10,
+    units: Units | None = None,
+) -> pd.DataFrame:
+    """One ranking for a group of images, because a cause is seen in many of them; of several quantities at once too.
+
+    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, each
+    image gives the largest, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
+    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores. What is signed has
+    two tails: give the output, and the output with its sign turned, each with its reference.
+
+    Parameters
+    ----------
+    profiles : Tensor, shape (B, U), or a sequence of these
+        Of the same images, a tensor for each quantity.
+    reference : Reference, or a sequence of as many
+    method, units
+        As in `rank`.
+    k : int
+        An image counts for a unit that is among its own first k.
+
+    Returns
+    -------
+    DataFrame
+        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``score``, ``images`` (share of the images
+        that have it among their own first k), ``quantity`` (the place in the sequence of the one that says most).
+
+    Raises
+    ------
+    ValueError
+        As `rank`, or if there are not as many references as profiles.
+    """
+    several = [profiles] if isinstance(profiles, Tensor) else list(profiles)
+    usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
+    if not several or len(several) != len(usual):
+        raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
+    scores = []
+    for values, its in zip(several, usual, strict=True):
+        own = score(values, its, method, units=units)
+        scores.append(own if its is None else own.masked_fill(its.dead.to(own.device), _LAST))
+    of_images = torch.stack(scores).amax(dim=0)
+    first = of_images.argsort(dim=1, descending=True, stable=True)[:, :k]
+    shares = torch.zeros_like(of_images).scatter_(1, first, 1.0).mean(dim=0)
+    which = torch.stack([own.mean(dim=0) for own in scores]).argmax(dim=0)
+    together = of_images.mean(dim=0)
+    order = together.argsort(descending=True, stable=True).cpu()
+    table = pd.DataFrame({"unit": order.numpy(), "score": together.cpu()[order].numpy()})
+    if units is not None:
+        table.insert(1, "name", [units.name(int(unit)) for unit in order])
+    table["images"] = shares.cpu()[order].numpy()
+    table["quantity"] = which.cpu()[order].numpy()
+    return table
 
 
 def score(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
+from pss.engine.checks import check_share
 from pss.saliency import loss_name
 from pss.storage.fingerprints import fingerprint
 from pss.storage.folder import map_blocks
@@ -130,8 +131,7 @@ class Reference:
             If the level is outside (0, 1), there are fewer than 20 images, a profile is not finite, or with
             ``scale_free`` has a negative mean, as signed ones have.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level {level} is outside (0, 1): it is the quantile taken as the threshold, as 0.90")
+        check_share("level", level, "the quantile taken as the threshold, as 0.90")
         shape = getattr(profiles, "shape", None)
         if shape is None:
             raise TypeError(f"profiles are a {type(profiles).__name__}: expected a ProfileStore, an array or a tensor")

@@ -122,10 +122,21 @@ def profile(
     fold: bool = True,
     precision: str = "fp32",
     verify: bool = True,
-) -> Tensor:
-    r"""Saliency profile of each sample: mean absolute gradient of every unit.
+    of: str | tuple[str, ...] = "gradient",
+) -> Tensor | tuple[Tensor, ...]:
+    r"""Saliency profile of each sample: mean absolute gradient of every unit, or what the unit contributes to the loss.
 
     .. math:: \bar s(x, y)_k = \frac{1}{|\alpha_k|} \sum_{i \in \alpha_k} |\partial L(x, y; \theta) / \partial \theta_i|
+    .. math:: c(x, y)_k = \sum_{i \in \alpha_k} \theta_i \, \partial L / \partial \theta_i
+        = \left. \frac{\partial L}{\partial a_k} \right|_{a_k = 1}
+        = \sum_p \frac{\partial L}{\partial o_{pk}} (o_{pk} - b_k)
+
+    .. math:: o(x)_k = \frac{1}{P} \sum_p o_{pk}
+
+    The second, gain saliency, is the derivative of the loss to a gain :math:`a_k` on the unit's weights: pruning the
+    unit changes the loss by about :math:`-c_k`. It comes from the unit's output :math:`o` alone, at less than the cost
+    of a gradient, and does not change when a row is scaled before a BatchNorm. The third is what the unit says,
+    whatever comes of it: its output after the normalization that directly follows, if one does; labels play no part.
 
     A row is what the sample would have alone. The model is put into evaluation mode, and left as it was found.
 
@@ -148,12 +159,13 @@ def profile(
     loss : str or callable
         One of `LOSSES`, or a callable ``(outputs, labels) -> (B,)``.
     signed : bool
-        Mean gradient, instead of mean absolute gradient.
+        Mean gradient instead of mean absolute gradient; :math:`c` instead of :math:`|c|`, :math:`o` of :math:`|o|`.
     strategy : {"auto", "fast", "vmap", "loop"}
         ``fast``: one forward and backward pass over the batch, an error where that cannot be; ``vmap``: gradients of
         whole samples, vectorized over a few, otherwise as ``loop``; ``loop``: plain autograd, one sample at a time.
         ``auto``: fast where it can be. Otherwise, on a CPU, one sample at a time in the same way, which is no slower
         than the loop, and on a GPU vmap for the parameters concerned; otherwise the loop. A log line at INFO says so.
+        What units say needs no gradient: there ``vmap`` and ``loop`` are one image at a time.
     fold : bool
         Compute BatchNorm within the convolution before it, where it directly follows one. Exact.
     precision : {"fp32", "bf16"}
@@ -162,6 +174,8 @@ def profile(
         The first time that a model is profiled on images of a shape, with these units and options, compare one of them
         with plain autograd of it alone. Where more differs than rounding and the ReLUs that it switches explain
         (`pss.engine.verification` says how that is decided), the loop is taken instead, with a warning in the log.
+    of : {"gradient", "gain", "output"} or ("gradient", "gain")
+        Which of the three; of the first two together a tuple of profiles, from one pass.
 
     Returns
     -------
@@ -178,10 +192,11 @@ def profile(
 
     References
     ----------
-    Levin et al. 2022, arXiv 2108.01335, section 2.1.
+    Levin et al. 2022, arXiv 2108.01335, section 2.1; Molchanov et al. 2017, arXiv 1611.06440.
     """
-    parts = _profiles(model, images, labels, units, loss, Options(signed, strategy, fold, precision), verify)
-    return _rows(parts)
+    options = Options(signed, strategy, fold, precision, (of,) if isinstance(of, str) else tuple(of))
+    found = _rows(_profiles(model, images, labels, units, loss, options, verify)).chunk(len(options.of), dim=1)
+    return found[0] if isinstance(of, str) else found
 
 
 def profile_and_outputs(
@@ -232,7 +247,8 @@ def _profiles(
         labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
         for chunk in zip(_laid_out(images).split(size), labels.split(size), strict=True):
             part = compute(task, *chunk, known)
-            if verify and (verify_again or not known.verified) and known.ways != ("loop",):
+            compares = verify and "output" not in options.of  # of which a gradient knows nothing
+            if compares and (verify_again or not known.verified) and known.ways != ("loop",):
                 part = verified(task, *chunk, part, known)
                 verify_again = False
             parts.append(part)
@@ -246,12 +262,23 @@ def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
     for number, group in enumerate(units.layers):
         groups.setdefault(names.get(group.parameter, group.parameter), {})[number] = group
 
-    def reduce(name: str, values: Tensor) -> dict[int, Tensor]:
-        return {number: group.reduce(values) for number, group in groups[name].items()}
+    def reduce(name: str, values: Tensor, of: str) -> dict[int, Tensor]:
+        if of == "gradient":
+            return {first(of) + number: group.reduce(values) for number, group in groups[name].items()}
+        scale = {"gain": lambda group: group.size, "output": lambda group: 1}[of]
+        sums = {number: group.reduce(values) * scale(group) for number, group in groups[name].items()}
+        return {first(of) + number: c if options.signed else c.abs() for number, c in sums.items()}
+
+    def first(of: str) -> int:
+        return options.of.index(of) * len(units.layers)
 
     rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values()))
     whole = tuple(name for name in groups if name not in rows)
-    labels = tuple(group.name for group in units.layers)
+    if "output" in options.of and whole:
+        raise ValueError(
+            f"units of {', '.join(whole[:5])} are no rows of a layer: of='output' knows what rows say only"
+        )
+    labels = tuple(group.name for group in units.layers) * len(options.of)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
     return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, options, kind)
 

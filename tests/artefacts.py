@@ -20,15 +20,16 @@ import nbformat
 import numpy as np
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from test_profiles import make_data, make_model
+from networks import make_data, make_model
 
+from pss import models
 from pss.apps.execution import write_figures
 from pss.apps.sweep import Run, Sweep
-from pss.data import builtin
-from pss.models import builtin as models
 from pss.patches import Patch
 from pss.profiles import ProfileStore, profile_dataset
 from pss.reference import Reference
+from pss.storage.cache import cached
+from pss.storage.tensors import pack
 from pss.storage.whole import write_whole
 from pss.units import Units
 
@@ -123,27 +124,19 @@ def _read_patch(folder: Path) -> dict:
     return {n: getattr(found, n) for n in ("model", "groups", "gains", "left", "reason", "about")}
 
 
-def _arrays(version: int) -> dict[str, np.ndarray]:
+def _digits(version: int) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(version)
-    return {"images": rng.integers(0, 255, (50, 28, 28), np.uint8), "labels": rng.integers(0, 9, 50)}
+    images, labels = rng.integers(0, 255, (50, 28, 28), np.uint8), rng.integers(0, 9, 50)
+    return {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)}
 
 
 def _write_cache(folder: Path, version: int) -> None:
-    builtin.write_arrays(folder / "digits.npz", _arrays(version))
+    write_whole(folder / "digits.safetensors", pack(_digits(version), "record", {}))
 
 
 def _read_cache(folder: Path) -> dict:
     with mock.patch.dict(os.environ, PSS_CACHE=str(folder)):
-        return builtin.cached_arrays("digits", lambda: _arrays(0))
-
-
-def _write_model(folder: Path, version: int) -> None:
-    models.save_weights(models.resnet18(4, seed=version), folder / "model.safetensors")
-
-
-def _read_model(folder: Path) -> dict:
-    model = models._cached_model(folder / "model.safetensors", 4)
-    return (models.resnet18(4, seed=0) if model is None else model).state_dict()  # as `digits` trains it again
+        return dict(cached("digits.safetensors", lambda: (_digits(0), {})))
 
 
 KINDS = [
@@ -157,8 +150,7 @@ KINDS = [
     Kind("reference", ("reference.safetensors",), _write_reference, _read_reference),
     Kind("weights", ("weights.safetensors",), _write_weights, _read_weights),
     Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),
-    Kind("cached data", ("digits.npz",), _write_cache, _read_cache, rebuilt=True),
-    Kind("cached model", ("model.safetensors",), _write_model, _read_model, rebuilt=True),
+    Kind("cached data", ("digits.safetensors",), _write_cache, _read_cache, rebuilt=True),
 ]
 
 

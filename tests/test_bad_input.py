@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from networks import Small
 from PIL import Image
 from safetensors.torch import save_file
 from state import files_of, state_of, state_of_process, unsettled
@@ -27,27 +28,14 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import pss
-from pss import data, evt, patches, plots, profiles, statistics
+from pss import data, evt, models, patches, plots, profiles, statistics
 from pss import editing as repair
 from pss.apps import execution, parameters, sweep
-from pss.models import builtin as models
-from pss.models import zoo
 from pss.reference import Reference
 from pss.storage.folder import ProfileStore
 from pss.units import UnitGroup, Units
 
 NAN, INF = float("nan"), float("inf")
-
-
-class Small(nn.Module):
-    """Two convolutions and a linear layer: 8 filters, 3 classes, images (3, 8, 8)."""
-
-    def __init__(self, width: int = 4):
-        super().__init__()
-        self.one, self.two, self.head = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Linear(width, 3)
-
-    def forward(self, x):
-        return self.head(self.two(self.one(x).tanh()).tanh().mean((2, 3)))
 
 
 class Answers(nn.Module):
@@ -120,7 +108,7 @@ def w(tmp_path_factory):
     (world.tmp / "tag.yaml").write_text(f"model: !!python/object/apply:os.system ['touch {world.tmp}/ran']")
     (world.tmp / "keys.yaml").write_text("model: digits\nweight: published")
     (world.tmp / "list.yaml").write_text("[1, 2]")
-    world.digits = zoo.load("digits")
+    world.digits = models.load("digits")
     pictures(world.tmp / "pictures")
     world.model = unsettled(world.model)
     return world
@@ -357,13 +345,21 @@ CASES = {
     "edit of a unit twice": (lambda w: edits(w, [1, 2, 1]), ValueError, r"unit 1 is given twice.*edited once"),
     "edit of half a unit": (lambda w: edits(w, [0.5]), ValueError, r"ids are float64: expected integers"),
     "edit of a batch": (lambda w: edits(w, [[1]]), ValueError, r"ids have shape \(1, 1\): expected \(K,\)"),
-    "unknown edit": (lambda w: edits(w, [1], "erase"), ValueError, r"unknown edit 'erase': expected 'finetune' or 'prune'"),
+    "unknown edit": (lambda w: edits(w, [1], "erase"), ValueError, r"unknown edit 'erase': expected one of finetune, prune"),
     "fine-tuning without steps": (lambda w: edits(w, [1], "finetune"), ValueError, r"steps go with edit='finetune'"),
     "pruning with steps": (lambda w: edits(w, [1], "prune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"edit='prune' needs none"),
     "fewer steps than units": (lambda w: edits(w, [1, 2], "finetune", [torch.zeros(1, 3, 3, 3)]), ValueError, r"1 steps for 2 units: give one step per unit"),
     "steps of another shape": (lambda w: edits(w, [1, 2], "finetune", [torch.zeros(1, 3, 3, 3), torch.zeros(2)]), ValueError, r"a step of shape \(2,\) for a unit of shape \(1, 3, 3, 3\)"),
     "edit in another model": (lambda w: [0 for _ in [pss.edited(w.wide, w.units, [1]).__enter__()]], ValueError, r"the units are not of this model"),
     "curves of no unit": (lambda w: curves(w, ids=w.ids[:, :0]), ValueError, r"no unit to edit: give at least one id"),
+    "curves of a unit beyond": (lambda w: curves(w, ids=with_(w.ids, (2, 0), 99)), ValueError, r"unit 99 is outside 0\.\.7"),
+    "curves of a negative unit": (lambda w: curves(w, ids=-w.ids, edit="prune"), ValueError, r"unit -\d is outside 0\.\.7"),
+    "curves of a unit twice": (lambda w: curves(w, ids=w.ids[:, [0, 1, 0]]), ValueError, r"unit 0 is given twice"),
+    "curves of half a unit": (lambda w: curves(w, ids=w.ids / 2), ValueError, r"ids are float32: expected integers"),
+    "curves of one ranking": (lambda w: curves(w, ids=w.ids[0]), ValueError, r"ids have shape \(3,\): expected \(B, K\)"),
+    "curves of an unknown edit": (lambda w: curves(w, edit="erase"), ValueError, r"unknown edit 'erase'"),
+    "curves of an unknown loss": (lambda w: curves(w, loss="mse"), ValueError, r"unknown loss 'mse'"),
+    "curves at a rate of NaN": (lambda w: curves(w, lr=NAN, edit="prune"), ValueError, r"lr must be positive and finite, not nan"),
     "curves of fewer ids": (lambda w: curves(w, ids=w.ids[:5]), ValueError, r"6 images, 6 labels and 5 rows of ids: give as many"),
     "curves of no images": (lambda w: curves(w, images=w.x[:0], labels=w.y[:0], ids=w.ids[:0]), ValueError, r"0 images.*at least one"),
     "curves of a wrong label": (lambda w: curves(w, labels=with_(w.y, 1, 3)), ValueError, r"label 3 is outside 0\.\.2 of this model"),
@@ -381,6 +377,8 @@ CASES = {
     "one curve of a wrong label": (lambda w: pss.edit_curve(w.model, w.x[0], 7, [1], w.units), ValueError, r"label 7 is outside 0\.\.2"),
     "steps of a negative rate": (lambda w: repair.unit_steps(w.model, w.x, w.y, w.units, w.ids, lr=-1), ValueError, r"lr must be positive and finite, not -1"),
     "side_effects of 0 edits": (lambda w: side_effects(w, k=0), ValueError, r"k must be 1\.\.3 \(the ids given\), not 0"),
+    "side_effects of more edits": (lambda w: side_effects(w, k=4), ValueError, r"k must be 1\.\.3 \(the ids given\), not 4"),
+    "side_effects without steps": (lambda w: side_effects(w, edit="finetune"), ValueError, r"steps go with edit='finetune'"),
     "side_effects of no retain": (lambda w: side_effects(w, images=w.x[:0], labels=w.y[:0]), ValueError, r"0 retain images and 0 labels: .*at least one"),
     "side_effects of fewer labels": (lambda w: side_effects(w, labels=w.y[:2]), ValueError, r"6 retain images and 2 labels"),
     "side_effects of a wrong label": (lambda w: side_effects(w, labels=w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
@@ -462,31 +460,35 @@ CASES = {
     "agreement with unknown ids": (lambda w: pss.statistics.agreement(w.y, w.y, [[6]] * 6), ValueError, r"neighbor ids must be 0\.\.5"),
     "agreement at level 2": (lambda w: pss.statistics.agreement(w.y, w.y, [[1]] * 6, level=2), ValueError, r"level = 2 is outside \(0, 1\)"),
     # --- models
-    "width 0": (lambda w: models.resnet18(0), ValueError, r"width 0 and classes 10 must be at least 1"),
+    "width 0": (lambda w: models.resnet18(0), ValueError, r"width must be positive and finite, not 0"),
     "no checkpoint": (lambda w: models.load_weights(w.model, w.tmp / "absent.pth"), FileNotFoundError, r"no checkpoint at .*absent.pth"),
     "checkpoint of text": (lambda w: models.load_weights(w.model, w.tmp / "text.pth"), ValueError, r"text.pth is damaged, or holds more than tensors.*state_dict\(\) or a safetensors"),
     "safetensors of text": (lambda w: models.load_weights(w.model, w.tmp / "text.safetensors"), ValueError, r"text.safetensors is damaged, or not a safetensors file"),
     "checkpoint of numbers": (lambda w: models.load_weights(w.model, w.tmp / "numbers.pth"), ValueError, r"numbers.pth holds no state dict: expected names and tensors"),
     "checkpoint of another model": (lambda w: models.load_weights(w.wide, w.tmp / "weights.safetensors"), ValueError, r"does not fit Small: one.weight is \(4, 3, 3, 3\), in the model \(6, 3, 3, 3\)"),
-    "checkpoint of other names": (lambda w: models.load_weights(w.model, w.tmp / "other.safetensors"), ValueError, r"does not fit Small: one.bias is missing"),
+    "checkpoint of other names": (lambda w: models.load_weights(w.model, w.tmp / "other.safetensors"), ValueError, r"does not fit Small: one.weight is \(1,\), in the model \(4, 3, 3, 3\); one.bias is missing, in the model \(4,\).* and 1 more"),
     "prediction of nothing": (lambda w: models.predict(w.model, w.x[:0]), ValueError, r"no images to predict: expected at least one"),
-    "prediction in batches of 0": (lambda w: models.predict(w.model, w.x, 0), ValueError, r"batch_size 0 must be at least 1"),
+    "prediction in batches of 0": (lambda w: models.predict(w.model, w.x, 0), ValueError, r"batch_size must be positive and finite, not 0"),
     "mistakes of wrong labels": (lambda w: models.misclassified(w.model, TensorDataset(w.x, w.y + 3)), ValueError, r"label \d is outside 0\.\.2"),
     "mistakes of a NaN model": (lambda w: models.misclassified(Answers(w.model, lambda z: z * NAN), w.set), ValueError, r"outputs are NaN for images \[0, 1.*no class is predicted"),
     "mistakes of a model of tuples": (lambda w: models.misclassified(Answers(w.model, lambda z: (z, z)), w.set), ValueError, r"outputs are tuple: expected logits"),
     "accuracy of nothing": (lambda w: models.accuracy(w.model, TensorDataset(w.x[:0], w.y[:0])), ValueError, r"no images to predict"),
     # --- data
     "unknown set": (lambda w: data.load("cifar"), ValueError, r"unknown set 'cifar': expected one of mnist"),
-    "unknown split": (lambda w: data.load("digits", "train"), ValueError, r"digits has no split 'train': expected one of reference"),
+    "unknown split": (lambda w: data.load("digits", "train"), ValueError, r"unknown split of digits 'train': expected one of reference"),
     "set of wrong labels": (lambda w: data.ImageSet(w.x, w.y + 3, name="a", split="b", classes="abc"), ValueError, r"label \d is outside 0\.\.2: give one name in classes per class"),
     "set of float labels": (lambda w: data.ImageSet(w.x, w.y + 0.5, name="a", split="b", classes="abc"), ValueError, r"labels are torch.float32: expected class numbers, ints"),
     "set of other lengths": (lambda w: data.ImageSet(w.x, w.y[:2], name="a", split="b", classes="abc"), ValueError, r"expected images \(N, C, H, W\) and N labels, got \(6, 3, 8, 8\) and \(2,\)"),
+    "set of fewer ids": (lambda w: data.ImageSet(w.x, w.y, name="a", split="b", classes="abc", ids=["one"]), ValueError, r"6 images, but 1 ids and 6 sources"),
     "no folder": (lambda w: data.folder(w.tmp / "absent"), FileNotFoundError, r"absent is not a folder: expected one with a folder of pictures per class"),
     "folder without classes": (lambda w: data.folder(w.tmp / "pictures" / "empty"), FileNotFoundError, r"empty"),
     "folder without pictures": (lambda w: data.folder(w.tmp / "pictures" / "classes"), FileNotFoundError, r"cat"),
     "folder of other classes": (lambda w: data.folder(w.tmp / "pictures" / "classes", classes=["dog"]), ValueError, r"folders that are not in classes: cat"),
     "folder as a split": (lambda w: data.open_set("x", "half", root=w.tmp), ValueError, r"unknown split 'half': expected one of train"),
     "MNIST that is not there": (lambda w: data.torchvision_set("MNIST", w.tmp), FileNotFoundError, r"MNIST's test files are not in .*PSS downloads nothing"),
+    "SVHN that is not there": (lambda w: data.torchvision_set("SVHN", w.tmp), FileNotFoundError, r"SVHN's test files are not in .*PSS downloads nothing"),
+    "unknown split of MNIST": (lambda w: data.torchvision_set("MNIST", w.tmp, "extra"), ValueError, r"unknown split of MNIST 'extra': expected one of train, test"),
+    "unknown full set": (lambda w: data.torchvision_set("mnist", w.tmp), ValueError, r"unknown set 'mnist': expected one of MNIST, SVHN"),
     # --- pictures
     **{
         f"cut picture, {kind}": (lambda w, kind=kind: look(w, f"cut.{kind}"), ValueError, rf"cut.{kind} is (damaged, cut off|not a picture that can be read)")
@@ -507,22 +509,23 @@ CASES = {
     "folder for a picture": (lambda w: look(w, "empty"), FileNotFoundError, r"empty is a folder: expected a picture file"),
     "picture that links to itself": (lambda w: look(w, "self"), FileNotFoundError, r"self is not there: expected a picture file"),
     # --- networks by name
-    "unknown network": (lambda w: zoo.load("resnet51"), ValueError, r"unknown model 'resnet51'.*resnet50"),
-    "network of no module": (lambda w: zoo.load("no.such.module:thing"), ValueError, r"there is no module 'no': install its package, or put its folder on PYTHONPATH"),
-    "network of no callable": (lambda w: zoo.load("pss.models:resnet19"), ValueError, r"pss.models has no 'resnet19': expected package.module:callable"),
-    "network that is none": (lambda w: zoo.load("builtins:dict"), ValueError, r"builtins:dict gave a dict: expected a callable that gives a torch.nn.Module"),
-    "network without its weights": (lambda w: zoo.load("digits", w.tmp / "absent.pth"), FileNotFoundError, r"absent.pth.*no such file"),
-    "network with other weights": (lambda w: zoo.load("digits", w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors does not fit"),
-    "no description": (lambda w: zoo.load(str(w.tmp / "absent.yaml")), FileNotFoundError, r"no model description at .*absent.yaml"),
-    "description with a tag": (lambda w: zoo.load(str(w.tmp / "tag.yaml")), ValueError, r"tag.yaml cannot be read as YAML: could not determine a constructor for the tag .*python/object/apply"),
-    "description with unknown keys": (lambda w: zoo.load(str(w.tmp / "keys.yaml")), ValueError, r"keys.yaml has unknown keys weight: expected some of model"),
-    "description of a list": (lambda w: zoo.load(str(w.tmp / "list.yaml")), ValueError, r"list.yaml is \[1, 2\]: expected keys and values"),
+    "weights of no such name": (lambda w: models.load("squeezenet1_1", "absent.pth"), FileNotFoundError, r"expected published or random or IMAGENET1K_V1, or a checkpoint"),
+    "unknown network": (lambda w: models.load("resnet51"), ValueError, r"unknown model 'resnet51': did you mean 'resnet50'"),
+    "network of no module": (lambda w: models.load("no.such.module:thing"), ValueError, r"is not found \(No module named 'no'\): .*; install its package, or put its folder on PYTHONPATH"),
+    "network of no callable": (lambda w: models.load("pss.models:resnet19"), ValueError, r"is not found .*no attribute 'resnet19'.*expected package.module:callable"),
+    "network that is none": (lambda w: models.load("builtins:dict"), ValueError, r"builtins:dict gave a dict: expected a callable that gives a torch.nn.Module"),
+    "network without its weights": (lambda w: models.load("digits", w.tmp / "absent.pth"), FileNotFoundError, r"absent.pth.*no such file"),
+    "network with other weights": (lambda w: models.load("digits", w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors does not fit"),
+    "no description": (lambda w: models.load(str(w.tmp / "absent.yaml")), FileNotFoundError, r"no model description at .*absent.yaml"),
+    "description with a tag": (lambda w: models.load(str(w.tmp / "tag.yaml")), ValueError, r"tag.yaml cannot be read as YAML: could not determine a constructor for the tag .*python/object/apply"),
+    "description with unknown keys": (lambda w: models.load(str(w.tmp / "keys.yaml")), ValueError, r"keys.yaml has unknown keys weight: expected some of model"),
+    "description of a list": (lambda w: models.load(str(w.tmp / "list.yaml")), ValueError, r"list.yaml is \[1, 2\]: expected keys and values"),
     "label of no class": (lambda w: w.digits.label("eleven"), ValueError, r"eleven"),
     "label beyond the classes": (lambda w: w.digits.label(10), ValueError, r"10.*0\.\.9"),
-    "reference images of no folder": (lambda w: zoo.reference_set(w.digits, w.tmp / "absent"), FileNotFoundError, r"absent is not a folder"),
-    "more reference images than there are": (lambda w: zoo.reference_set(w.digits, count=10_000), ValueError, r"count 10000: there are only 1000 images"),
-    "reference images of other classes": (lambda w: zoo.reference_set(w.digits, w.tmp / "pictures" / "classes"), ValueError, r"Expected folders named by classes of digits"),
-    "reference of another network": (lambda w: zoo.reference(w.digits, Units.of(w.digits.model), w.tmp / "reference.safetensors"), ValueError, r"the reference has 8 units, the model 1200"),
+    "reference images of no folder": (lambda w: models.reference_set(w.digits, w.tmp / "absent"), FileNotFoundError, r"absent is not a folder"),
+    "more reference images than there are": (lambda w: models.reference_set(w.digits, count=10_000), ValueError, r"count = 10000 is outside 1..1000, the number of images"),
+    "reference images of other classes": (lambda w: models.reference_set(w.digits, w.tmp / "pictures" / "classes"), ValueError, r"Expected folders named by classes of digits"),
+    "reference of another network": (lambda w: models.reference(w.digits, Units.of(w.digits.model), w.tmp / "reference.safetensors"), ValueError, r"the reference has 8 units, the model 1200"),
     # --- notebooks and YAML
     "notebook without parameters": (lambda w: parameters.parameters_of(w.tmp / "01_none.ipynb"), ValueError, r"01_none.ipynb has 0 cells tagged 'parameters': expected one"),
     "notebook with two parameter cells": (lambda w: parameters.parameters_of(w.tmp / "03_two.ipynb"), ValueError, r"03_two.ipynb has 2 cells tagged 'parameters': expected one"),
@@ -597,6 +600,8 @@ def exif(orientation):
 PICTURES = {
     "RGB": ((Image.fromarray(COLOURS), "png", {}), COLOURS),
     "grey": ((Image.fromarray(GREY), "png", {}), three(GREY)),
+    "grey, BMP": ((Image.fromarray(GREY), "bmp", {}), three(GREY)),
+    "RGB, PPM": ((Image.fromarray(COLOURS), "ppm", {}), COLOURS),
     "black and white": ((Image.fromarray(GREY > 99), "png", {}), three(255 * (GREY > 99))),
     "alpha": ((Image.fromarray(np.dstack([COLOURS, ALPHA])), "png", {}), on_white(COLOURS, ALPHA)),
     "grey with alpha": ((Image.fromarray(np.dstack([GREY, ALPHA])), "png", {}), on_white(three(GREY), ALPHA)),

@@ -57,6 +57,7 @@ def test_runs_with_parameters_and_writes_figures(notebook, tmp_path):
     assert "the answer is 63" in text_of(tmp_path / "out" / "01_small.ipynb")
     assert figures == [tmp_path / "out" / "figures" / "01.png"] and figures[0].read_bytes().startswith(b"\x89PNG")
     assert "63" not in text_of(notebook)
+    assert "the answer is 63" in (tmp_path / "out" / "01_small.html").read_text()
     with pytest.raises(ValueError, match="would take the place of"):
         run_notebook(notebook, notebook.parent)
 
@@ -90,7 +91,7 @@ def test_copies_are_on_the_disk_before_they_take_their_place(notebook, tmp_path,
     with pytest.raises(RuntimeError):
         run_notebook(notebook, tmp_path / "failed", {"factor": 3})
     refresh(notebook)
-    copies = [tmp_path / folder / notebook.name for folder in ("copy", "failed")]
+    copies = [tmp_path / folder / f"01_small.{kind}" for folder in ("copy", "failed") for kind in ("ipynb", "html")]
     assert moved == [(path, True) for path in (*copies, notebook)]
     assert notebook.read_text().endswith("}\n") and not list(tmp_path.rglob(".*"))
 
@@ -112,7 +113,7 @@ def test_kernel_is_that_of_this_environment_whatever_the_machine_has(notebook, t
 def test_command_line_says_what_was_made_and_fails_with_a_notebook(notebook, tmp_path, capsys):
     runs = tmp_path / "runs"
     assert main(["run", "--out", str(runs), str(notebook.parent)]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["1 finished", str(runs / "01_small" / "01_small.ipynb")]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["1 finished", str(runs / "01_small" / "01_small.html")]
     assert main(["run", "--out", str(runs), "-p", "factor", "100", str(notebook)]) == 1
     told = capsys.readouterr().out
     assert "FAILED: AssertionError: too large" in told and "factor=100" in told.splitlines()[-1]

@@ -6,28 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import Skip
 from scipy import optimize
 from torch import nn
 from torch.nn import functional as F
 
-import pss
 from pss.correction import Curvature, gain_jacobian, margins, shifted, smallest, smallest_correction, unit_maps
 from pss.engine import growing as _variants
 from pss.units import UnitGroup, Units
-
-
-class Net(nn.Module):
-    """Two convolutions with a skip connection, batch normalization, and a head with a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, bias=False)
-        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.one(x).tanh()
-        x = x + self.norm(self.two(x)).relu_()
-        return self.head(x.mean((2, 3)))
 
 
 @pytest.fixture
@@ -46,7 +32,7 @@ def linear():
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    model = Net().double().eval()
+    model = Skip().double().eval()
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(36, 2, 5, 5, generator=generator, dtype=torch.float64)
     labels = (model(images).argmax(dim=1) + (torch.arange(36) < 6).long()) % 3  # the first six are wrong
@@ -269,7 +255,7 @@ def test_the_step_corrects_and_a_slightly_shorter_one_does_not(net):
         np.testing.assert_allclose(row["relative"], row["step"] / model.one.weight[:4].detach().norm())
 
 
-class Sized(Net):
+class Sized(Skip):
     """Reads the size of its batch first, and makes views by it later, as EfficientNets do."""
 
     def forward(self, x):
@@ -395,22 +381,6 @@ def test_the_curvature_makes_gains_cost_less(net, monkeypatch):
     monkeypatch.setattr("pss.correction.DAMPING", 1e9)  # the margin's own slope
     plain = smallest_correction(model, x, y, **how)
     assert curved["corrected"].all() and curved["kl_mean"].median() < plain["kl_mean"].median()
-
-
-def test_leaves_no_trace(net):
-    model, x, y, retain = net
-    model.train()
-    model.two.weight.requires_grad_(False)
-    before = pss.models.fingerprint(model)
-    units = Units.of(model)
-    model.eval()
-    wrong = model(x).argmax(dim=1) != y
-    model.train()
-    through_weights(model, x[wrong], y[wrong], units, rows_in_order(x[wrong], units), 3, retain=retain, progress=False)
-    with pytest.raises(ValueError, match="label 9"):
-        through_weights(model, x, y * 0 + 9, units, rows_in_order(x, units), 3, retain=retain)
-    assert pss.models.fingerprint(model) == before and all(m.training for m in model.modules())
-    assert not model.two.weight.requires_grad and model.one.weight.requires_grad and model.one.weight.grad is None
 
 
 def test_guard_and_mistakes_never_overlap(net):

@@ -62,7 +62,7 @@ def test_a_folder_takes_a_transform_and_the_order_of_the_classes(tree):
 
 
 def test_built_in_sets_need_no_root():
-    assert data.open_set("noise", "test").fingerprint == data.noise("test").fingerprint
+    assert data.open_set("noise", "test").fingerprint == data.load("noise").fingerprint
 
 
 def test_mnist_on_disk_gives_its_training_images_as_reference(tmp_path):

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import pss
+from pss import models
 from pss.apps import experiment
-from pss.models import zoo
 
 ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
@@ -22,7 +22,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ip
 
 @pytest.fixture(scope="module")
 def network():
-    return zoo.load("digits")
+    return models.load("digits")
 
 
 @pytest.fixture(scope="module")

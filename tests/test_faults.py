@@ -21,7 +21,8 @@ import pytest
 import torch
 from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
 from kills import UNFINISHED, die_before, ended, forked, killed_after
-from test_profiles import ARGUMENTS, Faulty, make_data
+from networks import make_data
+from test_profiles import ARGUMENTS, Faulty
 from test_profiles import run as call
 
 from pss.__main__ import main

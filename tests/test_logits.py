@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pss
-from pss.models import builtin
+from pss import models
 
 
 class Plain(nn.Module):
@@ -89,8 +89,8 @@ def everything(model, images, labels, loss):
         ),
         "patch": patch.gains,
         "input": pss.input_saliency(model, images[:2], labels[:2], units, method="raw", loss=loss),
-        "predicted": builtin.predict(model, images),
-        "mistakes": builtin.misclassified(model, dataset),
+        "predicted": models.predict(model, images),
+        "mistakes": models.misclassified(model, dataset),
     }
 
 

@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 
 import pss
 from pss import editing as repair
-from pss import plots, statistics
-from pss.models import builtin as models
+from pss import models, plots, statistics
 from pss.reference import Reference
 from pss.units import Units
 
@@ -165,7 +164,8 @@ def cost(w, **options):
 
 
 def fitted(w):
-    return pss.fit_patch(w.model, (w.x[:1], w.y[:1]), w.retain, w.units, 1e9, 0.1, progress=False)
+    units = Units.of(w.model, "all")
+    return pss.fit_patch(w.model, (w.x[:1], w.y[:1]), w.retain, units, 1e9, 0.1, progress=False)
 
 
 CALLS: dict[str, Callable] = {

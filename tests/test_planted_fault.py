@@ -1,8 +1,11 @@
 """A fault with a known place: break one filter of the shipped model and see whether its mistakes point at it.
 
-The fault is a gain: the BatchNorm after one filter multiplies that filter's output by 20. The images are those that
-were right before and are wrong now, the references those of the healthy model. How often the broken filter is among an
-image's first ten of 1,200 is in the table that the tests print (``-s``), and in their messages when they fail.
+First the one that gradients find, by every image on its own; then seven kinds by what a filter contributes and says,
+for the images together.
+
+The first fault is a gain: the BatchNorm after one filter multiplies that filter's output by 20. The images are those
+that were right before and are wrong now, the references those of the healthy model. How often the broken filter is
+among an image's first ten of 1,200 is in the table that the tests print (``-s``), and in their messages when they fail.
 """
 
 import copy
@@ -24,6 +27,15 @@ LEAST = {
     ("scale-free", "zscore"): {"conv1": 0.3, "conv2_x": 0.8, "conv3_x": 0.85, "conv4_x": 0.85, "conv5_x": 0.85},
     ("scale-free", "pot"): {"conv1": 0.05, "conv2_x": 0.7, "conv3_x": 0.75, "conv4_x": 0.8, "conv5_x": 0.8},
 }
+KINDS = {  # what is done to a filter's weights w of deviation s, or to its place r in the normalization n behind it
+    "weights x10": lambda w, n, r, s: w.mul_(10),
+    "noise": lambda w, n, r, s: w.copy_(10 * s * torch.randn(w.shape, generator=torch.Generator().manual_seed(r))),
+    "one weight": lambda w, n, r, s: w.view(-1)[r % w.numel()].add_(30 * s),
+    "gain x20": lambda w, n, r, s: n.weight[r].mul_(20),
+    "sign": lambda w, n, r, s: w.neg_(),
+    "zeroed": lambda w, n, r, s: w.zero_(),
+    "shift": lambda w, n, r, s: n.bias[r].add_(10),
+}
 
 
 class Bench:
@@ -39,19 +51,14 @@ class Bench:
         }
         self.right = pss.models.predict(self.model, self.data.images).argmax(1) == self.data.labels
 
-    def with_gain(self, unit: int, gain: float = 20.0) -> torch.nn.Module:
+    def broken(self, kind: str, unit: int) -> torch.nn.Module:
         broken, (number, row) = copy.deepcopy(self.model), self.units.locate(unit)
         names = [name for name, _ in broken.named_modules()]
         norm = broken.get_submodule(names[names.index(self.units.layers[number].name) + 1])
         assert isinstance(norm, torch.nn.BatchNorm2d)
         with torch.no_grad():
-            norm.weight[row] *= gain
-        return broken
-
-    def with_weights(self, unit: int, factor: float = 10.0) -> torch.nn.Module:
-        broken = copy.deepcopy(self.model)
-        with torch.no_grad():
-            self.units.view(broken, unit).mul_(factor)
+            deviation = broken.get_parameter(self.units.layers[number].parameter).std()
+            KINDS[kind](self.units.view(broken, unit), norm, row, deviation)
         return broken
 
     def newly_wrong(self, broken: torch.nn.Module) -> torch.Tensor:
@@ -83,7 +90,7 @@ def found(bench) -> pd.DataFrame:
     for stage in STAGES:
         planted = 0
         for unit in bench.shuffled(stage):
-            broken = bench.with_gain(unit)
+            broken = bench.broken("gain x20", unit)
             at = bench.newly_wrong(broken)
             if not len(at):
                 continue  # nothing went wrong: in the last stage many a filter can be broken unnoticed
@@ -127,10 +134,10 @@ def test_the_scale_free_reference_finds_more_in_the_early_stages(found, method):
 
 
 @pytest.mark.parametrize("name", ["conv1[5]", "layer1.0.conv2[5]", "layer2.0.downsample.0[17]"])
-def test_weights_out_of_scale_are_not_found(bench, name):
+def test_weights_out_of_scale_are_not_found_by_gradients(bench, name):
     """A limit: the gradient of a filter does not grow with its own weights, rather that of later ones does."""
     unit = next(u for u in range(len(bench.units)) if bench.units.name(u) == name)
-    broken = bench.with_weights(unit)
+    broken = bench.broken("weights x10", unit)
     profiles = bench.profiles(broken, bench.newly_wrong(broken))
     assert len(profiles) >= 30
     later = torch.from_numpy(bench.units.layer_ids > bench.units.layer_ids[unit]).double()
@@ -147,7 +154,7 @@ def test_weights_out_of_scale_are_not_found(bench, name):
 @pytest.mark.parametrize("name", ["layer1.1.conv1[2]", "layer2.0.conv2[9]", "layer3.0.conv2[44]"])
 def test_a_reference_of_the_broken_network_hides_the_fault(bench, name):
     unit = next(u for u in range(len(bench.units)) if bench.units.name(u) == name)
-    broken = bench.with_gain(unit)
+    broken = bench.broken("gain x20", unit)
     profiles = bench.profiles(broken, bench.newly_wrong(broken))
     of_broken = bench.profiles(broken, torch.arange(400))
     for kind, healthy in bench.references.items():
@@ -155,3 +162,59 @@ def test_a_reference_of_the_broken_network_hides_the_fault(bench, name):
         for method in METHODS:
             seen, hidden = ((place(profiles, r, method, unit) < TOP).double().mean().item() for r in (healthy, own))
             assert hidden < 0.25 and seen > hidden + 0.3, f"{kind} {method}: {seen:.2f} healthy, {hidden:.2f} own"
+
+
+# Seven kinds of fault, and the images that each spoils together
+
+
+@pytest.fixture(scope="module")
+def together(bench) -> pd.DataFrame:
+    """One row for each planted fault: whether the broken filter is in the group's top, by each ranking."""
+    usual = {}
+    for of in ("gradient", "gain"):
+        store = pss.profile_dataset(bench.model, bench.data, bench.units, progress=False, of=of)
+        usual[of] = pss.Reference.fit(store, scale_free=True)
+    store = pss.profile_dataset(bench.model, bench.data, bench.units, progress=False, of="output", signed=True)
+    usual["output"], usual["silence"] = pss.Reference.fit(store), pss.Reference.fit(-store.profiles)
+    rows = []
+    for kind in KINDS:
+        for stage in STAGES:
+            for unit in bench.shuffled(stage)[:12]:
+                broken = bench.broken(kind, unit)
+                at = bench.newly_wrong(broken)[: IMAGES // 2]
+                if len(at) >= 3:
+                    break
+            else:
+                continue  # nothing goes wrong whichever of twelve filters is broken
+            images, labels = bench.data.images[at], bench.data.labels[at]
+            g, c = pss.profile(broken, images, labels, bench.units, of=("gradient", "gain"), verify=False)
+            o = pss.profile(broken, images, labels, bench.units, of="output", signed=True)
+            tables = {
+                "gradient": pss.rank_together(g, usual["gradient"], "zscore"),
+                "gain": pss.rank_together(c, usual["gain"], "zscore"),
+                "output": pss.rank_together(o, usual["output"], "abs_zscore"),
+                "both": pss.rank_together([c, o, -o], [usual[k] for k in ("gain", "output", "silence")], "exponential"),
+            }
+            found = {how: float((table["unit"][:TOP] == unit).any()) for how, table in tables.items()}
+            rows.append({"kind": kind, "stage": stage, **found})
+    table = pd.DataFrame(rows)
+    shown = table.drop(columns="stage").groupby("kind", sort=False).agg(["mean", "count"]).round(2)
+    print(f"\nshare of faults whose filter is in the top {TOP} of the images together:\n{shown.to_string()}")
+    return table
+
+
+def test_what_a_filter_contributes_shows_faults_in_its_weights_and_gradients_do_not(together):
+    weights = together.query("kind in ('weights x10', 'noise', 'one weight')")
+    assert weights["gain"].mean() >= 0.6 and weights["gradient"].mean() <= 0.3
+    assert together.query("kind == 'gain x20'")["gradient"].mean() >= 0.6
+
+
+def test_what_a_filter_says_shows_what_its_loss_does_not_feel(together):
+    silent = together.query("kind in ('zeroed', 'shift')")
+    assert silent["output"].mean() >= 0.7 and silent["gain"].mean() <= 0.3
+
+
+def test_both_together_find_all_kinds(together):
+    assert together["both"].mean() >= 0.8
+    assert (together.groupby("kind")["both"].mean() >= 0.4).all() and together["kind"].nunique() == len(KINDS)
+    assert together["both"].mean() >= together[["gradient", "gain", "output"]].mean().max() - 0.05

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kills import UNFINISHED, ended, forked, killed_again_and_again
+from networks import PIXELS, N, make_data, make_model
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -25,21 +26,6 @@ from pss.storage import passes
 from pss.storage.folder import ProfileStore, blocks, partial_of, read_manifest, write_manifest
 from pss.storage.passes import choose_batch_size
 from pss.units import Units
-
-N, PIXELS = 26, 8
-
-
-def make_model(seed: int = 0, width: int = 4) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = [nn.Conv2d(3, width, 3), nn.Tanh(), nn.Conv2d(width, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(80, 4)]
-        return nn.Sequential(*layers)
-
-
-def make_data(n: int = N, seed: int = 0) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(n, 3, PIXELS, PIXELS, generator=generator)
-    return TensorDataset(images, torch.randint(4, (n,), generator=generator))
 
 
 class Faulty(Dataset):

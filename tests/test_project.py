@@ -18,12 +18,13 @@ def requirements(lines: list[str]) -> dict[str, str]:
     return found
 
 
-def everything(project: dict) -> list[str]:
-    """What `make` installs: the dependencies, the extra `test`, and the extras that it names."""
-    extras = project["optional-dependencies"]
-    first, *others = extras["test"]
-    named = re.fullmatch(r"pss\[(.+)\]", first)[1].split(",")
-    return project["dependencies"] + [line for name in named for line in extras[name]] + others
+def everything(project: dict, extra: str = "test") -> list[str]:
+    """What an extra installs: the dependencies, its own lines, and those of the extras that it names."""
+    found = list(project["dependencies"])
+    for line in project["optional-dependencies"][extra]:
+        named = re.fullmatch(r"pss\[(.+)\]", line)
+        found += [r for name in named[1].split(",") for r in everything(project, name)] if named else [line]
+    return found
 
 
 def allowed(project: dict) -> list[str]:
@@ -68,6 +69,51 @@ def test_mutation_run_names_files_and_tests_that_are_there(root):
     table = runpy.run_path(root / ".ci" / "mutants.py")["TESTS"]
     assert all((root / "pss" / f"{name}.py").is_file() for name in table)
     assert all((root / "tests" / f"test_{name}.py").is_file() for names in table.values() for name in names)
+
+
+def without(packages: list[str], code: str) -> str:
+    """Run code in a process in which these packages cannot be imported; what it printed, or why it failed."""
+    import subprocess
+    import sys
+
+    block = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
+    made = subprocess.run(
+        [sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120, check=False
+    )
+    return made.stdout + made.stderr.strip().split("\n")[-1]
+
+
+def test_a_network_of_ones_own_needs_no_extra(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    imported = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
+    base, names = (requirements(lines) for lines in (project["dependencies"], everything(project, "lab")))
+    extras = [imported.get(n, n.replace("-", "_")) for n in names if n not in base]
+    assert {"papermill", "mlxtend", "skimage", "jupyterlab", "seaborn"} <= set(extras)
+    code = """
+import torch, pss
+from pss.apps import explain, experiment, report
+assert all(getattr(pss, name) for name in pss.__all__)
+network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(72, 3))
+images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 3
+profiles = pss.profile(network, images, labels, pss.Units.of(network))
+print(pss.rank(profiles[:1], pss.Reference.fit(profiles), k=1).numel())
+"""
+    assert without(extras, code) == "1\n"
+    told = "pip install 'pss[notebooks]'"
+    assert told in without(["papermill"], "from pss.__main__ import main; main(['run', 'notebooks'])")
+    assert told in without(["sklearn"], "import pss; pss.data.digits()")
+    assert told in without(["skimage"], "import pss; pss.data.photographs()[0].path")
+
+
+def test_pss_is_found_in_a_folder_that_holds_a_folder_pss(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    (tmp_path / "pss").mkdir()  # as a clone of that name is
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import pss; pss.models"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
 
 
 def test_ci_calls_the_test_command_of_the_readme(root):

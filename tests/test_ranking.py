@@ -119,7 +119,7 @@ def test_equal_scores_go_by_id():
 def test_scores_are_float64(profiles, reference):
     for method, entry in RANKINGS.items():
         if not {"units", "scale_free"} & set(entry.needs):
-            of = score(profiles[:2].float(), reference, method, gains=profiles[:2].float())
+            of = score(profiles[:2].float(), reference, method)
             assert of.dtype == torch.float64 and of.shape == (2, 60), method
 
 

@@ -10,10 +10,10 @@ import torch
 from test_own_network import Page, is_safe
 
 import pss
+from pss import models
 from pss.apps import experiment, explain
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
-from pss.models import zoo
 
 EVIL = '<script>alert(1)</script> & "quoted" onerror=1'
 
@@ -76,7 +76,7 @@ def test_switches_take_what_papermill_passes():
 
 
 def test_an_image_of_a_set():
-    network = zoo.load("digits")
+    network = models.load("digits")
     case = explain.take_image(network, index=658)
     own = pss.data.digits("test")
     assert case.name == "digits/test: 658" and torch.equal(case.image[0], own.images[658])
@@ -98,11 +98,11 @@ def test_an_image_of_a_set():
 )
 def test_an_image_that_is_not_there(asked, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        explain.take_image(zoo.load("digits"), **asked)
+        explain.take_image(models.load("digits"), **asked)
 
 
 def test_a_network_without_images_is_told_which_parameter_takes_them():
-    own = dataclasses.replace(zoo.load("digits", "random"), name="own")
+    own = dataclasses.replace(models.load("digits", "random"), name="own")
     with pytest.raises(ValueError, match="no image: give image_path and label, or data_root"):
         explain.take_image(own)
     with pytest.raises(ValueError, match="give dataset_path"):
@@ -112,7 +112,7 @@ def test_a_network_without_images_is_told_which_parameter_takes_them():
 
 def test_the_notebook_offers_every_ranking_that_it_can_make(root):
     offered = parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices
-    units = pss.Units.of(zoo.load("digits", "random").model)
+    units = pss.Units.of(models.load("digits", "random").model)
     saliency = torch.rand(30, len(units))
     reference = pss.Reference.fit(saliency)
     cannot = {"random_last_stage", "last_stage_raw", "scale_free_zscore", "scale_free_pot"}
@@ -122,7 +122,7 @@ def test_the_notebook_offers_every_ranking_that_it_can_make(root):
 
 
 def test_table_of_units_and_a_reference_without_tail():
-    units = pss.Units.of(zoo.load("digits", "random").model)
+    units = pss.Units.of(models.load("digits", "random").model)
     reference = pss.Reference(mean=torch.ones(len(units)).double(), std=torch.ones(len(units)).double())
     saliency = torch.arange(len(units), dtype=torch.float32)[None]
     order = pss.rank(saliency, reference, "zscore")[0]

@@ -18,7 +18,7 @@ from artefacts import BY_NAME, KINDS, contents
 from safetensors import safe_open
 
 import pss
-from pss.models import builtin
+from pss.models.resnet import committed
 from pss.patches import fit_patch
 from pss.units import Units
 
@@ -215,7 +215,7 @@ def test_weights_and_the_shipped_model_say_what_made_them(tmp_path):
     BY_NAME["weights"].write(tmp_path, 0)
     record = pss.models.read_record(tmp_path / "weights.safetensors")
     assert record["pss"] == pss.__version__ and record["seed"] == "0" and len(record["sha256"]) == 64
-    shipped = pss.models.read_record(builtin._committed())
+    shipped = pss.models.read_record(committed())
     assert {"seed", "width", "epochs", "threads", "torch", "train_set", "sha256"} <= shipped.keys()
 
 

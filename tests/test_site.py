@@ -19,6 +19,8 @@ NOTEBOOKS = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb
 OWN = sorted(str(p.relative_to(ROOT / "docs/en").with_suffix("")) for p in (ROOT / "docs/en").rglob("*.md"))
 PAGES = [*OWN, "data/README", "search", *(f"notebooks/{name}" for name in NOTEBOOKS)]
 
+EXPLORER = ["--digits", "1", "--photographs", "0", "--jobs", "1"]  # test_explorer.py has more of it
+
 each_page = pytest.mark.parametrize("page", PAGES)
 each_language = pytest.mark.parametrize("language", LANGUAGES)
 
@@ -27,8 +29,7 @@ each_language = pytest.mark.parametrize("language", LANGUAGES)
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, ROOT / "docs/build.py", folder / "site", folder / "work"]
-    command += ["--digits", "1", "--photographs", "0", "--jobs", "1"]  # test_explorer.py has more of it
-    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    made = subprocess.run([*command, *EXPLORER], cwd=folder, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
     return folder / "site"
 
@@ -144,8 +145,39 @@ def test_download_is_the_notebook_in_one_language(site, language, name):
 def test_landing_page_names_every_notebook_with_a_time(read, language):
     page = read(f"{language}/index.html")
     links = [a.get("href") for tag, a, inside in page.elements if inside and tag == "a"]
-    assert [link for link in links if "/0" in link or "/1" in link] == [f"notebooks/{n}.html" for n in NOTEBOOKS]
-    assert len(re.findall(r"about \d+ minutes|約\d+分", "".join(page.prose))) == len(NOTEBOOKS)
+    links = [link for link in links if "/0" in link or "/1" in link]
+    assert links[-len(NOTEBOOKS) :] == [f"notebooks/{name}.html" for name in NOTEBOOKS]
+    routes = [[n for n in NOTEBOOKS if n[:2] in route] for route in (("00", "03", "06", "13"), ("11", "12", "14"))]
+    assert links[: -len(NOTEBOOKS)] == [f"notebooks/{name}.html" for route in routes for name in route]
+    assert len(re.findall(r"about \d+ minutes|約\d+分", "".join(page.prose))) == len(NOTEBOOKS) + len(routes)
+    assert re.search(r"about [1-9]\d* hours|約[1-9]\d*時間", "".join(page.prose))
+
+
+@each_language
+def test_code_of_figures_and_sentences_is_folded_and_what_measures_is_not(site, language):
+    hidden = {"en": r"Show the code of the (figure|sentence)", "ja": r"(図|文)のコードを表示"}[language]
+    for name in NOTEBOOKS:
+        book = nbformat.read(site / language / "_sources/notebooks" / f"{name}.ipynb", as_version=4)
+        folded = [c for c in book.cells if "hide-input" in c.metadata.get("tags", [])]
+        assert folded, name
+        page = (site / language / "notebooks" / f"{name}.html").read_text("utf-8")
+        assert len(re.findall(hidden, page)) >= len(folded)
+        for cell in folded:
+            shown = [(o.get("data", {}).keys(), o.get("metadata", {}).get("lang")) for o in cell.outputs]
+            assert any("image/png" in kinds or lang == language for kinds, lang in shown)
+            assert not re.search(r"\bassert|\bprint\(|pss\.(rank|profile|edit)", cell.source), cell.source
+
+
+def test_a_page_that_changed_is_built_again_and_no_other(site, tmp_path):
+    work = site.parent / "work"
+    changed = work / "en" / "sources" / "about.md"
+    changed.write_text(changed.read_text("utf-8") + "\nNo line of ours.\n", "utf-8")
+    dates = {path: path.stat().st_mtime_ns for path in [*work.rglob("*.html"), *work.rglob("explorer/*")]}
+    command = [sys.executable, ROOT / "docs/build.py", tmp_path / "site", work]
+    subprocess.run([*command, *EXPLORER], cwd=tmp_path, capture_output=True, text=True, check=True)
+    again = {str(path.relative_to(work)) for path, date in dates.items() if path.stat().st_mtime_ns != date}
+    assert "en/html/about.html" in again and not any("explorer/" in name or "notebooks/0" in name for name in again)
+    assert "No line of ours" not in (tmp_path / "site" / "en" / "about.html").read_text("utf-8")
 
 
 def test_japanese_page_of_the_data_holds_the_same_names_files_and_checksums():

@@ -92,7 +92,7 @@ def forgotten(monkeypatch):
 
     def row_means(self, losses):
         means, reached = real(self, losses)
-        zeros = {name: p.new_zeros(self.samples, len(p)) for name, p in self.wanted.items()}
+        zeros = {name: (p.new_zeros(self.samples, len(p)),) for name, p in self.wanted.items()}
         return {**zeros, **means}, reached
 
     monkeypatch.setattr(recorder.GradientRecorder, "row_means", row_means)

@@ -1,13 +1,14 @@
 """What the last notebooks, the site and the command line call: reports, experiments, sweeps, the explorer.
 
-A notebook takes `explain` with `report` (one image), `experiment` (a data set) or `explorer`; ``python -m pss`` takes
-`batch` (over `sweep`, `execution` and `parameters`), `profiling`, `training`, `explorer` and `caches`.
+A notebook takes `explain` with `reading` and `report` (one image), `group` (a folder of mistakes), `experiment` (a data
+set) or `explorer`; ``python -m pss`` takes `batch` (over `sweep`, `execution` and `parameters`), `profiling`,
+`training`, `explorer` and `caches`.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["experiment", "explain", "explorer", "report"]
+__all__ = ["experiment", "explain", "explorer", "group", "reading", "report"]
 
 
 def __getattr__(name: str) -> ModuleType:  # imported when first used

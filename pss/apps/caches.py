@@ -17,18 +17,25 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print a line for each kind of what is kept, with its size; with ``--empty`` remove it."""
-    folder = cache_folder()
-    kept = {path.name: path for path in sorted(folder.glob("*"))}
-    if unknown := [name for name in options.empty or () if name not in kept]:
-        options.refuse(f"{folder} holds no {', '.join(unknown)}: it has {', '.join(kept) or 'nothing'}")
+    folders = list(dict.fromkeys([cache_folder(), cache_folder(own=True)]))
+    names = sorted({path.name for folder in folders for path in folder.glob("*")})
+    if unknown := [name for name in options.empty or () if name not in names]:
+        places = " and ".join(map(str, folders))
+        options.refuse(f"{places} hold no {', '.join(unknown)}: there is {', '.join(names) or 'nothing'}")
+    for folder in folders:
+        _list(folder, options.empty)
+
+
+def _list(folder: Path, empty: list[str] | None) -> None:
+    """Print what is in a folder, and remove it or some of it unless ``empty`` is None."""
     total = 0
-    for name, path in kept.items():
+    for path in sorted(folder.glob("*")):
         size = sum(_size(file) for file in ([path] if path.is_file() else path.rglob("*")))
-        removed = options.empty is not None and (not options.empty or name in options.empty)
+        removed = empty is not None and (not empty or path.name in empty)
         if removed:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         total += 0 if removed else size
-        print(f"{size / 1e6:10.1f} MB  {name}{'  removed' if removed else ''}")
+        print(f"{size / 1e6:10.1f} MB  {path.name}{'  removed' if removed else ''}")
     print(f"{total / 1e6:10.1f} MB  in {folder}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -29,7 +30,7 @@ def run_notebook(
     parameters: Mapping[str, Any] | None = None,
     caller: Path | None = None,
 ) -> list[Path]:
-    """Execute a notebook in its own folder; the copy and ``figures/NN.png`` go to another.
+    """Execute a notebook in its own folder; the copy, as a page too, and ``figures/NN.png`` go to another.
 
     Parameters
     ----------
@@ -59,8 +60,7 @@ def run_notebook(
         raise ValueError(f"the executed copy would take the place of {notebook}: give another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with _executed(notebook, output, parameters, caller) as beside:
-        write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
-    return write_figures(output)
+        return _keep(beside, output)
 
 
 def refresh(notebook: str | os.PathLike) -> None:
@@ -88,8 +88,7 @@ def _executed(
         yield beside
     except Exception:
         if failed and beside.exists():
-            write_whole(output, beside.read_bytes())
-            write_figures(output)
+            _keep(beside, output)
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -113,6 +112,13 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
     finally:
         del os.environ["PYTHONPATH"]
         os.environ.update({} if before is None else {"PYTHONPATH": before})
+
+
+def _keep(beside: Path, output: Path) -> list[Path]:
+    """Put the executed notebook in its place, and beside it as a page that a browser opens, and its figures."""
+    write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
+    write_whole(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
+    return write_figures(output)
 
 
 def write_figures(executed: Path) -> list[Path]:

@@ -10,7 +10,7 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 ``images.csv``     one row for every image looked at
 ``ranking.csv``    one row for every misread image, ranking and place in it
 ``results.csv``    one row for every misread image, ranking, edit and number of edited units
-``summary.json``   share corrected by every ranking and edit in the end, for the table of a sweep (`pss.apps.batch`)
+``summary.json``   share corrected and change of confidence by every ranking and edit in the end, for a sweep's table
 =================  ====================================================================================
 """
 
@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss.apps.explain import has_built_in
+from pss import models
+from pss.apps.reading import SAVED, Reading, has_built_in, pictures
 from pss.data import digits
+from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.models import predict
 from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
@@ -133,7 +134,7 @@ def statistics(
     provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
     if images is not None:
         provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
-    if Path(path).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(path).suffix in SAVED:
         reference = _read_reference(Path(path), units, provenance)
         return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
     folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
@@ -168,7 +169,7 @@ def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Ref
     try:
         return Reference.load(file, units).check(units, **provenance)
     except ValueError as error:
-        what = "give another reference_path, or remove this one to have it made anew"
+        what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
         raise ValueError(f"{file}: {error}: {what}") from error
 
 
@@ -177,7 +178,7 @@ def _cached(kind: str, provenance: Any) -> Path:
     return cache_folder() / kind / key_of(provenance)
 
 
-def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
+def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     """Give the images of an experiment: a tree of folders by class, or the built-in ones of the network.
 
     See `pss.models.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
@@ -187,15 +188,15 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
         return digits("test")
     if not str(root) and not has_built_in(network):
         raise ValueError(f"no built-in images fit {network.name}: give dataset_path, a folder of pictures per class")
-    return zoo.reference_set(network, root)
+    return models.reference_set(network, root)
 
 
 def usual_of(
-    network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+    network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if str(root) or has_built_in(network):
-        return zoo.reference_set(network, root, count, seed)
+        return pictures(network, str(root), count, seed)
     if needed:
         raise ValueError(
             f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "
@@ -204,7 +205,7 @@ def usual_of(
     return None
 
 
-def preprocessing_of(network: zoo.Network, dataset: Dataset | None) -> str:
+def preprocessing_of(network: models.Network, dataset: Dataset | None) -> str:
     """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
     return "" if dataset is None or hasattr(dataset, "images") else str(name_of(network.preprocess))
 
@@ -309,8 +310,8 @@ def run(
     if not 1 <= filters <= len(units):
         raise ValueError(f"filters = {filters} is outside 1..{len(units)}, the number of units")
     for edit in edits:
-        repair.check_edit(edit)
-    repair.check_lengths(lr, step_norm)
+        check_known("edit", edit, repair.EDITS)
+    check_positive(lr=lr, step_norm=step_norm)
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
@@ -387,9 +388,13 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
         write_whole(folder / f"{name}.csv", content)
         hashes[name] = digest(content)
     last = tables["results"][tables["results"]["k"] == record["filters"]]
-    summary = {"looked_at": looked_at, "edited": edited}
+    right = int((tables["images"]["label"] == tables["images"]["predicted"]).sum())
+    read = Reading("", looked_at, right, looked_at).summary()
+    summary = {"looked_at": looked_at, "edited": edited, "preprocessing": record.get("preprocessing", ""), **read}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
         summary[f"corrected {name} {edit}"] = float(own["corrected"].mean())
+        before = tables["results"].query("algo == @name and edit == @edit and k == 0")["confidence_true"]
+        summary[f"confidence {name} {edit}"] = float(own["confidence_true"].mean() - before.mean())
     shares = {name.removeprefix("corrected "): share for name, share in summary.items() if "corrected" in name}
     if shares:
         best, share = max(shares.items(), key=lambda pair: pair[1])

@@ -6,8 +6,8 @@ their repair does to it and to others, and whether a patch can be had.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,22 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pss import data
+from pss import data, models
 from pss.apps.pages import sentence
+from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
-from pss.models import zoo
-from pss.models.builtin import predict
+from pss.engine.state import preserved
+from pss.models import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import RANKINGS, fdr_significant
+from pss.ranking import RANKINGS, fdr_significant, rank
 from pss.reference import Reference
+from pss.saliency import profile
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
+MOVED = 0.1  # change of confidence that counts as one
+MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
     "accuracy_before": "accuracy before",
     "accuracy_after": "accuracy after",
@@ -79,7 +83,7 @@ def switch(value: Any, name: str) -> bool:
 
 
 def take_image(
-    network: zoo.Network,
+    network: models.Network,
     image_path: str = "",
     label: int | str | None = None,
     data_to_use: str = "",
@@ -129,11 +133,11 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _open(network: zoo.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
+def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
     """A set's name, itself, the names of its images, and the one to begin with."""
     chosen = chosen or {"digits": "digits", "efficientnet_lite0": "photographs"}.get(network.name, "")
     if tree:
-        found = zoo.reference_set(network, tree)
+        found = models.reference_set(network, tree)
         return Path(tree).name, found, [str(i) for i in found.ids], 0
     if chosen == "photographs":
         own = data.photographs()
@@ -164,51 +168,6 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
     if text.lstrip("-").isdigit() and 0 <= int(text) < len(ids):
         return int(text)
     raise ValueError(f"index {index!r}: {name} has 0..{len(ids) - 1}, or names such as {', '.join(ids[:8])}")
-
-
-def usual(
-    network: zoo.Network,
-    case: Case,
-    units: Units,
-    reference: str = "",
-    count: int | None = None,
-    loss: str = "cross_entropy",
-    signed: bool = False,
-) -> Reference:
-    """What is usual: a saved reference, or one fitted to a folder of images, the tree of the case, or built-in ones.
-
-    Parameters
-    ----------
-    reference : path
-        As ``source`` of `pss.models.reference`; by default the tree that the image comes from, or what is built in.
-    count : int, optional
-        How many images; all by default.
-
-    Raises
-    ------
-    ValueError
-        As `pss.models.reference`, or if there are no images to fit it to.
-    """
-    source = _absolute(reference) if reference else case.tree
-    if not source and not has_built_in(network):
-        raise ValueError(
-            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference, a folder "
-            "with a folder of pictures per class (of its training images, if you have them), or data_root"
-        )
-    try:
-        return zoo.reference(network, units, source, count, progress=False, loss=loss, signed=signed)
-    except ValueError as error:
-        error.add_note(f"reference is {source}: give a folder of pictures per class in its place, to have one made")
-        raise
-
-
-def has_built_in(network: zoo.Network) -> bool:
-    """Whether there are images of the package that it can read."""
-    try:
-        zoo.reference_set(network, count=1)
-    except ValueError:
-        return False
-    return True
 
 
 def unit_table(
@@ -252,15 +211,35 @@ def caution(reference: Reference) -> tuple[str, str]:
     return sentence(kind, n=reference.n, over=int(reference.n_excess.double().median()))
 
 
-def outcome(curves: pd.DataFrame) -> tuple[str, str]:
-    """After how many edits the true class is predicted, from `edits`: sentences in English, and in Japanese."""
+def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
+    """How each edit of some units ended: a row for each ``edit`` and ``units`` (top, random) of `edits`.
+
+    Returns
+    -------
+    DataFrame
+        ``edit``, ``units``, ``repaired at`` (the first k with the true class; missing if there is none), ``edited``
+        (how many units in the end), and the confidence in the true class before and after all of them.
+    """
+    rows = []
+    for (edit, chosen), own in curves.groupby(["edit", "units"], sort=False):
+        first, confidence = own.loc[own["corrected"], "k"].min(), own["confidence_true"]
+        numbers = {"edited": int(own["k"].max()), "before": confidence.iloc[0], "after": confidence.iloc[-1]}
+        rows.append({"edit": edit, "units": chosen, "repaired at": float(first), **numbers})
+    return pd.DataFrame(rows)
+
+
+def outcome(found: pd.DataFrame) -> tuple[str, str]:
+    """What `outcomes` found for the top units: sentences in English, and in Japanese."""
     told = []
-    for edit, own in curves.groupby("edit", sort=False):
-        right, confidence = own.loc[own["corrected"], "k"], own["confidence_true"]
-        numbers = {"first": right.min(), "last": own["k"].max(), "change": confidence.iloc[-1] - confidence.iloc[0]}
-        told.append(sentence(f"{edit} {'fails' if right.empty else 'corrects'}", **numbers))
-    english, japanese = zip(*told, strict=True)
-    return " ".join(english), "".join(japanese)
+    for row in found[found["units"] == "top"].to_dict("records"):
+        kind = "fails" if np.isnan(row["repaired at"]) else "corrects"
+        numbers = {"first": f"{row['repaired at']:g}", "last": row["edited"], "change": row["after"] - row["before"]}
+        told.append(sentence(f"{row['edit']} {kind}", **numbers))
+    return _joined(told)
+
+
+def _joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    return " ".join(english for english, _ in told), "".join(japanese for _, japanese in told)
 
 
 def verdict(patch: Patch) -> tuple[str, str]:
@@ -271,33 +250,218 @@ def verdict(patch: Patch) -> tuple[str, str]:
     return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
 
 
+def rate_that_moves(network: models.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> float:
+    """The first of 10, 100, …, 1e6 times the rate whose step moves the confidence by a tenth; 0 if none does."""
+    for rate in lr * 10.0 ** np.arange(1, 7):
+        found = edit_curve(network.model, case.image, case.labels, ids, units, "finetune", lr=float(rate), loss=loss)
+        if abs(found["confidence_true"].iloc[-1] - found["confidence_true"].iloc[0]) >= MOVED:
+            return float(rate)
+    return 0.0
+
+
+def opening(
+    case: Case,
+    confidences: Tensor,
+    network: models.Network,
+    table: pd.DataFrame,
+    known: Usual,
+    others: Tensor,
+    ends: pd.DataFrame,
+    harm: pd.DataFrame | None,
+    patch: Patch,
+) -> list[tuple[str, str]]:
+    """Three sentences, English and Japanese: what the network did, which units stand out, and what repairs it.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `unit_table`.
+    others : Tensor, shape (M, k)
+        First units of other mistakes, from `tops`.
+    ends, harm : DataFrame
+        From `outcomes` and `damage`.
+    """
+    guess, first = int(confidences.argmax()), table.iloc[0]
+    named = {"image": case.name, "guess": network.classes[guess], "label": network.classes[case.label]}
+    sure = {"sure": float(confidences[guess]), "own": float(confidences[case.label])}
+    did = [sentence("read right" if guess == case.label else "misread", **named, **sure)]
+    did.append(known.reading.told() if known.reading else sentence("accuracy unknown"))
+    numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
+    stands = [sentence("stands out", **numbers)]
+    if "significant" in table:
+        stands = [sentence("significant", **numbers, hits=int(table["significant"].sum()))]
+    if len(others):
+        share = float((others == int(first["unit"])).any(dim=1).double().mean())
+        many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
+        stands.append(sentence("shared", name=first["name"], **many))
+    if guess == case.label:
+        repairs = [sentence("nothing to repair")]
+    elif len(patch.gains):
+        repairs = [verdict(patch)]
+    else:
+        repairs = [_best_edit(ends, harm), verdict(patch)]
+    return [_joined(did), _joined(stands), _joined(repairs)]
+
+
+def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]:
+    """The edit of the fewest top units that repairs the image, and what it breaks."""
+    top, random = (ends[ends["units"] == which] for which in ("top", "random"))
+    if top["repaired at"].isna().all():
+        return sentence("no edit repairs", edited=int(top["edited"].max()))
+    best = top.loc[top["repaired at"].idxmin()]
+    other = random.loc[random["edit"] == best["edit"], "repaired at"].iloc[0]
+    told = [sentence(f"{best['edit']} repairs", first=int(best["repaired at"]))]
+    told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
+    if harm is not None:
+        own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == "top")].iloc[0]
+        told.append(sentence("costs", k=int(own["k"]), before=own["accuracy before"], after=own["accuracy after"]))
+    return _joined(told)
+
+
+def what_next(
+    case: Case, guess: int, table: pd.DataFrame, found: Usual, patch: Patch, file: str, rate: float, lr: float
+) -> list[tuple[str, str]]:
+    """What to do after this outcome, in English and Japanese, most useful first.
+
+    Parameters
+    ----------
+    file : str
+        Where the patch was written; empty if it was not.
+    rate : float
+        From `rate_that_moves`; 0 where the step moved something, or none does.
+    """
+    told, few = [], not found.reference.n or found.reference.n < ENOUGH
+    if guess == case.label:
+        told.append(sentence("next misread"))
+    if found.reading is not None and found.reading.near_chance:
+        told.append(sentence("next chance"))
+    if len(patch.gains):
+        told.append(sentence("next apply" if file else "next write", file=file))
+    if few:
+        told.append(sentence("next images", n=found.reference.n or "?"))
+    if "significant" in table and table["significant"].mean() > 0.5:
+        told.append(sentence("next common factor"))
+    if rate:
+        told.append(sentence("next rate", rate=rate, lr=lr))
+    if "significant" in table and not table["significant"].any() and guess != case.label:
+        told.append(sentence("next no cause"))
+    return told
+
+
+def results(
+    table: pd.DataFrame, ends: pd.DataFrame, harm: pd.DataFrame | None, patch: Patch, reading: Reading | None
+) -> dict[str, Any]:
+    """Outcomes for ``summary.json``, the columns of a sweep: what stands out, what repairs it at which k and cost."""
+    found: dict[str, Any] = {"top_unit": str(table["name"].iloc[0]), "z": float(table["z"].iloc[0])}
+    found["significant"] = int(table["significant"].sum()) if "significant" in table else None
+    found["confidence_before"] = float(ends["before"].iloc[0])
+    for row in ends.to_dict("records"):
+        name = _column(row)
+        found[f"{name}_repaired_at"] = None if np.isnan(row["repaired at"]) else int(row["repaired at"])
+        found[f"{name}_confidence_after"] = float(row["after"])
+    for row in [] if harm is None else harm.to_dict("records"):
+        found[f"{_column(row)}_kl"] = None if np.isnan(row["mean KL"]) else float(row["mean KL"])
+    found["patch_units"] = len(patch.gains)
+    if len(patch.gains):
+        kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
+        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
+    return found | (reading.summary() if reading else {})
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    return row["edit"] if row["units"] == "top" else f"{row['edit']}_{row['units']}"
+
+
+def tops(known: Usual, method: str, k: int) -> Tensor:
+    """The first k units of each of the other mistakes, (M, k)."""
+    if not len(known.mistakes):
+        return torch.empty(0, k, dtype=torch.int64)
+    return rank(known.mistakes, known.reference, method if RANKINGS[method].differentiable else "zscore", k)
+
+
+def masking_test(
+    network: models.Network, case: Case, maps: Mapping[str, Tensor], top: Tensor, units: Units, loss: str, signed: bool
+) -> pd.DataFrame:
+    """Whether the pixels of a map drive the top units: the share of their saliency that is lost without these pixels.
+
+    The brightest twentieth of the pixels of each map, (H, W), takes the image's mean colour.
+
+    Returns
+    -------
+    DataFrame
+        ``map`` and ``lost``; negative where their saliency grows.
+    """
+    image, pixels = case.image, max(1, round(MASKED * case.image[0, 0].numel()))
+    hidden = []
+    for heat in maps.values():
+        mask = torch.zeros(heat.numel(), dtype=torch.bool)
+        mask[heat.flatten().topk(pixels).indices] = True
+        hidden.append(torch.where(mask.reshape(heat.shape), image[0].mean(dim=(1, 2), keepdim=True), image[0]))
+    every = torch.stack([image[0], *hidden])
+    s = profile(network.model, every, case.labels.expand(len(every)), units, loss, signed)[:, top].abs().mean(dim=1)
+    return pd.DataFrame({"map": list(maps), "lost": (1 - s[1:] / s[0].clamp(min=torch.finfo(s.dtype).tiny)).tolist()})
+
+
+def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[str, str]:
+    """Whether the map of the top units says more than that of random ones, and which map says most."""
+    of = lost.set_index("map")["lost"]
+    best = of.idxmax()
+    told = [sentence("masked", share=MASKED, mine=of[mine], best=best, most=of[best])]
+    if beside := [of[name] for name in others if name in of]:
+        told.append(sentence("map no better" if of[mine] <= max(beside) else "map better", random=max(beside)))
+    return _joined(told)
+
+
+def integrated_gradients(network: models.Network, case: Case) -> Tensor | None:
+    """Integrated gradients of the class that is predicted, (H, W), by captum; None where that is not installed."""
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError:
+        return None
+    with preserved(network.model):
+        network.model.eval()
+        guess = int(predict(network.model, case.image).argmax())
+        found = IntegratedGradients(network.model).attribute(
+            case.image, target=guess, n_steps=20, internal_batch_size=4
+        )
+    return found[0].sum(dim=0).abs().detach().float()
+
+
 def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:
     """How to ask `pss.input_saliency` for the units of a ranking: rankings that it does not know are given by ids."""
     return {"method": method} if RANKINGS[method].differentiable else {"method": "zscore", "ids": order[:k]}
 
 
-def edits(network: zoo.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> pd.DataFrame:
-    """Both edits of the first k units, k = 0 .. K, one after the other: `pss.edit_curve` with a column ``edit``."""
+def edits(
+    network: models.Network, case: Case, chosen: Mapping[str, Tensor], units: Units, lr: float, loss: str
+) -> pd.DataFrame:
+    """Both edits of some units, k = 0 .. K, one after the other: `pss.edit_curve` with columns ``edit``, ``units``.
+
+    ``chosen`` holds ids by the name of who they are, as top and random.
+    """
     frames = [
-        edit_curve(network.model, case.image, case.labels, ids, units, edit, lr=lr, loss=loss).assign(edit=edit)
+        edit_curve(network.model, case.image, case.labels, ids, units, edit, lr=lr, loss=loss).assign(
+            edit=edit, units=name
+        )
+        for name, ids in chosen.items()
         for edit in ("prune", "finetune")
     ]
     return pd.concat(frames, ignore_index=True)
 
 
 def retain_images(
-    network: zoo.Network, case: Case, reference: str = "", count: int = 40, seed: int = 1
+    network: models.Network, case: Case, reference: str = "", count: int | None = None, seed: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
 
-    Drawn from the tree that the image comes from, or the folder of the reference, or from what the network has built
-    in; the image itself is left out.
+    At most ``count``, by default 100 of a folder or 24 built-in ones, drawn from the tree that the image comes from, or
+    the folder of the reference, or from what the network has built in; the image itself is left out.
     """
     tree = case.tree or (_absolute(reference) if reference and Path(reference).is_dir() else "")
     if not tree and not has_built_in(network):
         return None
-    pictures = zoo.reference_set(network, tree, count, seed)
-    items = [pictures[i] for i in range(len(pictures))]
+    found = pictures(network, tree, count or (100 if tree else 24), seed)
+    items = [found[i] for i in range(len(found))]
     kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
     if len(kept) < 2:
         return None
@@ -305,16 +469,23 @@ def retain_images(
 
 
 def damage(
-    network: zoo.Network, case: Case, retain: tuple[Tensor, Tensor], ids: Tensor, units: Units, lr: float, loss: str
+    network: models.Network,
+    case: Case,
+    retain: tuple[Tensor, Tensor],
+    chosen: Mapping[str, Tensor],
+    units: Units,
+    lr: float,
+    loss: str,
 ) -> pd.DataFrame:
-    """What pruning and fine-tuning these units for the image does to the retain images: a row for each edit."""
-    steps = unit_steps(network.model, case.image, case.labels, units, ids[None], lr=lr, loss=loss)
+    """What editing these units for the image does to the retain images: a row for each edit of those of each name."""
     rows = []
-    for edit in ("prune", "finetune"):
-        of_edit = steps if edit == "finetune" else None
-        found = side_effects(network.model, units, ids[None], *retain, edit, of_edit, progress=False)
-        rows.append(found.assign(edit=edit))
-    return readable(pd.concat(rows, ignore_index=True)[["edit", "k", *_COLUMNS]])
+    for name, ids in chosen.items():
+        steps = unit_steps(network.model, case.image, case.labels, units, ids[None], lr=lr, loss=loss)
+        for edit in ("prune", "finetune"):
+            of_edit = steps if edit == "finetune" else None
+            found = side_effects(network.model, units, ids[None], *retain, edit, of_edit, progress=False)
+            rows.append(found.assign(edit=edit, units=name))
+    return readable(pd.concat(rows, ignore_index=True)[["edit", "units", "k", *_COLUMNS]])
 
 
 def readable(damages: pd.DataFrame) -> pd.DataFrame:
@@ -323,7 +494,7 @@ def readable(damages: pd.DataFrame) -> pd.DataFrame:
 
 
 def offer_patch(
-    network: zoo.Network,
+    network: models.Network,
     case: Case,
     retain: tuple[Tensor, Tensor] | None,
     units: Units,
@@ -339,3 +510,43 @@ def offer_patch(
     if int(right.sum()) < 4:
         return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
     return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)
+
+
+def measured(
+    network: models.Network,
+    case: Case,
+    patch: Patch,
+    retain: tuple[Tensor, Tensor] | None,
+    most: int = 1000,
+    seed: int = 0,
+) -> Patch:
+    """The patch with more evidence: on the folder that the image comes from, and what its gains do to random units.
+
+    The folder is all of it, or ``most`` images drawn, but for the image itself and the retain images; ``shuffled`` is
+    the same gains dealt to other units.
+    """
+    if not len(patch.gains):
+        return patch
+    used = [case.image[0], *([] if retain is None else retain[0])]
+    parts = {"mistakes": (case.image, case.labels)}
+    if case.tree:
+        every = pictures(network, case.tree, most, seed)
+        items = [every[i][:2] for i in range(len(every))]
+        items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+        images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+        right = predict(network.model, images).argmax(dim=1) == labels
+        named = {"folder, read right": right, "folder, misread": ~right}
+        parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
+    return with_evidence(network, patch, parts, seed)
+
+
+def with_evidence(
+    network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
+) -> Patch:
+    """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units."""
+    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
+    shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
+    shuffled["part"] = shuffled["part"] + ", shuffled"
+    more = patch.measured(network.model, parts).evidence
+    more = more[~more["part"].isin(patch.evidence["part"])]
+    return replace(patch, evidence=pd.concat([patch.evidence, more, shuffled], ignore_index=True))

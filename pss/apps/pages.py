@@ -25,7 +25,7 @@ def words() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((_HERE / "words.yaml").read_text(encoding="utf-8"))
 
 
-def sentence(name: str, **values: Any) -> tuple[str, str]:
+def sentence(name: str, /, **values: Any) -> tuple[str, str]:
     """A sentence of ``words.yaml`` with these values, in English and in Japanese."""
     told = words()["sentences"][name]
     return told["en"].format(**values), told["ja"].format(**values)

@@ -103,7 +103,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def read_yaml(text: str) -> Any:
     """Value of a YAML text; tags that make objects, and what cannot be read, are a ValueError."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"not plain YAML: {error}") from error
 

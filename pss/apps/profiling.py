@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--units", type=_named, default="filters", help="filters, rows, heads, all or MODULE:CALLABLE")
     parser.add_argument("--loss", type=_named, default="cross_entropy", help="a name, or MODULE:CALLABLE")
     parser.add_argument("--signed", action="store_true")
+    parser.add_argument("--of", choices=("gradient", "gain", "output"), default="gradient", help="which quantity")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the backward pass")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int, default=0)
@@ -80,6 +81,7 @@ def main(chosen: argparse.Namespace) -> None:
             chosen.out,
             loss=chosen.loss,
             signed=chosen.signed,
+            of=chosen.of,
             batch_size=chosen.batch_size,
             workers=chosen.workers,
             on_error=chosen.on_error,

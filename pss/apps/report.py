@@ -72,12 +72,21 @@ class Report:
 
     def table(self, frame: pd.DataFrame, text: str, ja: str) -> pd.DataFrame:
         """Put a table on the page, with a caption; returns it, for the notebook to show."""
-        ours = frame.columns.intersection(["edit", "part", "setting"])
+        ours = frame.columns.intersection(["edit", "part", "setting", "units"])
         japanese = frame.assign(**{name: frame[name].replace(words()["values"]) for name in ours})
         columns = {"en": list(frame), "ja": [words()["columns"].get(name, name) for name in frame]}
         rows = {"en": _cells(frame), "ja": _cells(japanese)}
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})
         return frame
+
+    def open_with(self, *sections: tuple[tuple[str, str], list[tuple[str, str]]]) -> None:
+        """Print sections, each a heading and its sentences, and put them before everything else on the page."""
+        rest, self.blocks = self.blocks, []
+        for heading, sentences in sections:
+            self.heading(*heading)
+            for told in sentences:
+                self.say(*told)
+        self.blocks += rest
 
     def settings(self, values: Mapping[str, object]) -> None:
         """Put a table of names and values on the page only."""

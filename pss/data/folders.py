@@ -16,6 +16,7 @@ from pss.data.builtin import SIZE, built_in_set, load, normalize, resize
 from pss.data.image_set import MEAN, STD, ImageSet, hash_arrays
 from pss.data.pictures import read_image
 from pss.data.vision import torchvision
+from pss.engine.checks import check_count, check_known
 
 
 def preprocess(image: Image.Image) -> torch.Tensor:
@@ -52,10 +53,8 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", cou
         If there is no such set or split, or it has fewer images than asked for.
     """
     splits = {"MNIST": ("train", "test"), "SVHN": ("train", "test", "extra")}
-    if name not in splits:
-        raise ValueError(f"unknown set {name!r}: expected one of {', '.join(splits)}")
-    if split not in splits[name]:
-        raise ValueError(f"{name} has no split {split!r}: expected one of {', '.join(splits[name])}")
+    check_known("set", name, splits)
+    check_known(f"split of {name}", split, splits[name])
     dataset = getattr(torchvision.datasets, name)
     which = {"train": split == "train"} if name == "MNIST" else {"split": split}
     try:
@@ -65,15 +64,14 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", cou
             f"{name}'s {split} files are not in {os.fspath(root)!r}, or not whole ({error}). Put them there yourself: "
             f"PSS downloads nothing; torchvision.datasets.{name}(root, download=True) fetches them once"
         ) from error
-    if count is not None and not 0 < count <= len(full):
-        raise ValueError(f"count {count} is outside 1..{len(full)}, the number of images in {name}/{split}")
     rows = np.arange(len(full))
     if count is not None:
+        check_count("count", count, len(full), f"the number of images in {name}/{split}")
         rows = np.random.default_rng(seed).permutation(len(full))[:count]
     pixels = full.data[rows]
     pixels = resize(pixels.numpy()) if name == "MNIST" else pixels.transpose(0, 2, 3, 1)
     labels = np.asarray(full.targets if name == "MNIST" else full.labels)[rows]
-    return built_in_set(pixels, labels, name, split, rows, rows)
+    return built_in_set(pixels, labels, name, split, rows)
 
 
 class _Folder(torchvision.datasets.ImageFolder):
@@ -189,8 +187,7 @@ def open_set(
     if not os.fspath(root):
         return load(name, split)
     parts = {"train": (0, 0.8), "validation": (0.8, 1), "reference": (0, 0.5), "test": (0.5, 1)}
-    if split not in parts:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(parts)}")
+    check_known("split", split, parts)
     if name in ("MNIST", "SVHN"):
         whole = torchvision_set(name, root, "train" if split in ("train", "reference") else "test")
         rows = np.random.default_rng(seed).permutation(len(whole))[:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -78,26 +79,21 @@ class ImageSet(TensorDataset):
     def subset(self, indices) -> ImageSet:
         """The images at these positions, as a set of their own."""
         at = np.asarray(indices)
-        return ImageSet(
-            self.images[at],
-            self.labels[at],
-            name=self.name,
-            split=self.split,
-            classes=self.classes,
-            ids=self.ids[at],
-            sources=self.sources[at],
-            mean=self.mean,
-            std=self.std,
-        )
+        same = {key: getattr(self, key) for key in ("name", "split", "classes", "mean", "std")}
+        return ImageSet(self.images[at], self.labels[at], ids=self.ids[at], sources=self.sources[at], **same)
 
     def to_image(self, image: torch.Tensor) -> np.ndarray:
         """Undo the normalization for display: ``(…, C, H, W)`` floats to ``(…, H, W, C)`` uint8."""
-        mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
-        pixels = (image.detach().cpu() * std + mean).clamp(0, 1) * 255
-        return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
+        return (denormalize(image, self.mean, self.std) * 255).round().astype(np.uint8)
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name}/{self.split}: {len(self)} images of shape {tuple(self.images.shape[1:])})"
+
+
+def denormalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undo a normalization by channel for display: ``(…, C, H, W)`` to ``(…, H, W, C)`` in 0..1."""
+    mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
+    return (image.detach().cpu() * std + mean).clamp(0, 1).movedim(-3, -1).numpy()
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:

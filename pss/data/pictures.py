@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -144,14 +146,20 @@ def photographs() -> list[Photograph]:
     return [Photograph(*row) for row in _PHOTOGRAPHS]
 
 
+def of_extra(name: str) -> ModuleType:
+    """Import a package in which built-in data lie; a network and pictures of one's own need none of them."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the built-in data need {error.name}: pip install 'pss[notebooks]'", name=error.name
+        ) from error
+
+
 def shipped(name: str) -> Path:
     """Path of a picture that lies in an installed wheel: nothing here can start a download."""
-    import skimage
-    import sklearn.datasets
-
-    of_sklearn = name in _SKLEARN
-    package = sklearn if of_sklearn else skimage
-    path = Path(package.__file__).parent.joinpath(*(("datasets", "images") if of_sklearn else ("data",)), name)
+    package = of_extra("sklearn" if name in _SKLEARN else "skimage")
+    path = Path(package.__file__).parent.joinpath(*(("datasets", "images") if name in _SKLEARN else ("data",)), name)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: this version of {package.__name__} does not ship it; "

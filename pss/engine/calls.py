@@ -28,8 +28,12 @@ class Recorder(Protocol):
 
     token: Tensor  # makes the outputs of layers require a gradient
     bf16: bool
+    keeps_outputs: bool
+    outputs_kept: dict[int, LayerCall]
+    hear: Callable[[LayerCall, Tensor], None]
     record: Callable[[LayerCall, Tensor], None]
     collect: Callable[[LayerCall, Tensor, Tensor], None]
+    collect_products: Callable[[LayerCall, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)
@@ -46,6 +50,8 @@ class LayerCall:
     recorded: bool = False
     changed: bool = False  # the output was changed in place
     passed: Tensor | None = None  # the gradient that came by way of the computed output
+    kept: Tensor | None = None  # the output, where it is asked for, and its version when it was as it is
+    version: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of the layer."""
@@ -56,6 +62,30 @@ class LayerCall:
         """Output of the layer, computed when it is asked for."""
         return _DeferredOutput.apply(x, self.recorder.token, self)
 
+    def compute(self, x: Tensor) -> Tensor:
+        """Values of the output."""
+        output = self.layer.forward(x, self.weight, self.bias)
+        if self.recorder.keeps_outputs:
+            self.kept, self.version = output.detach(), output._version  # no copy, and it sees what is written into it
+            self.recorder.outputs_kept[output.data_ptr()] = self
+            self.recorder.hear(self, output)
+        return output
+
+    def products(self, x: Tensor, g: Tensor) -> Tensor:
+        """The output without its bias, times its gradient: their sum over positions is that of weight times gradient.
+
+        An output that was written into is computed again, unless by a function that only cuts off values: where it did
+        the gradient is zero.
+        """
+        if self.kept is None or self.kept._version != self.version:
+            return self.layer.forward(x, self.weight, None).mul_(g)
+        if self.bias is None:
+            return self.kept * g
+        bias = (
+            self.bias.detach().reshape(-1, *[1] * (g.dim() - 2)) if isinstance(self.layer, Convolution) else self.bias
+        )
+        return (self.kept - bias.detach()).mul_(g)
+
 
 class _Output(torch.autograd.Function):
     """The output of a call. Its backward pass hands the call's input and gradient to the recorder."""
@@ -64,7 +94,7 @@ class _Output(torch.autograd.Function):
     def forward(ctx, x: Tensor, token: Tensor, call: LayerCall) -> Tensor:
         ctx.save_for_backward(x)
         ctx.call = call
-        return call.layer.forward(x, call.weight, call.bias)
+        return call.compute(x)
 
     @staticmethod
     @once_differentiable
@@ -73,6 +103,7 @@ class _Output(torch.autograd.Function):
         if call.changed and (call.passed is None or call.passed.data_ptr() != g.data_ptr()):
             raise Unsupported("an output was changed in place, and then used behind PyTorch's function overrides")
         weight, call.passed = call.weight, None
+        call.recorder.collect_products(call, x, g)
         if call.recorder.bf16 and call.layer.groups == 1:  # depthwise convolutions are slower in bfloat16
             x, g, weight = x.bfloat16(), g.bfloat16(), weight.bfloat16()
         call.recorder.collect(call, x, g)
@@ -95,7 +126,7 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, deferred: DeferredConvolution, call: LayerCall, x: Tensor) -> Tensor:
         ctx.call = call
-        return call.layer.forward(x, call.weight, call.bias)
+        return call.compute(x)
 
     @staticmethod
     @once_differentiable

@@ -177,8 +177,9 @@ class Linear:
     groups: int = 1
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Output of the layer."""
-        return F.linear(x, weight, bias)
+        """Output of the layer. No view of the product, which nobody else has: only so may it be changed in place."""
+        output = F.linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""

@@ -23,6 +23,8 @@ from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.kernels import Convolution, Linear
 from pss.engine.locating import BatchDimension, keeps_order, locate_batch
 
+QUANTITIES = ("gradient", "gain", "output")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,8 +34,13 @@ class Options:
     strategy: str = "auto"
     fold: bool = True
     precision: str = "fp32"
+    of: tuple[str, ...] = ("gradient",)  # and "gain", the sum of weight times gradient; or "output", alone
 
     def __post_init__(self):
+        if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(QUANTITIES):
+            raise ValueError(f"unknown quantity in of={self.of}: expected some of {QUANTITIES}, each once")
+        if "output" in self.of and len(self.of) > 1:
+            raise ValueError("of='output' needs no backward pass: ask for it alone")
         known = {"strategy": ("auto", "fast", "vmap", "loop"), "precision": ("fp32", "bf16")}
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -69,6 +76,10 @@ class GradientRecorder(TorchFunctionMode):
         self.wanted, self.others, self.samples = wanted, others or {}, samples
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
+        self.listens = "output" in options.of and visit is None
+        self.keeps_outputs = self.listens or ("gain" in options.of and visit is None)
+        self.heard: dict[LayerCall, Tensor] = {}  # outputs, of convolutions their means over positions
+        self.outputs_kept: dict[int, LayerCall] = {}  # by their place in memory
         like = next(iter({**wanted, **self.others}.values()))
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
@@ -76,6 +87,7 @@ class GradientRecorder(TorchFunctionMode):
         self.lost: dict[str, str] = {}  # parameters of calls in which the batch is not found, and why
         self.collecting = False
         self.sums: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
 
     def watching(self, samples: int, visit: Callable[[int, LayerCall, Tensor], None]) -> GradientRecorder:
@@ -106,8 +118,10 @@ class GradientRecorder(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
-        if function in NORMALIZATIONS:
-            return NORMALIZATIONS[function](*args, **kwargs)
+        if function in NORMALIZATIONS or (self.listens and function in _LAYER_NORMS):
+            return self._normalized(NORMALIZATIONS.get(function, function), *args, **kwargs)
+        if function in _CUTTING and self.keeps_outputs:
+            return self._cut(function, *args, **kwargs)
         if function in _DECISIONS and self.samples > 1:
             raise Unsupported(f"the network reads values of a whole batch ({function.__name__})")
         return function(*args, **kwargs)
@@ -130,6 +144,46 @@ class GradientRecorder(TorchFunctionMode):
         if not self._is_ours(input, weight, bias) or input.dim() < 2:
             return F.linear(input, weight, bias)
         return LayerCall(self, self.names[id(weight)], Linear(weight.shape), weight.detach(), bias)(input)
+
+    def _cut(self, function, input, *args, **kwargs):
+        """Cut off values, perhaps of an output in place: where it does that the gradient is zero, so that it may."""
+        call = self.outputs_kept.get(input.data_ptr())
+        as_it_was = call is not None and call.kept._version == call.version
+        result = function(input, *args, **kwargs)
+        if as_it_was:
+            call.version = call.kept._version
+        return result
+
+    def _normalized(self, function, input, *args, **kwargs):
+        """A normalization, after which an output is heard instead of before it."""
+        call = self.outputs_kept.get(input.data_ptr()) if self.listens else None
+        directly = call is not None and call.kept._version == call.version and call.kept.shape == input.shape
+        result = function(input, *args, **kwargs)
+        if directly:
+            self.hear(call, result)
+        return result
+
+    def hear(self, call: LayerCall, output: Tensor) -> None:
+        """Keep what a call says, should it be asked for."""
+        if self.listens:
+            positions = isinstance(call.layer, Convolution)
+            self.heard[call] = output.detach().flatten(2).mean(2) if positions else output.detach().clone()
+
+    def output_means(self, losses: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Mean output of every row of the wanted parameters over positions and calls, ``(B, O)``; zero of idle ones."""
+        means: dict[str, tuple[Tensor, ...]] = {}
+        for call, output in self.heard.items():
+            if call.name not in self.lost:
+                first = output if call.batch is None else call.batch.first(output)
+                mean = first.reshape(self.samples, -1, first.shape[-1]).mean(1) / self.uses[call.name]
+                means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
+        known = {name: p for name, p in self.wanted.items() if name not in self.lost}
+        used: tuple[Tensor | None, ...] = (None,) * len(known)
+        if known and losses.requires_grad:  # autograd sees no weight whose calls are seen here
+            used = torch.autograd.grad(losses.sum(), list(known.values()), allow_unused=True)
+        if unseen := [name for name, g in zip(known, used, strict=True) if g is not None]:
+            raise Unsupported(f"the outputs of {', '.join(unseen)} are not seen: leave these units out of of='output'")
+        return {name: means.get(name, (p.new_zeros(self.samples, len(p)),)) for name, p in known.items()}
 
     def _is_ours(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the weight is wanted, and nothing else that is wanted would be lost from autograd's sight."""
@@ -167,13 +221,26 @@ class GradientRecorder(TorchFunctionMode):
 
     # Collecting in the backward pass
 
-    def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
-        """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+    def collect_products(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Add up weight times gradient of each row, from what the call gave and what came back."""
+        if "gain" not in self.options.of or not self._may_collect(call):
+            return
+        products = call.products(x, g)
+        products = products.flatten(2).sum(2) if isinstance(call.layer, Convolution) else products
+        products = products if call.batch is None else call.batch.first(products)
+        rows = products.reshape(self.samples, -1, products.shape[-1]).sum(1)
+        self.products[call.name] = rows + self.products[call.name] if call.name in self.products else rows
+
+    def _may_collect(self, call: LayerCall) -> bool:
         if not self.collecting:
             raise OwnGradients("the network takes gradients on its way")
         if not call.recorded:
             raise Unsupported("the output of a convolution was passed on without being looked at")
-        if call.name in self.lost:
+        return call.name not in self.lost
+
+    def collect(self, call: LayerCall, x: Tensor, g: Tensor) -> None:
+        """Reduce a call's weight gradient to row sums, or add it up for a parameter that is used several times."""
+        if "gradient" not in self.options.of or not self._may_collect(call):
             return
         if call.batch is not None:
             x, g = call.batch.first(x), call.batch.first(g)
@@ -194,17 +261,19 @@ class GradientRecorder(TorchFunctionMode):
             total = self.gradients.get(call.name)
             self.gradients[call.name] = gradient if total is None else total.add_(gradient)
 
-    def row_means(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def row_means(self, losses: Tensor) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, Tensor]]:
         """Run the backward pass.
 
         Returns
         -------
-        means : dict of str to Tensor
-            Mean (absolute) gradient of every row of the wanted parameters, ``(B, O)``, without those that were (also)
-            used in a way that is not known here.
+        means : dict of str to tuple of Tensor
+            Of every row of the wanted parameters the mean (absolute) gradient or weight times gradient, ``(B, O)``, a
+            tensor for each quantity asked for; without those that were (also) used in a way that is not known here.
         gradients : dict of str to Tensor
             What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
         """
+        if self.listens:
+            return self.output_means(losses), {}
         watched = {**self.wanted, **self.others}
         found: tuple[Tensor | None, ...] = (None,) * len(watched)
         if losses.requires_grad:
@@ -216,9 +285,12 @@ class GradientRecorder(TorchFunctionMode):
             if name in self.gradients:
                 gradient = self.gradients.pop(name)
                 self.sums[name] = (gradient if self.signed else gradient.abs_()).flatten(2).sum(2)
-            sums = self.sums.get(name)
-            row = parameter[0].numel()
-            means[name] = parameter.new_zeros(self.samples, len(parameter)) if sums is None else sums / row
+            found = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
+            zero = parameter.new_zeros(self.samples, len(parameter))
+            means[name] = tuple(
+                zero if found[quantity] is None else found[quantity] / parameter[0].numel()
+                for quantity in self.options.of
+            )
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
 
 
@@ -286,6 +358,8 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}
+_CUTTING = {F.relu, F.relu6, F.hardtanh, F.relu_, F.hardtanh_, torch.relu, torch.relu_, Tensor.relu_}
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
 _DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 # The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.

@@ -52,8 +52,8 @@ class Task:
     rows, whole : tuple of str
         Parameters of which the means of rows are enough, and the others.
     reduce : callable
-        Columns of the result by number, from a parameter's name and its (absolute) gradients ``(B, *shape)``, or, for
-        one of ``rows``, their means over rows ``(B, O)``.
+        Columns of the result by number, from a parameter's name, its (absolute) gradients ``(B, *shape)``, or, for one
+        of ``rows``, their means over rows ``(B, O)``, and the quantity: of ``"gain"`` it is weights times gradients.
     names : tuple of str
         Of the columns.
     options : Options
@@ -66,7 +66,7 @@ class Task:
     check: Callable[[Any, Tensor, int], None]
     rows: tuple[str, ...]
     whole: tuple[str, ...]
-    reduce: Callable[[str, Tensor], Columns] = lambda name, values: {}
+    reduce: Callable[[str, Tensor, str], Columns] = lambda name, values, of: {}
     names: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     kind: Hashable = None
@@ -80,9 +80,22 @@ class Task:
         """Parameters by name."""
         return {name: self.model.get_parameter(name) for name in names}
 
-    def sized(self, gradients: Tensor) -> Tensor:
-        """Absolute values, unless signs are asked for."""
-        return gradients if self.options.signed else gradients.abs()
+    def columns(self, name: str, gradients: Tensor, sizes: bool = False) -> Columns:
+        """Columns of a parameter, from its gradients ``(B, *shape)``; with ``sizes`` of every term the size."""
+        found: Columns = {}
+        for of in self.options.of:
+            if of == "gain":
+                values = gradients * self.model.get_parameter(name).detach().conj()
+                values = values.real if values.is_complex() else values
+            else:
+                values = gradients if self.options.signed else gradients.abs()
+            found |= self.reduce(name, values.abs() if sizes else values, of)
+        return found
+
+    def columns_of_rows(self, name: str, means: tuple[Tensor, ...]) -> Columns:
+        """Columns of a parameter, from means over its rows ``(B, O)``, of each quantity."""
+        pairs = zip(self.options.of, means, strict=True)
+        return {number: column for of, mean in pairs for number, column in self.reduce(name, mean, of).items()}
 
 
 @dataclass
@@ -123,13 +136,15 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, Known]] = WeakKeyDictionary(
 def known_of(task: Task, images: Tensor) -> Known:
     """What is known of the task's model on such images, as long as the model lives."""
     key = (tuple(images.shape[1:]), images.dtype, images.device, task.options, task.kind)
-    return _KNOWN.setdefault(task.model, {}).setdefault(key, Known(ways_of(task.options.strategy, images.is_cuda)))
+    return _KNOWN.setdefault(task.model, {}).setdefault(key, Known(ways_of(task.options, images.is_cuda)))
 
 
-def ways_of(strategy: str, is_cuda: bool) -> tuple[str, ...]:
+def ways_of(options: Options, is_cuda: bool) -> tuple[str, ...]:
     """Ways in the order in which a strategy tries them. Vectorized gradients pay on a GPU only."""
+    if "output" in options.of:  # gradients do not say what a unit does
+        return {"auto": ("fast", "single"), "fast": ("fast",)}.get(options.strategy, ("single",))
     auto = ("fast", "vmap", "loop") if is_cuda else ("fast", "single", "loop")
-    return {"auto": auto, "fast": ("fast",), "vmap": ("vmap", "loop"), "loop": ("loop",)}[strategy]
+    return {"auto": auto, "fast": ("fast",), "vmap": ("vmap", "loop"), "loop": ("loop",)}[options.strategy]
 
 
 def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
@@ -177,7 +192,7 @@ def _fast(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], kn
     recorder, part, means, _ = _recorded(task, images, labels, wanted, {}, known)
     for name in wanted:
         if name in means:
-            part.columns |= task.reduce(name, means[name])
+            part.columns |= task.columns_of_rows(name, means[name])
         else:
             left[name] = recorder.lost.get(name, "it is used in a way that is not known here")
     return part, left
@@ -198,10 +213,10 @@ def _alone(task: Task, image: Tensor, label: Tensor, names: tuple[str, ...], kno
             break
         known.plain |= unknown
     for name, mean in means.items():
-        part.columns |= task.reduce(name, mean)
+        part.columns |= task.columns_of_rows(name, mean)
     for name, parameter in others.items():
         gradient = torch.zeros_like(parameter) if name not in reached else reached[name]
-        part.columns |= task.reduce(name, task.sized(gradient)[None])
+        part.columns |= task.columns(name, gradient[None])
     return part
 
 
@@ -269,7 +284,7 @@ def _reduced(task: Task, names: tuple[str, ...], chunks: Iterable[dict[str, Tens
     for gradients in chunks:
         parts.append(Part())
         for name in names:
-            parts[-1].columns |= task.reduce(name, task.sized(gradients[name]))
+            parts[-1].columns |= task.columns(name, gradients[name])
     return Part.join(parts)
 
 

@@ -3,7 +3,8 @@
 What may differ is rounding, and what rounding does to a ReLU: where an input is so near to zero that its sign is
 another, single units change by percents, and all those before them a little. So it is decided layer by layer:
 
-1. Equal to the root of the precision's epsilon, of the layer's largest value: right. Most networks end here.
+1. Equal to the root of the precision's epsilon, of the layer's largest value: right. Most networks end here. So is what
+   is within rounding of the largest sum of sizes: signed terms may cancel until nothing but rounding is left.
 2. In float64, anything else is wrong. In a lower precision a layer is wrong if it is off by `_WHOLE` by its norm.
 3. Otherwise it is explained if at most `_FEW` of its units are off by `_UNIT`, and none of these in its sign.
 4. What is not explained is decided in float64, on a copy of the network and the same batch, where ReLUs do not change.
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from pss.engine.calls import Unsupported
-from pss.engine.strategies import Columns, Known, Part, Task, compute, one_by_one
+from pss.engine.strategies import Known, Part, Task, compute, one_by_one
 
 log = logging.getLogger(__name__)
 _WHOLE, _FEW, _UNIT = 0.25, 0.02, 0.05
+Plain = dict[int, tuple[Tensor, Tensor]]  # columns of one image, and what of them is rounding
 
 
 def verified(task: Task, images: Tensor, labels: Tensor, part: Part, known: Known) -> Part:
@@ -39,7 +41,7 @@ def verified(task: Task, images: Tensor, labels: Tensor, part: Part, known: Know
     """
     row = int(torch.stack([values.abs().sum(1).double() for values in part.columns.values()]).sum(0).argmax())
     plain = _alone(task, images[row : row + 1], labels[row : row + 1])
-    if not all(values.isfinite().all() for values in plain.values()):
+    if not all(values.isfinite().all() for values, _ in plain.values()):
         return part  # of the image that says most there is nothing to compare with
     wrong = _first_wrong(task, images, labels, part, row, plain, known)
     if wrong is not None and task.options.strategy != "fast" and known.ways != ("loop",):
@@ -57,15 +59,23 @@ def verified(task: Task, images: Tensor, labels: Tensor, part: Part, known: Know
     return part
 
 
-def _alone(task: Task, image: Tensor, label: Tensor) -> Columns:
-    """Columns of one image by plain autograd."""
+def _alone(task: Task, image: Tensor, label: Tensor) -> Plain:
+    """Columns of one image by plain autograd. Far below the largest sum of sizes of a quantity all is rounding."""
     (gradients,) = one_by_one(task, image, label, task.parameters)
-    parts = [task.reduce(name, task.sized(gradient)) for name, gradient in gradients.items()]
-    return {number: values for part in parts for number, values in part.items()}
+    values, sizes = (
+        {k: v for name, g in gradients.items() for k, v in task.columns(name, g, sizes).items()}
+        for sizes in (False, True)
+    )
+    count = len(task.names) // len(task.options.of)
+    largest = [
+        torch.stack([v.max() for k, v in sizes.items() if k // count == i]).max() for i in range(len(task.options.of))
+    ]
+    eps = torch.finfo(largest[0].dtype).eps
+    return {number: (column[0], 100 * eps * largest[number // count]) for number, column in values.items()}
 
 
 def _first_wrong(
-    task: Task, images: Tensor, labels: Tensor, part: Part, row: int, plain: Columns, known: Known
+    task: Task, images: Tensor, labels: Tensor, part: Part, row: int, plain: Plain, known: Known
 ) -> str | None:
     """Name of the first layer that is wrong, or None."""
     if task.options.precision == "bf16":
@@ -74,7 +84,7 @@ def _first_wrong(
         task = replace(task, options=replace(task.options, precision="fp32"))
         part = compute(task, images, labels, known)
     unequal = _first(_is_not_rounding, task, part, row, plain)
-    if unequal is None or next(iter(plain.values())).dtype == torch.float64:
+    if unequal is None or next(iter(plain.values()))[0].dtype == torch.float64:
         return unequal
     if wrong := _first(_is_off_as_a_whole, task, part, row, plain):
         return wrong
@@ -97,15 +107,11 @@ def _first_wrong_in_double(
 
 
 def _first(
-    is_wrong: Callable[[Tensor, Tensor, Tensor], bool], task: Task, part: Part, row: int, plain: Columns
+    is_wrong: Callable[[Tensor, Tensor, Tensor], bool], task: Task, part: Part, row: int, plain: Plain
 ) -> str | None:
-    """Name of the first layer that is wrong by one of the rules below. Far below the largest layer all is rounding."""
-    largest = torch.stack([values.abs().max() for values in plain.values()]).max()
-    for number in sorted(plain):
-        b = plain[number][0]
-        if is_wrong(part.columns[number][row], b, 100 * torch.finfo(b.dtype).eps * largest):
-            return task.names[number]
-    return None
+    """Name of the first layer that is wrong by one of the rules below."""
+    wrong = (number for number in sorted(plain) if is_wrong(part.columns[number][row], *plain[number]))
+    return next((task.names[number] for number in wrong), None)
 
 
 def _is_not_rounding(a: Tensor, b: Tensor, floor: Tensor) -> bool:

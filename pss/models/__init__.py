@@ -1,22 +1,12 @@
-"""Networks: the built-in one, published ones and your own; what they predict."""
+"""Networks: the built-in one, published ones and your own; what they predict; what is usual for them."""
 
 from pss.engine.process import keep_freed_memory
-from pss.models.builtin import (
-    EPOCHS,
-    WIDTH,
-    accuracy,
-    digits,
-    evaluate,
-    load_weights,
-    misclassified,
-    predict,
-    read_record,
-    resnet18,
-    save_weights,
-    train,
-)
-from pss.models.logits import logits_of
-from pss.models.zoo import Network, PhotographCrops, Preprocessing, load, names, reference, reference_set
+from pss.models.loading import load, names
+from pss.models.networks import Network, Preprocessing, logits_of
+from pss.models.predictions import accuracy, evaluate, misclassified, predict
+from pss.models.resnet import EPOCHS, WIDTH, digits, resnet18, train
+from pss.models.usual import PhotographCrops, reference, reference_set
+from pss.models.weights import load_weights, read_record, save_weights
 from pss.storage.fingerprints import fingerprint
 
 __all__ = [

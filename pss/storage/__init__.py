@@ -8,6 +8,7 @@
 ``folder``         `ProfileStore`, `blocks`, `map_blocks`, and how a store is begun, written, finished, taken away
 ``passes``         `store_rows`: a pass over a data set, resumed and shared; `choose_batch_size`
 ``places``         `cache_folder`, `checkout_data`
+``cache``          `cached`: tensors from the cache, or made and kept there
 =================  ===================================================================================================
 
 Imported module by module: ``whole`` and ``digests`` load no torch. What is computed, and why, this room does not know.

@@ -12,6 +12,7 @@ away. A row is finished once its record says so *and* its checksum fits, so whoe
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -156,6 +157,12 @@ class ProfileStore:
             block[filled : filled + len(part)] = part
             filled += len(part)
         return block
+
+    def without(self, rows: np.ndarray) -> ProfileStore:
+        """The same store as if these rows had been skipped; on disk nothing changes."""
+        fewer = copy.copy(self)
+        fewer.finished = self.finished & ~np.isin(np.arange(len(self.finished)), rows)
+        return fewer
 
     def __repr__(self) -> str:
         n, count = self.shape

@@ -8,8 +8,10 @@ from pathlib import Path
 import platformdirs
 
 
-def cache_folder() -> Path:
+def cache_folder(own: bool = False) -> Path:
     """Where prepared files are kept: ``PSS_CACHE`` if set, ``data/cache`` of a checkout, or the user's cache folder.
+
+    What is made of the users' own networks (``own``) never goes into a checkout.
 
     Raises
     ------
@@ -21,7 +23,7 @@ def cache_folder() -> Path:
         if not path.is_absolute():
             raise ValueError(f"PSS_CACHE is {chosen!r}: give an absolute path")
         return path
-    checkout = checkout_data()
+    checkout = None if own else checkout_data()
     if checkout is not None and os.access(checkout, os.W_OK):
         return checkout / "cache"
     return Path(platformdirs.user_cache_dir("pss"))

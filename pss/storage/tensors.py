@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles of other versions, which are read all the same, or refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except PermissionError:
         raise
     except Exception as error:  # a stranger's file can fail anywhere in the unpickler

@@ -1,0 +1,319 @@
+"""A folder of mistakes: which units they share, which of them are alike, and what repairs them together.
+
+A cause is seen in many images: a unit that stands out on one mistake may do so by accident, one that stands out on a
+hundred does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+from torch.utils.data import Subset
+
+from pss import models
+from pss.apps.explain import Case, readable, with_evidence
+from pss.apps.pages import sentence
+from pss.apps.reading import Reading, Usual, pictures, usual
+from pss.apps.report import Report
+from pss.editing import edited
+from pss.models import misclassified, predict
+from pss.neighbors import nearest
+from pss.patches import Patch, fit_patch
+from pss.plots.figures import image_row
+from pss.ranking import RANKINGS, rank
+from pss.saliency import profile
+from pss.units import Units
+
+ALIKE = 0.5  # mean cosine similarity of the members of a cluster, at least
+_LEAST = 3  # images that make a cluster
+_MOST = 200  # mistakes that are looked at
+_SHEETS = 4  # clusters whose pictures are shown, and that a patch is fitted to
+_RETAIN = 8  # other images that a patch needs, at least
+_REST = 600  # other images of the folder, those retained and those that a repair is measured on
+
+
+@dataclass(frozen=True)
+class Group:
+    """The mistakes of a folder.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row a mistake: ``id``, ``label``, ``predicted``, ``confidence``, ``cluster`` (from 1, the largest first; 0
+        for an image that is like no two others).
+    images : Tensor, shape (M, C, H, W)
+    labels : Tensor of int, shape (M,)
+    top : Tensor of int, shape (M, k)
+        The first units of each.
+    rest : (Tensor, Tensor)
+        Other images of the folder that were read right, and their labels.
+    reading : Reading
+        Of the whole folder.
+    tree, name : str
+        Place and name of the folder.
+    """
+
+    table: pd.DataFrame
+    images: Tensor
+    labels: Tensor
+    top: Tensor
+    rest: tuple[Tensor, Tensor]
+    reading: Reading
+    tree: str
+    name: str
+
+    @property
+    def example(self) -> int:
+        """Row of the mistake that the network is most sure of in the largest cluster."""
+        own = self.table[self.table["cluster"] == self.table["cluster"].replace(0, np.inf).min()]
+        return int((own if len(own) else self.table)["confidence"].idxmax())
+
+    @property
+    def others(self) -> Tensor:
+        """The first units of all mistakes but the example."""
+        return self.top[torch.arange(len(self.top)) != self.example]
+
+    @property
+    def typical(self) -> Case:
+        """The example, to be explained."""
+        at = self.example
+        return Case(
+            self.images[at : at + 1], self.labels[at : at + 1], f"{self.name}: {self.table['id'][at]}", self.tree
+        )
+
+
+def find(
+    network: models.Network,
+    units: Units,
+    tree: str | Path,
+    reference: str = "",
+    count: int | None = None,
+    method: str = "zscore",
+    k: int = 10,
+    loss: str = "cross_entropy",
+    signed: bool = False,
+    allow_chance: bool = False,
+) -> Group:
+    """Look for the mistakes in a folder of pictures per class, and put those together that are alike.
+
+    Parameters
+    ----------
+    reference, count, loss, signed, allow_chance
+        As in `pss.apps.reading.usual`; the misread images are no part of what is usual.
+    method : str
+        Ranking of the units; one that is not of one number a unit is replaced by the z-score.
+    k : int
+        First units of each mistake.
+
+    Raises
+    ------
+    ValueError
+        If nothing is misread, or as `pss.apps.reading.usual`.
+    """
+    tree = str(Path(tree).expanduser().absolute())
+    found: Usual = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
+    every = pictures(network, tree)
+    wrong = misclassified(network.model, every)
+    reading = Reading(str(every.name), len(every), len(every) - len(wrong), len(network.classes))
+    if not len(wrong):
+        raise ValueError(
+            f"none of the {len(every)} images of {every.name} is misread: give index, to explain one anyway"
+        )
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.permutation(wrong.index)[:_MOST])
+    right = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong.index))[:_REST]
+    images, labels = _in_memory(Subset(every, rows.tolist()))
+    s = profile(network.model, images, labels, units, loss, signed)
+    ranking = method if RANKINGS[method].differentiable else "zscore"
+    table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
+    table["cluster"] = _clusters(s, found)
+    top = rank(s, found.reference, ranking, min(k, len(units)))
+    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (images[:0], labels[:0])
+    return Group(table, images, labels, top, rest, reading, tree, str(every.name))
+
+
+def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
+    items = [some[i][:2] for i in range(len(some))]
+    return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
+
+
+def _clusters(profiles: Tensor, found: Usual) -> np.ndarray:
+    """Number of the cluster of each profile, (M,), by average linkage of `pss.nearest`'s similarities."""
+    count = len(profiles)
+    if count < _LEAST:
+        return np.zeros(count, int)
+    ids, similarity = nearest(profiles, reference=found.reference, k=count - 1)
+    apart = torch.zeros(count, count, dtype=torch.float64).scatter_(1, ids, 1 - similarity.double())
+    apart = ((apart + apart.T) / 2).clamp(min=0).numpy()
+    raw = fcluster(linkage(squareform(apart, checks=False), "average"), 1 - ALIKE, "distance")
+    sizes = pd.Series(raw).value_counts()
+    large = [cluster for cluster, size in sizes.items() if size >= _LEAST]
+    return pd.Series(raw).map({cluster: n for n, cluster in enumerate(large, 1)}).fillna(0).astype(int).to_numpy()
+
+
+def shared(group: Group, units: Units, first: int = 10) -> pd.DataFrame:
+    """The units that most mistakes have among their first k.
+
+    Returns
+    -------
+    DataFrame
+        ``unit``, ``name``, ``mistakes`` (how many have it), ``by chance`` (how many would by chance), and a column for
+        each cluster with the share of its images.
+    """
+    has = torch.zeros(len(group.top), len(units)).scatter_(1, group.top, 1.0)
+    order = has.sum(dim=0).argsort(descending=True, stable=True)[:first]
+    table = pd.DataFrame({"unit": order.tolist(), "name": [units.name(int(u)) for u in order]})
+    table["mistakes"] = has.sum(dim=0)[order].int().tolist()
+    table["by chance"] = round(len(group.top) * group.top.shape[1] / len(units), 1)
+    for cluster in _numbers(group):
+        inside = torch.from_numpy((group.table["cluster"] == cluster).to_numpy(copy=True))
+        table[f"cluster {cluster}"] = has[inside].mean(dim=0)[order].tolist()
+    return table
+
+
+def _numbers(group: Group) -> list[int]:
+    return sorted(set(group.table["cluster"]) - {0})
+
+
+def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFrame:
+    """A row a cluster: how many images, their most frequent confusion, and the units that most of them share."""
+    rows = []
+    for cluster in _numbers(group):
+        own = group.table[group.table["cluster"] == cluster]
+        pairs = own[["label", "predicted"]].value_counts()
+        (label, predicted), count = pairs.index[0], int(pairs.iloc[0])
+        ids, often = group.top[torch.from_numpy(own.index.to_numpy(copy=True))].unique(return_counts=True)
+        first = ids[often.argsort(descending=True, stable=True)][:3]
+        confusion = f"{network.classes[label]} → {network.classes[predicted]} ({count})"
+        names = ", ".join(units.name(int(u)) for u in first)
+        rows.append({"cluster": cluster, "images": len(own), "most frequent": confusion, "units": names})
+    return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
+
+
+def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = 8) -> Figure:
+    """The first images of a cluster in a row, with their class and what they are read as."""
+    own = group.table[group.table["cluster"] == cluster].head(most)
+    shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
+    names = [[network.classes[c][:14] for c in pair] for pair in own[["label", "predicted"]].itertuples(index=False)]
+    _, axes = plt.subplots(1, len(shown), figsize=(1.45 * len(shown), 1.9), squeeze=False)
+    image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names], axes[0])
+    return axes[0][0].figure
+
+
+def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
+    """What pruning some units does to the mistakes, and to the other images of the folder.
+
+    Returns
+    -------
+    DataFrame
+        A row for each name of ``shared``: ``units``, ``k``, ``mistakes read right`` (share), ``rest before`` and ``rest
+        after`` (accuracy on at most 600 images that were read right).
+    """
+    rows = []
+    for name, ids in shared.items():
+        with edited(network.model, units, ids):
+            now, rest = (
+                predict(network.model, x).argmax(dim=1) == y if len(x) else torch.zeros(0)
+                for x, y in ((group.images, group.labels), group.rest)
+            )
+        after = float(rest.double().mean()) if len(rest) else np.nan
+        numbers = {"mistakes read right": float(now.double().mean()), "rest before": 1.0, "rest after": after}
+        rows.append({"units": name, "k": len(ids), **numbers})
+    return pd.DataFrame(rows)
+
+
+def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
+    """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
+
+    Two thirds of the other images of the folder are retained; those left are the part ``folder, read right``.
+    """
+    found, (x, y) = {}, group.rest
+    kept, rng = 2 * len(x) // 3, np.random.default_rng(0)
+    for cluster in _numbers(group)[:_SHEETS] if kept >= _RETAIN else []:
+        rows = torch.from_numpy(rng.permutation(group.table.index[group.table["cluster"] == cluster]))
+        fit, held_out = rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]
+        mistakes = (group.images[fit], group.labels[fit])
+        patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
+        if len(patch.gains):
+            parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
+            patch = with_evidence(network, patch, parts | {"folder, read right": (x[kept:], y[kept:])}, seed=0)
+        found[cluster] = patch
+    return found
+
+
+def _told(cluster: int, patch: Patch) -> tuple[str, str]:
+    """What came of the patch of a cluster."""
+    if not len(patch.gains):
+        return sentence("no cluster patch", cluster=cluster, reason=patch.reason)
+    of = patch.evidence.set_index("part")
+    held_out, rest = of.loc["mistakes held out"], of.loc["folder, read right"]
+    numbers = {
+        "share": held_out["accuracy_after"],
+        "n": int(held_out["n"]),
+        "kl": rest["kl_mean"],
+        "rest": int(rest["n"]),
+    }
+    numbers |= {"shuffled": of.loc["mistakes held out, shuffled", "accuracy_after"]}
+    return sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+
+
+def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
+    """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
+
+    Returns
+    -------
+    dict
+        For ``summary.json``, with the last sentence as ``verdict`` in English and Japanese.
+    """
+    together, found = shared(group, units), clusters(group, network, units)
+    ids = torch.tensor(together["unit"].tolist())
+    random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
+    ends = repairs(group, network, units, {"shared": ids, "random": random})
+    (own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
+    numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
+    numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
+    numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
+    right, kept = "mistakes read right", "rest after"
+    verdict = sentence(
+        "group repair", k=own["k"], right=own[right], kept=own[kept], random=other[right], kept_random=other[kept]
+    )
+    report.heading("All mistakes of the folder", "フォルダ内の全ての誤分類画像")
+    report.say(*group.reading.told())
+    report.say(*sentence("group", **numbers))
+    report.table(together, "Units that most mistakes have among their first", "多くの誤分類画像で上位に入るユニット")
+    if len(found):
+        report.table(found, "Mistakes that are alike to the units", "ユニットから見て似ている誤分類画像")
+    for cluster in found["cluster"][:_SHEETS]:
+        alt, ja = f"Images of cluster {cluster}, with their class and what they are read as", f"クラスタ{cluster}の画像"
+        report.show(
+            contact_sheet(group, network, cluster), f"cluster_{cluster}", f"{alt}.", f"{ja}．正解クラスと予測を添えた．"
+        )
+    report.say(*verdict)
+    if own[right] <= other[right]:
+        report.say(*sentence("group repair no better"))
+    report.table(ends, "What pruning the shared units does", "共有ユニットの枝刈りの効果")
+    report.keep("mistakes.csv", lambda file: group.table.to_csv(file, index=False))
+    opening = [group.reading.told(), sentence("group", **numbers), verdict]
+    summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": own[right], "rest_after": own[kept]}
+    for cluster, patch in patches(group, network, units, budget).items():
+        told = _told(cluster, patch)
+        report.say(*told)
+        opening.append(told)
+        if len(patch.gains):
+            en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
+            report.table(readable(patch.evidence), en, ja)
+            patch.save(report.folder / f"cluster_{cluster}.safetensors")
+            summary[f"patch_{cluster}_units"] = len(patch.gains)
+    return summary | {"opening": opening, "verdict": opening[-1]}

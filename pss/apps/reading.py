@@ -1,0 +1,247 @@
+"""How well a network reads the images at hand, and what is usual for it on those that it reads.
+
+A misread image, and the image to be explained, are no part of what is usual: what is wrong on them would hide itself.
+Where a network reads hardly more than chance would, its labels or its preprocessing are wrong, and nothing is ranked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from pss import models
+from pss.apps.pages import sentence
+from pss.models import misclassified
+from pss.profiles import profile_dataset
+from pss.reference import MIN_IMAGES, Reference
+from pss.storage.fingerprints import name_of
+from pss.storage.folder import ProfileStore
+from pss.storage.places import cache_folder
+from pss.units import Units
+
+SAVED = (".safetensors", ".pth", ".pt")
+_MOST = 500  # images of a large folder that the accuracy is measured on
+_SHOWN = 500  # profiles of misread images that are kept in memory
+_SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from."""
+
+    name: str
+    n: int
+    right: int
+    classes: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the accuracy, at 95% (Wilson 1927)."""
+        found = stats.binomtest(self.right, self.n).proportion_ci(0.95, "wilson")
+        return float(found.low), float(found.high)
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether guessing one of the classes at random lies within the interval, or above it."""
+        return self.interval[0] <= 1 / self.classes
+
+    def told(self) -> tuple[str, str]:
+        """A sentence in English, and in Japanese."""
+        low, high = self.interval
+        numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.right / self.n}
+        return sentence("near chance" if self.near_chance else "accuracy", **numbers, low=low, high=high, **self._of())
+
+    def _of(self) -> dict[str, float]:
+        return {"chance": 1 / self.classes, "classes": self.classes}
+
+    def summary(self) -> dict[str, object]:
+        """For ``summary.json``."""
+        low, high = self.interval
+        return {"images": self.n, "accuracy": self.right / self.n, "accuracy_low": low, "accuracy_high": high}
+
+    def check(self, network: models.Network, allow_chance: bool) -> Reading:
+        """Refuse to go on where the network reads no better than chance, unless that is allowed; returns itself.
+
+        Raises
+        ------
+        ValueError
+            Saying how the pictures were prepared.
+        """
+        if self.near_chance and not allow_chance:
+            names = ", ".join(network.classes[:5]) + ", …" * (len(network.classes) > 5)
+            raise ValueError(
+                f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong. The pictures "
+                f"went in so: {prepared(network)}; classes: {names}. Say under "
+                "preprocessing and classes in the network's YAML file what it was trained with, or set allow_chance"
+            )
+        return self
+
+
+def prepared(network: models.Network) -> str:
+    """How the pictures of a network are prepared, in a few words."""
+    steps = network.preprocess
+    if not isinstance(steps, models.Preprocessing):
+        return str(name_of(steps))
+    told = [f"{name} {getattr(steps, name) or 'none'}" for name in ("resize", "crop")]
+    told += [f"{name} {', '.join(f'{v:.4g}' for v in getattr(steps, name))}" for name in ("mean", "std")]
+    return "; ".join(told + ["grey"] * steps.grey)
+
+
+def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
+    """Read the images, or 500 of them drawn at random; those whose label is the network's own answer are left out."""
+    own = getattr(images, "own_answer", np.zeros(len(images), bool))
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
+    wrong = misclassified(network.model, Subset(images, rows.tolist()))
+    return Reading(str(getattr(images, "name", "images")), len(rows), len(rows) - len(wrong), len(network.classes))
+
+
+def pictures(network: models.Network, source: str, count: int | None = None, seed: int = 0) -> Dataset:
+    """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many."""
+    if not source:
+        return models.reference_set(network, "", count, seed)
+    every = models.reference_set(network, source)
+    return every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
+
+
+def has_built_in(network: models.Network) -> bool:
+    """Whether there are images of the package that it can read."""
+    try:
+        models.reference_set(network, count=1)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is usual for a network.
+
+    Attributes
+    ----------
+    reference : Reference
+    told : (str, str)
+        What it was made of and why, in English and in Japanese.
+    reading : Reading or None
+        Of the images that it was made of; None for a saved one, which does not say.
+    mistakes : Tensor, shape (M, U)
+        Profiles of the images among them that were misread, but for the explained one; at most 500.
+    """
+
+    reference: Reference
+    told: tuple[str, str]
+    reading: Reading | None
+    mistakes: Tensor
+
+    def sentences(self, network: models.Network, own: Reading | None = None) -> list[tuple[str, str]]:
+        """What the pictures went through, how well they are read, and what is usual: in English and in Japanese.
+
+        ``own`` is of the folder that the explained image comes from, where that is another one.
+        """
+        readings = {reading.name: reading for reading in (self.reading, own) if reading is not None}
+        told = [sentence("prepared", how=prepared(network))]
+        told += [reading.told() for reading in readings.values()] or [sentence("accuracy unknown")]
+        return [*told, self.told, *([] if is_known(network) else [_cached()])]
+
+
+def usual(
+    network: models.Network,
+    units: Units,
+    reference: str = "",
+    tree: str = "",
+    explained: tuple[Tensor, int] | None = None,
+    count: int | None = None,
+    loss: str = "cross_entropy",
+    signed: bool = False,
+    allow_chance: bool = False,
+) -> Usual:
+    """What is usual: a saved reference, or one fitted to the images that the network reads right.
+
+    Parameters
+    ----------
+    reference : path
+        A saved reference, published statistics, or a folder of pictures per class, best of the training images. By
+        default the images of ``tree``, or where there is none the built-in ones.
+    tree : path
+        Where the explained image comes from.
+    explained : (Tensor, shape (1, U); int)
+        Profile and label of that image, which is left out wherever it turns up.
+    count : int, optional
+        Draw at most so many images.
+    allow_chance : bool
+        Go on where the network reads no better than chance; then the misread images stay in.
+
+    Raises
+    ------
+    ValueError
+        If there are no images, too few are read right, the network reads no better than chance, or a file is of
+        something else; the message says what to give.
+    """
+    reference, tree = (str(Path(place).expanduser().absolute()) if place else "" for place in (reference, tree))
+    source = reference or tree
+    if not source and not has_built_in(network):
+        raise ValueError(
+            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference, a folder "
+            "with a folder of pictures per class (of its training images, if you have them), or data_root"
+        )
+    if Path(source).suffix in SAVED:
+        found = _saved(network, units, source, loss, signed)
+        return Usual(found, sentence("usual saved", name=Path(source).name, n=found.n or "?"), None, torch.empty(0))
+    how = {"preprocessing": str(name_of(network.preprocess)), "loss": loss, "signed": signed}
+    how["cache"] = cache_folder(own=not is_known(network))
+    images = pictures(network, source, count)
+    store = profile_dataset(network.model, images, units, progress=False, **how)
+    name = Path(source).name or "built-in images"
+    wrong, itself = store.misclassified, _rows_of(store, explained)
+    told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
+    right = len(told) - len(np.intersect1d(wrong, told))
+    reading = Reading(name, len(told), right, len(network.classes)).check(network, allow_chance)
+    out = np.union1d([] if reading.near_chance else wrong, itself).astype(int)
+    numbers = {"name": name, "n": len(store), "wrong": len(wrong), "itself": len(itself), "left": len(store) - len(out)}
+    if numbers["left"] < MIN_IMAGES:
+        raise ValueError(
+            f"{numbers['left']} images of {name} are left to say what is usual: of {len(store)} {len(wrong)} are "
+            f"misread and {len(itself)} is the explained one; {MIN_IMAGES} are needed: give reference, a folder with "
+            "more of them (training images, if you have them), or a larger reference_count"
+        )
+    found = Reference.fit(store.without(out), provenance={"left_out": str(len(out))})
+    kind = "chance" if reading.near_chance else "named" if reference else "tree" if tree else "built in"
+    others = np.setdiff1d(wrong, itself)[:_SHOWN]
+    return Usual(found, sentence(f"usual {kind}", **numbers), reading, torch.from_numpy(store.profiles[others]))
+
+
+def _saved(network: models.Network, units: Units, source: str, loss: str, signed: bool) -> Reference:
+    """Read a saved reference; where it is of something else, say how the right one is made."""
+    try:
+        return models.reference(network, units, source, loss=loss, signed=signed)
+    except ValueError as error:
+        made = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
+        raise ValueError(f"reference {source}: {error}: {made}") from error
+
+
+def _rows_of(store: ProfileStore, explained: tuple[Tensor, int] | None) -> np.ndarray:
+    """Rows that are the explained image, by whatever name: those with its label and its profile."""
+    if explained is None or not (own := explained[0][0].numpy()).any():
+        return np.empty(0, int)
+    rows, unit = np.flatnonzero(store.labels == explained[1]), int(np.abs(own).argmax())
+    rows = rows[np.isclose(store.profiles[rows, unit], own[unit], **_SAME)]  # a column first: few are left
+    close = np.abs(store.profiles[rows] - own).max(axis=1, initial=0) <= _SAME["rtol"] * np.abs(own).max()
+    return rows[close]
+
+
+def is_known(network: models.Network) -> bool:
+    """Whether it is one of `pss.models.names`, and not the user's own."""
+    return network.name in models.names()
+
+
+def _cached() -> tuple[str, str]:
+    """Where profiles of the user's own networks are kept, and how large they are by now."""
+    folder = cache_folder(own=True) / "profiles"
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    place = str(folder).replace(str(Path.home()), "~", 1)
+    return sentence("cached", folder=place, size=size / 1e6)

@@ -1,0 +1,114 @@
+"""What a model predicts, and where it is wrong."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from pss import data
+from pss.engine.checks import check_positive
+from pss.engine.state import preserved
+from pss.saliency import check_labels
+
+
+def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256) -> torch.Tensor:
+    """Logits of a model in eval mode, without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it was.
+    images : Tensor or Dataset
+        Images (N, C, H, W), or a map-style data set of (image, label).
+    batch_size : int
+
+    Returns
+    -------
+    Tensor
+        Logits, shape (N, classes), on the model's device.
+
+    Raises
+    ------
+    ValueError
+        If there are no images.
+    """
+    return _outputs(model, images, batch_size)[0]
+
+
+def _outputs(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256):
+    """Logits, and the labels if a data set was given, from one pass over it."""
+    if len(images) == 0:
+        raise ValueError("no images to predict: expected at least one")
+    check_positive(batch_size=batch_size)
+    if isinstance(images, torch.Tensor):
+        batches = ((batch, None) for batch in images.split(batch_size))
+    else:  # with a generator of its own the loader leaves torch's global one alone
+        batches = DataLoader(images, batch_size=batch_size, generator=torch.Generator())
+    like = next(model.parameters(), torch.empty(0))
+    logits, labels = [], []
+    with preserved(model), torch.no_grad():
+        for batch, label in batches:
+            logits.append(model(batch.to(like.device, like.dtype)))
+            if not isinstance(logits[-1], torch.Tensor):
+                raise ValueError(f"outputs are {type(logits[-1]).__name__}: expected logits (N, classes)")
+            labels.append(label)
+    return torch.cat(logits), None if isinstance(images, torch.Tensor) else torch.cat(labels)
+
+
+def misclassified(model: nn.Module, dataset: Dataset) -> pd.DataFrame:
+    """The images that a model gets wrong.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it was.
+    dataset : Dataset
+        A map-style data set of (image, label); its ``ids`` are used if it has them.
+
+    Returns
+    -------
+    DataFrame
+        One row per mistake: its index is the position in the data set; ``id``, ``label``, ``predicted``,
+        ``confidence`` (the probability of the predicted class) and ``label_confidence`` (that of the label).
+
+    Raises
+    ------
+    ValueError
+        If a label is not the number of a class of the model, or the model gives something else than logits.
+    """
+    logits, labels = (tensor.cpu() for tensor in _outputs(model, dataset))
+    check_labels(labels, logits)
+    if (bad := logits.isnan().any(dim=1)).any():
+        raise ValueError(f"the outputs are NaN for images {bad.nonzero()[:10, 0].tolist()}: no class is predicted")
+    probabilities = logits.double().softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = (predicted != labels).nonzero()[:, 0].numpy()
+    ids = getattr(dataset, "ids", range(len(labels)))
+    return pd.DataFrame(
+        {
+            "id": [str(ids[i]) for i in wrong],
+            "label": labels[wrong].numpy(),
+            "predicted": predicted[wrong].numpy(),
+            "confidence": confidence[wrong].numpy(),
+            "label_confidence": probabilities[wrong, labels[wrong]].numpy(),
+        },
+        index=wrong,
+    )
+
+
+def accuracy(model: nn.Module, dataset: Dataset) -> float:
+    """Share of a data set's images that the model gets right."""
+    return 1 - len(misclassified(model, dataset)) / len(dataset)
+
+
+def evaluate(model: nn.Module) -> pd.DataFrame:
+    """Accuracy of a model of the built-in digits on every built-in set and split."""
+    rows = []
+    for name, splits in data.SPLITS.items():
+        for split in splits:
+            dataset = data.load(name, split)
+            wrong = len(misclassified(model, dataset))
+            rows.append((name, split, len(dataset), wrong, 1 - wrong / len(dataset)))
+    return pd.DataFrame(rows, columns=["set", "split", "images", "misclassified", "accuracy"])

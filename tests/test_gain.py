@@ -1,0 +1,394 @@
+"""What a unit contributes to the loss, and what it says: against autograd and hooks, one image at a time."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_gradients import (
+    FAST,
+    GENERAL,
+    OWN_FUNCTIONS,
+    ZOO,
+    Alias,
+    Attention,
+    Company,
+    Complex,
+    Hypernetwork,
+    InnerGradient,
+    Net,
+    Sorting,
+    assert_close,
+    batch,
+    bn,
+    conv,
+    net,
+    own,
+    seeded,
+    set_all,
+)
+from torch import nn
+
+from pss import Reference, Units, profile, profile_dataset, rank_together
+from pss.engine import calls, strategies
+from pss.saliency import LOSSES
+
+image = (3, 8, 8)
+
+
+def alone(model, images, labels, units, signed=True, loss=None):
+    """The second source: sum of weight times gradient, by plain autograd, one image at a time."""
+    loss = loss or (lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="none"))
+    parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
+    rows = []
+    for b in range(len(images)):
+        value = loss(model(images[b : b + 1]), labels[b : b + 1]).sum()
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        terms = {n: (p.conj() * g).real.detach()[None] for (n, p), g in zip(parameters.items(), found, strict=True)}
+        rows.append(units.reduce(terms) * torch.cat([torch.full((layer.count,), layer.size) for layer in units.layers]))
+    return torch.cat(rows) if signed else torch.cat(rows).abs()
+
+
+def assert_gain(model, shape, kind="all", sizes=(1, 2, 7), strategy="fast", signed=True, fold=True, **options):
+    images, labels = batch(shape, max(sizes))
+    units = Units.of(model, kind)
+    expected = alone(model, images, labels, units, signed)
+    assert expected.any()
+    how = {"signed": signed, "strategy": strategy, "fold": fold, **options}
+    for size in sizes:
+        some = images[:size], labels[:size]
+        got = profile(model, *some, units, of="gain", **how)
+        assert_close(got, expected[:size], units)
+        gradient, gain = profile(model, *some, units, of=("gradient", "gain"), **how)
+        gain = gain.real if gain.is_complex() else gain
+        torch.testing.assert_close(gain, got, rtol=1e-12, atol=1e-12 * float(got.abs().max()))
+        torch.testing.assert_close(gradient, profile(model, *some, units, **how))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_networks_of_the_zoo(name):
+    factory, size, kind = ZOO[name]
+    assert_gain(seeded(factory), (3, size, size), kind, sizes=(3,))
+
+
+def with_negative_scales(model):
+    """Half of the normalizations' scales negative, which folding carries into weights."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.weight[::2] *= -1
+    return model
+
+
+CHANGED = [  # outputs that are written into, by what cuts values off and by what does not
+    net("add in place", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(x).add_(x)),
+    net("ReLU in place", set_all(layer=conv(3)), lambda m, x: F.relu(m.layer(x), inplace=True)),
+    net("ReLU6 in place", set_all(layer=conv(3)), lambda m, x: F.relu6(m.layer(x) * 9, inplace=True)),
+    net("SiLU in place", set_all(layer=conv(3)), lambda m, x: F.silu(m.layer(x), inplace=True)),
+    net("SiLU, then ReLU", set_all(layer=conv(3)), lambda m, x: F.relu_(F.silu(m.layer(x), inplace=True))),
+    net("ReLU of a view", set_all(layer=conv(3)), lambda m, x: m.layer(x).flatten(2).relu_().unflatten(2, (6, 6))),
+    net("ReLU of a part", set_all(layer=conv(3)), lambda m, x: (lambda y: (y[:, 1:].relu_(), y)[1])(m.layer(x))),
+    net("ReLU after BatchNorm", set_all(layer=conv(3), bn=bn()), lambda m, x: F.relu_(m.bn(m.layer(x)))),
+    net("clamp of an output", set_all(layer=conv(3)), lambda m, x: m.layer(x).clamp_(-0.2, 0.3)),
+    net("filled by index", set_all(layer=conv(3)), lambda m, x: m.layer(x).index_fill_(1, torch.tensor([2]), 1.0)),
+]
+
+
+@pytest.mark.parametrize("factory", FAST + CHANGED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "plain"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_one_difficulty_at_a_time(factory, fold):
+    model = with_negative_scales(seeded(factory))
+    assert_gain(model, (3, *[8] * model.dims), fold=fold, signed=not fold)
+
+
+@pytest.mark.parametrize("factory", OWN_FUNCTIONS, ids=lambda f: f.__name__)
+def test_own_autograd_functions_on_outputs(factory):
+    assert_gain(seeded(factory), image, verify=False)
+
+
+@pytest.mark.parametrize("name", GENERAL.keys() - {"weight_norm"})
+def test_what_the_fast_path_does_not_know(name):
+    factory, shape, kind = GENERAL[name]
+    assert_gain(seeded(factory), shape, kind, strategy="auto")
+
+
+def test_a_direction_that_is_normalized_contributes_nothing():
+    factory, shape, kind = GENERAL["weight_norm"]
+    model = seeded(factory)
+    images, labels = batch(shape)
+    for size in (7, 1):  # sums of rounding, which are no reason to distrust
+        gain = profile(model, images[:size], labels[:size], Units.of(model, kind), of="gain")
+        assert gain.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["heads", "rows"])
+def test_heads_and_a_batch_that_is_not_in_front(batch_first, kind):
+    for length in (2, 5):
+        assert_gain(seeded(lambda: Attention(batch_first)), (length, 3), kind)
+
+
+@pytest.mark.parametrize("network", [Hypernetwork, Sorting, Company, lambda: InnerGradient(True), Alias])
+def test_networks_whose_batch_is_hidden(network):
+    model = seeded(network)
+    shape = image if hasattr(model, "conv") or isinstance(model, Net) else (5, 3) if network is Company else (6,)
+    units = Units.of(model, "rows" if len(shape) < 3 else "all")
+    images, labels = batch(shape, 7)
+    got = profile(model, images, labels, units, of="gain", signed=True, verify=False)
+    assert_close(got, alone(model, images, labels, units), units)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit heads"])
+@pytest.mark.parametrize("strategy", ["vmap", "loop", "auto"])
+def test_every_strategy(name, strategy):
+    factory, size, kind = ZOO[name]
+    for signed in (True, False):
+        assert_gain(seeded(factory), (3, size, size), kind, (2,), strategy, signed)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])
+def test_complex_layers(strategy):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Complex()
+        model.first.double(), model.head.double()
+    assert_gain(model, (3,), "rows", (1, 3), strategy, verify=False)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(loss):
+    model = seeded(Net)
+    units = Units.of(model, "all")
+    images, labels = batch(image)
+    got = profile(model, images, labels, units, loss, True, of="gain")
+    assert_close(got, alone(model, images, labels, units, loss=LOSSES[loss]), units)
+
+
+def test_it_is_the_derivative_to_a_gain_and_what_pruning_changes_to_first_order():
+    model = seeded(net("bn", set_all(layer=conv(3), bn=bn()), lambda m, x: F.silu(m.bn(m.layer(x)))))
+    units = Units.of(model)
+    images, labels = batch(image, 1)
+    gains = profile(model, images, labels, units, of="gain", signed=True)[0]
+    for unit in range(len(units)):
+        with torch.no_grad():
+            view, kept, values = units.view(model, unit), units.view(model, unit).clone(), []
+            for gain in (1 + 1e-5, 1 - 1e-5):
+                view.copy_(kept * gain)
+                values.append(F.cross_entropy(model(images), labels))
+            view.copy_(kept)
+        assert torch.isclose(gains[unit], (values[0] - values[1]) / 2e-5, rtol=1e-6, atol=1e-10)
+
+
+def test_a_row_scaled_before_batchnorm_changes_nothing():
+    model = seeded(net("bn", set_all(layer=conv(3, bias=False), bn=bn(eps=0)), lambda m, x: F.silu(m.bn(m.layer(x)))))
+    units = Units.of(model)
+    images, labels = batch(image)
+    how = {"units": units, "of": ("gradient", "gain"), "signed": True}
+    gradient, gain = profile(model, images, labels, **how)
+    with torch.no_grad():
+        model.layer.weight[2] *= 7
+        model.bn.running_mean[2] *= 7
+        model.bn.running_var[2] *= 49
+    scaled_gradient, scaled_gain = profile(model, images, labels, **how)
+    assert_close(scaled_gain, gain, units)
+    assert torch.allclose(scaled_gradient[:, 8] * 7, gradient[:, 8])
+
+
+def test_bfloat16_products_are_near():
+    model = seeded(ZOO["resnet50"][0], dtype=torch.float32)
+    images, labels = batch((3, 64, 64), 4, dtype=torch.float32)
+    exact, near = (profile(model, images, labels, precision=p, of="gain") for p in ("fp32", "bf16"))
+    assert near.dtype == torch.float32
+    assert 0 < float((near - exact).norm() / exact.norm()) < 0.05
+
+
+def test_no_weight_gradient_is_formed(monkeypatch):
+    model = seeded(ZOO["resnet18"][0])
+    images, labels = batch((3, 32, 32), 3)
+    profile(model, images, labels, of="gain")  # after which it is verified
+    for name in ("row_sums", "gradients"):
+        monkeypatch.setattr(calls.Convolution, name, lambda *_: pytest.fail("a weight gradient"))
+    assert profile(model, images, labels, of="gain").any()
+
+
+# What a unit says
+
+
+def heard(model, images, modules, positions=(2, 3)):
+    """The second source: means over positions of what modules give, by hooks."""
+    found = {}
+
+    def keep(module, inputs, output):
+        found[module] = output.clone()  # others may write into it
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([found[module].mean(positions) for module in modules], dim=1)
+
+
+NORMALIZED = {
+    "none": (None, "layer"),
+    "BatchNorm": (bn(), "after"),
+    "BatchNorm not affine": (bn(affine=False), "after"),
+    "GroupNorm": (lambda: nn.GroupNorm(3, 6), "after"),
+    "LayerNorm": (lambda: nn.LayerNorm((6, 6, 6)), "after"),
+    "InstanceNorm": (lambda: nn.InstanceNorm2d(6, track_running_stats=True), "after"),
+    "ReLU": (lambda: nn.ReLU(inplace=True), "layer"),  # is no normalization: what comes before it is heard
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "plain"])
+@pytest.mark.parametrize("strategy", ["auto", "fast", "loop"])
+def test_what_a_filter_says_after_its_normalization(name, fold, strategy):
+    make, where = NORMALIZED[name]
+    build = set_all(layer=conv(3), **({"after": make} if make else {}))
+    model = seeded(net("n", build, lambda m, x: m.after(m.layer(x)) if make else m.layer(x)))
+    images, labels = batch(image)
+    expected = heard(model, images, [model.first, model.get_submodule(where)])
+    how = {"of": "output", "fold": fold, "strategy": strategy}
+    for size in (1, 7):
+        got = profile(model, images[:size], labels[:size], signed=True, **how)
+        torch.testing.assert_close(got, expected[:size], rtol=1e-9, atol=1e-12)
+        got = profile(model, images[:size], labels[:size] * 0, **how)  # labels play no part
+        torch.testing.assert_close(got, expected[:size].abs(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_the_zoo_says():
+    model = seeded(ZOO["resnet18"][0])
+    images, labels = batch((3, 64, 64), 3)
+    units = Units.of(model)
+    names = [name for name, _ in model.named_modules()]
+    after = [model.get_submodule(names[names.index(layer.name) + 1]) for layer in units.layers]
+    got = profile(model, images, labels, units, of="output", signed=True)
+    torch.testing.assert_close(got, heard(model, images, after), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_a_row_says(batch_first):
+    model = seeded(lambda: Attention(batch_first))
+    images, labels = batch((5, 3))
+    got = profile(model, images, labels, Units.of(model, own("feed.weight")), of="output", signed=True)
+    expected = heard(model, images, [model.feed], 1 if batch_first else 0)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_uses_are_averaged_and_idle_layers_say_nothing():
+    model = seeded(
+        net("s", set_all(layer=conv(3, padding=1), unused=conv(3)), lambda m, x: m.layer(F.silu(m.layer(x))))
+    )
+    outputs = []
+    model.layer.register_forward_hook(lambda _, __, y: outputs.append(y.detach().mean((2, 3))))
+    images, labels = batch(image)
+    with torch.no_grad():
+        model(images)
+    expected = torch.stack(outputs).mean(0)
+    got = profile(model, images, labels, of="output", signed=True)
+    torch.testing.assert_close(got[:, 6:12], expected, rtol=1e-9, atol=1e-12)
+    assert not got[:, 12:].any() and got[:, :6].all()
+
+
+@pytest.mark.parametrize("name", ["weight in a product", "weight called and in a product", "part of a weight"])
+def test_layers_whose_output_is_not_seen_are_refused(name):
+    factory, shape, kind = GENERAL[name]
+    model = seeded(factory)
+    images, labels = batch(shape)
+    for strategy in ("auto", "fast", "loop"):
+        with pytest.raises(RuntimeError, match=r"outputs of layer.weight are not seen"):
+            profile(model, images, labels, Units.of(model, kind), of="output", strategy=strategy)
+
+
+def test_units_that_are_no_rows_say_nothing():
+    model = seeded(GENERAL["transposed convolution"][0])
+    with pytest.raises(ValueError, match="are no rows of a layer"):
+        profile(model, *batch(image), of="output")
+
+
+# Bad input, references, groups, and the check of every pass
+
+
+@pytest.mark.parametrize("of", ["magnitude", (), ("gain", "gain"), ("gain", "magnitude"), ("gain", "output")])
+def test_unknown_quantities(of):
+    with pytest.raises(ValueError, match=r"quantity|alone"):
+        profile(seeded(Net), *batch(image), of=of)
+
+
+def test_references_keep_to_their_quantity(tmp_path):
+    model = seeded(Net, dtype=torch.float32)
+    data = torch.utils.data.TensorDataset(*batch(image, 24, dtype=torch.float32))
+    units = Units.of(model)
+    stores = {
+        of: profile_dataset(model, data, units, tmp_path / of, progress=False, signed=True, of=of)
+        for of in ("gradient", "gain", "output")
+    }
+    for of, store in stores.items():
+        expected = profile(model, *data.tensors, units, signed=True, of=of)
+        torch.testing.assert_close(torch.tensor(store.profiles), expected, rtol=1e-4, atol=1e-6)
+        reference = Reference.fit(store)
+        assert reference.check(units, of=of) is reference
+        for other in stores.keys() - {of}:
+            with pytest.raises(ValueError, match=f"of: reference {of}, given {other}"):
+                reference.check(units, of=other)
+            with pytest.raises(ValueError, match="of"):
+                profile_dataset(model, data, units, tmp_path / of, progress=False, signed=True, of=other)
+    with pytest.raises(ValueError, match="signed=False"):
+        Reference.fit(-abs(stores["gain"].profiles[:]), scale_free=True)
+
+
+def test_rank_together_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    usual = torch.rand(200, 5, generator=generator)
+    references = [Reference.fit(usual), Reference.fit(10 * usual)]
+    one = torch.full((3, 5), 0.5)
+    one[:, 1], one[0, 3] = torch.tensor([0.9, 0.95, 0.5]), 2.0
+    other = torch.full((3, 5), 5.0)
+    other[:, 4] = 30.0
+    z = [r.zscore(p.double()) for r, p in zip(references, (one, other), strict=True)]
+    table = rank_together(one, references[0], "zscore", k=1)
+    assert table["unit"].tolist() == z[0].mean(0).argsort(descending=True).tolist()
+    torch.testing.assert_close(torch.tensor(table["score"].values), z[0].mean(0).sort(descending=True)[0])
+    assert table.set_index("unit")["images"][[3, 1]].tolist() == pytest.approx([1 / 3, 1 / 3])
+    both = rank_together([one, other], references, "zscore", k=1).set_index("unit")
+    largest = torch.maximum(*z)
+    torch.testing.assert_close(torch.tensor(both["score"][range(5)].values), largest.mean(0))
+    assert both.index[0] == 4 and both["quantity"][4] == 1 and both["images"][4] == 1.0
+    assert both["quantity"][3] == 0
+    dead = Reference.fit(torch.where(torch.arange(5) == 4, 1.0, 10 * usual))
+    assert rank_together([other, other], [dead, dead], "zscore")["unit"].iloc[-1] == 4
+    assert rank_together(one, method="raw")["unit"][0] == 3
+    with pytest.raises(ValueError, match="2 quantities and 1 references"):
+        rank_together([one, other], references[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("of", ["gain", ("gradient", "gain")])
+def test_a_broken_gain_is_seen(of, dtype, monkeypatch, caplog):
+    model = seeded(net("bias", set_all(layer=conv(3)), lambda m, x: F.silu(m.layer(x))), dtype=dtype)
+    images, labels = batch(image, 3, dtype=dtype)
+    how = {"of": of, "signed": True}
+    expected = profile(model, images, labels, strategy="loop", **how)
+    monkeypatch.setattr(strategies, "_KNOWN", type(strategies._KNOWN)())
+    monkeypatch.setattr(
+        calls.LayerCall, "products", lambda self, x, g: self.layer.forward(x, self.weight, self.bias) * g
+    )
+    with caplog.at_level(logging.INFO, logger="pss"):
+        got = profile(model, images, labels, **how)
+    torch.testing.assert_close(got, expected)
+    assert "first differs from plain autograd" in caplog.text
+
+
+@pytest.mark.parametrize("of", ["gradient", "gain"])
+@pytest.mark.parametrize("kind", ["rows", "heads"])
+def test_sums_that_cancel_are_no_reason(of, kind, caplog):
+    factory, size, _ = ZOO["vit heads"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = factory().eval()  # whose classifier starts at zero, as no gradient comes before it
+    images, labels = batch((3, size, size), 4, dtype=torch.float32)
+    with caplog.at_level(logging.INFO, logger="pss"):
+        profile(model, images, labels, Units.of(model, kind), strategy="fast", signed=True, of=of)
+    assert not caplog.text

@@ -431,7 +431,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(sweep_file, tmp
         (["run", "--jobs", "0", "{0}"], "--jobs 0: at least 1"),
         (["sweep", "missing.yaml"], "missing.yaml cannot be read"),
         (["sweep", "--dask", "nonsense://here", "{2}"], "nonsense"),
-        (["cache", "--empty", "nothing"], "holds no nothing"),
+        (["cache", "--empty", "nothing"], "hold no nothing"),
         (["walk"], "invalid choice: 'walk'"),
         ([], "required: COMMAND"),
     ],

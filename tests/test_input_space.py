@@ -7,7 +7,7 @@ from torch import nn
 
 import pss
 from pss.data.vision import torchvision  # noqa: F401
-from pss.input_space import channel_map, cosine, input_saliency, standardize
+from pss.input_space import channel_map, cosine, gain_map, input_saliency, standardize
 
 
 @pytest.fixture
@@ -179,6 +179,32 @@ def test_noise_is_averaged_over_gradients_and_seeded(network, images, labels, un
     assert not torch.allclose(got, other)
     none = input_saliency(network, images, labels, units, reference, k=3, noise_iters=3)
     torch.testing.assert_close(none, input_saliency(network, images, labels, units, reference, k=3))
+
+
+def test_the_map_of_gains_is_the_gradient_of_what_the_top_units_add_to_the_margin(network, images, labels, units):
+    """The gain of a unit as the derivative of the margin to a factor on its weights, and back to the image."""
+
+    def gains(x, label):
+        factors = torch.ones(len(units), dtype=torch.float64, requires_grad=True)
+        parts = dict(network.named_parameters())
+        for number, layer in enumerate(units.layers):
+            factor = factors[units.span(number)].reshape(-1, 1, 1, 1)
+            parts[layer.parameter] = parts[layer.parameter].detach() * factor
+        logits = torch.func.functional_call(network, parts, (x[None],))[0]
+        margin = torch.cat([logits[:label], logits[label + 1 :]]).max() - logits[label]
+        return torch.autograd.grad(margin, factors, create_graph=True)[0]
+
+    found = gain_map(network, images, labels, units, k=3)
+    for x, label, heat in zip(images, labels.tolist(), found, strict=True):
+        x = x.clone().requires_grad_()
+        top = gains(x, label).topk(3).values.sum()
+        expected = (x * torch.autograd.grad(top, x)[0]).sum(dim=0).abs()
+        torch.testing.assert_close(heat, expected.detach())
+    assert torch.equal(gain_map(network, images[0], 0, units, k=3), found[0])
+    ids = gains(images[1].clone(), int(labels[1])).topk(3).indices
+    torch.testing.assert_close(gain_map(network, images[1:2], labels[1:2], units, ids=ids)[0], found[1])
+    with pytest.raises(ValueError, match="k"):
+        gain_map(network, images, labels, units, k=len(units) + 1)
 
 
 @pytest.mark.parametrize("tail", ["gpd", "exponential"])

@@ -17,7 +17,7 @@ from PIL import Image
 
 import pss
 from pss import models
-from pss.apps import explain
+from pss.apps import explain, reading
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPLAIN, EXPERIMENT = NOTEBOOKS / "11_explain_one_image.ipynb", NOTEBOOKS / "12_experiment.ipynb"
@@ -35,6 +35,23 @@ checkpoint: net.pth
 preprocessing: {resize: [16, 16], crop: null, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
 classes: [cat, '<b>dog', '$x$']
 """
+
+
+CLASSES = ("cat", "<b>dog", "$x$")
+
+
+def train(network, folder, path):
+    """A few steps until the images of the folder are read right; the weights go to the path."""
+    tree = models.reference_set(network, folder)
+    images, labels = torch.stack([tree[i][0] for i in range(len(tree))]), tree.labels
+    optimizer = torch.optim.Adam(network.model.parameters(), 0.02)
+    for _ in range(200):
+        loss = torch.nn.functional.cross_entropy(network.model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (network.model(images).argmax(dim=1) == labels).all()
+    torch.save(network.model.state_dict(), path)
 
 
 class Page(HTMLParser):
@@ -75,13 +92,21 @@ def desk(tmp_path_factory):
     scope: dict = {}
     exec(MODULE, scope)
     torch.manual_seed(0)
-    torch.save(scope["make"](8).state_dict(), desk / "net.pth")
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("cat", "<b>dog", "$x$")):
-        (desk / "photos" / name).mkdir(parents=True)
-        for n in range(10):
-            pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(desk / "photos" / name / f"<img src=x onerror=1> {n}.png")
+    model, rng = scope["make"](8), np.random.default_rng(0)
+    for folder, odd in (("photos", 3), ("training", 0)):
+        for label, name in enumerate(CLASSES):
+            (desk / folder / name).mkdir(parents=True)
+            for n in range(16):
+                shows = (label + 1) % 3 if n < odd else label  # the first are as bright as another class
+                pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * shows
+                picture = Image.fromarray(pixels.astype(np.uint8))
+                picture.save(desk / folder / name / f"<img src=x onerror=1> {n}.png")
+    torch.save(model.state_dict(), desk / "net.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(desk)
+        train(models.load(str(desk / "net.yaml")), desk / "training", desk / "net.pth")
+    (desk / "swapped.yaml").write_text(YAML.replace("[cat, '<b>dog', '$x$']", "['<b>dog', '$x$', cat]"))
+    pss.Reference.fit(torch.rand(30, 16), provenance={"model": "another"}).save(desk / "other.safetensors")
     torch.save({"mean": torch.rand(16), "std": torch.rand(16).double()}, desk / "stats.pth")
     (desk / "sweep.yaml").write_text(f"notebook: {EXPLAIN}\ngrid: {{method: [zscore, fisher]}}\n")
     return desk
@@ -94,7 +119,7 @@ def mistake(desk):
         patch.syspath_prepend(desk)
         network = models.load(str(desk / "net.yaml"))
     tree = models.reference_set(network, desk / "photos")
-    at = int(pss.models.misclassified(network.model, tree).index[0])
+    at = int(models.misclassified(network.model, tree).index[0])
     return network, str(tree.ids[at]), *tree[at]
 
 
@@ -102,9 +127,61 @@ def test_retain_images_are_without_the_explained_image(desk, mistake):
     network, name, image, label = mistake
     case = explain.take_image(network, data_root=str(desk / "photos"), index=name)
     assert torch.equal(case.image[0], image)
-    retain, labels = explain.retain_images(network, case, count=30)
-    assert len(retain) == len(labels) == 29 and not any(torch.equal(x, image) for x in retain)
-    assert sorted([*labels.tolist(), int(label)]) == sorted([0, 1, 2] * 10)
+    retain, labels = explain.retain_images(network, case)
+    assert len(retain) == len(labels) == 47 and not any(torch.equal(x, image) for x in retain)
+    assert sorted([*labels.tolist(), int(label)]) == sorted([0, 1, 2] * 16)
+
+
+def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
+    """By what name it comes; the training images are taken where they are named; the sentence says which and why."""
+    network = mistake[0]
+    units = pss.Units.of(network.model)
+    tree, right = models.reference_set(network, desk / "photos"), 13 * 3
+    wrong = set(models.misclassified(network.model, tree).index)
+    for at, left in ((int(next(iter(wrong))), right), (next(i for i in range(48) if i not in wrong), right - 1)):
+        x, y = tree[at]
+        explained = (pss.profile(network.model, x[None], torch.tensor([y]), units), int(y))
+        known = reading.usual(network, units, tree=str(desk / "photos"), explained=explained)
+        kept = [i for i in range(48) if i not in wrong | {at}]
+        s = pss.profile(network.model, torch.stack([tree[i][0] for i in kept]), tree.labels[kept], units)
+        assert known.reference.n == len(kept) == left
+        torch.testing.assert_close(known.reference.mean, s.double().mean(dim=0), rtol=1e-4, atol=1e-9)
+        assert "Of 48 images 9 misread ones and the explained one (found: 1)" in known.told[0]
+        assert len(known.mistakes) == 9 - (at in wrong) and known.reading.right == 39
+    named = reading.usual(network, units, str(desk / "training"), str(desk / "photos"), explained)
+    assert named.reference.n == 48 and "because you named it as reference" in named.told[0]
+    assert reading.usual(network, units, str(desk / "training"), count=30).reference.n == 30
+
+
+def test_near_chance_nothing_is_ranked(desk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(desk)
+        network = models.load(str(desk / "swapped.yaml"))
+    units, tree = pss.Units.of(network.model), str(desk / "photos")
+    with pytest.raises(ValueError, match=r"Only . of 48 .* Nothing is ranked.*resize .16, 16.*allow_chance"):
+        reading.usual(network, units, tree=tree)
+    known = reading.usual(network, units, tree=tree, allow_chance=True)
+    assert known.reference.n == 48 and "misread ones among them" in known.told[0]
+    found = reading.Reading("some", 24, 20, 3)
+    assert not found.near_chance and found.interval == pytest.approx((0.6415, 0.9332), abs=1e-4)
+
+
+def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
+    network, name, image, label = mistake
+    units, case = pss.Units.of(network.model), explain.Case(image[None], torch.tensor([int(label)]), name)
+    top = torch.tensor([3, 9])
+    heat = torch.zeros(16, 16)
+    heat[2:5, 2:5] = 1.0
+    lost = explain.masking_test(
+        network, case, {"mine": heat, "10 random": 1 - heat}, top, units, "cross_entropy", False
+    )
+    hidden = image.clone()
+    hidden.flatten(1)[:, heat.flatten().topk(13).indices] = image.mean(dim=(1, 2))[:, None]
+    before, after = (pss.profile(network.model, x[None], case.labels, units)[0, top].mean() for x in (image, hidden))
+    assert lost["lost"][0] == pytest.approx(float(1 - after / before), rel=1e-4)
+    table = pd.DataFrame({"map": ["top", "random"], "lost": [0.2, 0.3]})
+    assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
+    assert "more than with" in explain.map_verdict(table, "random", ["top"])[0]
 
 
 def type_in(desk, *arguments):
@@ -131,10 +208,20 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     summary, table = json.loads((out / "summary.json").read_text()), pd.read_csv(out / "ranking.csv")
     assert summary["verdict"] == verdict and summary["image"] == f"photos: {name}"
     assert summary["top_unit"] == table["name"][0] and summary["z"] == pytest.approx(table["z"][0], rel=1e-4)
+    assert (summary["images"], summary["accuracy"], summary["significant"]) == (48, 39 / 48, table["significant"].sum())
+    assert (
+        summary["accuracy_low"] < 39 / 48 < summary["accuracy_high"] and "resize (16, 16)" in summary["preprocessing"]
+    )
+    assert {"prune_repaired_at", "finetune_random_kl", "confidence_before", "patch_units"} <= summary.keys()
     assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
     assert (out / EXPLAIN.name).exists() and len(list((out / "figures").glob("*.png"))) >= 4
     page = Page(Path(place).read_text("utf-8"))
     assert is_safe(page) and "<img src=x onerror=1>" in page.text and verdict in page.text
+    assert page.texts["h2"][:2] == ["In short", "What to do next"] and table["name"][0] in "".join(page.texts["p"][:3])
+    assert (
+        "39 of 48 images of photos are read right" in page.text and "9 misread ones and the explained one" in page.text
+    )
+    assert "random units" in page.text and str(desk / "cache" / "profiles") in page.text
     assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()
     with np.load(out / "profile.npz") as kept:
         expected = pss.profile(network.model, image[None], torch.tensor([label]))[0]
@@ -144,6 +231,20 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     if (out / "mend.safetensors").exists():
         with pss.Patch.load(out / "mend.safetensors").applied(network.model) as mended:
             assert int(mended(image[None]).argmax()) == label
+
+
+def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
+    done = type_in(desk, "run", EXPLAIN, *set_all(model="net.yaml", data_root="photos", reference="training", k=3))
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = Path(done.stdout.splitlines()[-1]).parent
+    summary, mistakes = json.loads((out / "summary.json").read_text()), pd.read_csv(out / "mistakes.csv")
+    assert summary["mistakes"] == len(mistakes) == 9 and summary["accuracy"] == 39 / 48
+    assert set(mistakes["id"].str[-5]) == {"0", "1", "2"}, "the odd ones"
+    assert (out / "cluster_1.png").exists() and summary["clusters"] == mistakes["cluster"].max() >= 1
+    page = Page((out / "report.html").read_text("utf-8"))
+    assert is_safe(page) and summary["shared_unit"] in page.text and "9 images of photos are misread" in page.text
+    assert page.texts["h2"][:3] == ["In short", "What to do next", "An example"]
+    assert "because you named it as reference" in page.text and "as many random units" in page.text
 
 
 def test_one_picture_with_published_statistics(desk):
@@ -166,6 +267,10 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     verdict, place = done.stdout.splitlines()[-2:]
     assert re.match(r"3 misread images edited: most are corrected by .*% after 2 units", verdict)
     results = pd.read_csv(Path(place).parent / "results.csv")
+    summary = json.loads((Path(place).parent / "summary.json").read_text())
+    assert "resize (16, 16)" in summary["preprocessing"] and 0 < summary["accuracy"] < summary["accuracy_high"] <= 1
+    after = results[(results["algo"] == "raw") & (results["edit"] == "prune")].set_index("k")["confidence_true"]
+    assert summary["confidence raw prune"] == pytest.approx(after[2].mean() - after[0].mean())
     assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
 
     listed = type_in(desk, "cache").stdout
@@ -197,7 +302,18 @@ def test_what_a_run_lacks_is_said_before_it_starts(desk, arguments, says):
     [
         (EXPLAIN, {"model": "broken.yaml"}, ["does not fit Sequential: 0.weight is (8, 3, 3, 3)", "in .*broken.yaml"]),
         (EXPLAIN, {"model": "net.yaml", "image_path": "{picture}", "label": 0}, ["give reference, .* or data_root"]),
+        (EXPLAIN, {"model": "swapped.yaml", "data_root": "photos", "index": 0}, ["Nothing is ranked, .* allow_chance"]),
+        (
+            EXPLAIN,
+            {"model": "net.yaml", "data_root": "photos", "index": 0, "reference": "other.safetensors"},
+            ["reference /other.safetensors: the reference was fitted .*-p reference FOLDER"],
+        ),
         (EXPERIMENT, {"model": "net.yaml", "dataset_path": "photos"}, ["give reference_images_path, a folder"]),
+        (
+            EXPERIMENT,
+            {"model": "swapped.yaml", "dataset_path": "photos", "reference_images_path": "training"},
+            ["Only 0 of 48 images of photos .* Nothing is ranked, .* allow_chance"],
+        ),
     ],
 )
 def test_a_run_that_fails_says_why_and_where(desk, notebook, asked, says):

@@ -10,7 +10,7 @@ says after the first 1, 2, … of them are fine-tuned or pruned. An experiment l
 ``images.csv``     one row for every image looked at
 ``ranking.csv``    one row for every misread image, ranking and place in it
 ``results.csv``    one row for every misread image, ranking, edit and number of edited units
-``summary.json``   share corrected by every ranking and edit in the end, for the table of a sweep (`pss.apps.batch`)
+``summary.json``   share corrected and change of confidence by every ranking and edit in the end, for a sweep's table
 =================  ====================================================================================
 """
 
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import pss
 from pss import editing as repair
 from pss import models
-from pss.apps.reading import SAVED, has_built_in, pictures
+from pss.apps.reading import SAVED, Reading, has_built_in, pictures
 from pss.data import digits
 from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
@@ -388,9 +388,13 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
         write_whole(folder / f"{name}.csv", content)
         hashes[name] = digest(content)
     last = tables["results"][tables["results"]["k"] == record["filters"]]
-    summary = {"looked_at": looked_at, "edited": edited}
+    right = int((tables["images"]["label"] == tables["images"]["predicted"]).sum())
+    read = Reading("", looked_at, right, looked_at).summary()
+    summary = {"looked_at": looked_at, "edited": edited, "preprocessing": record.get("preprocessing", ""), **read}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
         summary[f"corrected {name} {edit}"] = float(own["corrected"].mean())
+        before = tables["results"].query("algo == @name and edit == @edit and k == 0")["confidence_true"]
+        summary[f"confidence {name} {edit}"] = float(own["confidence_true"].mean() - before.mean())
     shares = {name.removeprefix("corrected "): share for name, share in summary.items() if "corrected" in name}
     if shares:
         best, share = max(shares.items(), key=lambda pair: pair[1])

@@ -7,7 +7,7 @@ their repair does to it and to others, and whether a patch can be had.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -264,8 +264,8 @@ def opening(
     confidences: Tensor,
     network: models.Network,
     table: pd.DataFrame,
-    found: Usual,
-    shared: tuple[float, float],
+    known: Usual,
+    others: Tensor,
     ends: pd.DataFrame,
     harm: pd.DataFrame | None,
     patch: Patch,
@@ -276,8 +276,8 @@ def opening(
     ----------
     table : DataFrame
         From `unit_table`.
-    shared : (float, float)
-        From `shared_with`.
+    others : Tensor, shape (M, k)
+        First units of other mistakes, from `tops`.
     ends, harm : DataFrame
         From `outcomes` and `damage`.
     """
@@ -285,17 +285,18 @@ def opening(
     named = {"image": case.name, "guess": network.classes[guess], "label": network.classes[case.label]}
     sure = {"sure": float(confidences[guess]), "own": float(confidences[case.label])}
     did = [sentence("read right" if guess == case.label else "misread", **named, **sure)]
-    did.append(found.reading.told() if found.reading else sentence("accuracy unknown"))
+    did.append(known.reading.told() if known.reading else sentence("accuracy unknown"))
     numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
     stands = [sentence("stands out", **numbers)]
     if "significant" in table:
         stands = [sentence("significant", **numbers, hits=int(table["significant"].sum()))]
-    if len(found.mistakes):
-        many = {"share": shared[0], "chance": shared[1], "others": len(found.mistakes)}
+    if len(others):
+        share = float((others == int(first["unit"])).any(dim=1).double().mean())
+        many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
         stands.append(sentence("shared", name=first["name"], **many))
     if guess == case.label:
         repairs = [sentence("nothing to repair")]
-    elif patch.units:
+    elif len(patch.gains):
         repairs = [verdict(patch)]
     else:
         repairs = [_best_edit(ends, harm), verdict(patch)]
@@ -334,7 +335,7 @@ def what_next(
         told.append(sentence("next misread"))
     if found.reading is not None and found.reading.near_chance:
         told.append(sentence("next chance"))
-    if patch.units:
+    if len(patch.gains):
         told.append(sentence("next apply" if file else "next write", file=file))
     if few:
         told.append(sentence("next images", n=found.reference.n or "?"))
@@ -360,10 +361,10 @@ def results(
         found[f"{name}_confidence_after"] = float(row["after"])
     for row in [] if harm is None else harm.to_dict("records"):
         found[f"{_column(row)}_kl"] = None if np.isnan(row["mean KL"]) else float(row["mean KL"])
-    found["patch_units"] = len(patch.units)
-    if patch.units:
-        kl = patch.evidence.set_index("part")["kl_mean"].get("retain held out")
-        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": None if kl is None else float(kl)}
+    found["patch_units"] = len(patch.gains)
+    if len(patch.gains):
+        kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
+        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
     return found | (reading.summary() if reading else {})
 
 
@@ -371,13 +372,11 @@ def _column(row: Mapping[str, Any]) -> str:
     return row["edit"] if row["units"] == "top" else f"{row['edit']}_{row['units']}"
 
 
-def shared_with(mistakes: Tensor, reference: Reference, unit: int, method: str, k: int) -> tuple[float, float]:
-    """Share of other mistakes that have a unit among their first k, and the share that chance would give."""
-    if not len(mistakes):
-        return float("nan"), k / len(reference)
-    ranking = method if RANKINGS[method].differentiable else "zscore"
-    top = rank(mistakes, reference, ranking, k)
-    return float((top == unit).any(dim=1).double().mean()), k / len(reference)
+def tops(known: Usual, method: str, k: int) -> Tensor:
+    """The first k units of each of the other mistakes, (M, k)."""
+    if not len(known.mistakes):
+        return torch.empty(0, k, dtype=torch.int64)
+    return rank(known.mistakes, known.reference, method if RANKINGS[method].differentiable else "zscore", k)
 
 
 def masking_test(
@@ -422,7 +421,9 @@ def integrated_gradients(network: models.Network, case: Case) -> Tensor | None:
     with preserved(network.model):
         network.model.eval()
         guess = int(predict(network.model, case.image).argmax())
-        found = IntegratedGradients(network.model).attribute(case.image, target=guess, internal_batch_size=8)
+        found = IntegratedGradients(network.model).attribute(
+            case.image, target=guess, n_steps=20, internal_batch_size=4
+        )
     return found[0].sum(dim=0).abs().detach().float()
 
 
@@ -449,17 +450,17 @@ def edits(
 
 
 def retain_images(
-    network: models.Network, case: Case, reference: str = "", count: int | None = 40, seed: int = 1
+    network: models.Network, case: Case, reference: str = "", count: int | None = None, seed: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
 
-    At most ``count``, drawn from the tree that the image comes from, or the folder of the reference, or from what the
-    network has built in; the image itself is left out.
+    At most ``count``, by default 100 of a folder or 24 built-in ones, drawn from the tree that the image comes from, or
+    the folder of the reference, or from what the network has built in; the image itself is left out.
     """
     tree = case.tree or (_absolute(reference) if reference and Path(reference).is_dir() else "")
     if not tree and not has_built_in(network):
         return None
-    found = pictures(network, tree, count, seed)
+    found = pictures(network, tree, count or (100 if tree else 24), seed)
     items = [found[i] for i in range(len(found))]
     kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
     if len(kept) < 2:
@@ -509,3 +510,43 @@ def offer_patch(
     if int(right.sum()) < 4:
         return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
     return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)
+
+
+def measured(
+    network: models.Network,
+    case: Case,
+    patch: Patch,
+    retain: tuple[Tensor, Tensor] | None,
+    most: int = 1000,
+    seed: int = 0,
+) -> Patch:
+    """The patch with more evidence: on the folder that the image comes from, and what its gains do to random units.
+
+    The folder is all of it, or ``most`` images drawn, but for the image itself and the retain images; ``shuffled`` is
+    the same gains dealt to other units.
+    """
+    if not len(patch.gains):
+        return patch
+    used = [case.image[0], *([] if retain is None else retain[0])]
+    parts = {"mistakes": (case.image, case.labels)}
+    if case.tree:
+        every = pictures(network, case.tree, most, seed)
+        items = [every[i][:2] for i in range(len(every))]
+        items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+        images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+        right = predict(network.model, images).argmax(dim=1) == labels
+        named = {"folder, read right": right, "folder, misread": ~right}
+        parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
+    return with_evidence(network, patch, parts, seed)
+
+
+def with_evidence(
+    network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
+) -> Patch:
+    """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units."""
+    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
+    shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
+    shuffled["part"] = shuffled["part"] + ", shuffled"
+    more = patch.measured(network.model, parts).evidence
+    more = more[~more["part"].isin(patch.evidence["part"])]
+    return replace(patch, evidence=pd.concat([patch.evidence, more, shuffled], ignore_index=True))

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from pss import models
-from pss.apps.explain import Case
+from pss.apps.explain import Case, readable, with_evidence
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
 from pss.neighbors import nearest
+from pss.patches import Patch, fit_patch
 from pss.plots.figures import image_row
 from pss.ranking import RANKINGS, rank
 from pss.saliency import profile
@@ -37,8 +38,9 @@ from pss.units import Units
 ALIKE = 0.5  # mean cosine similarity of the members of a cluster, at least
 _LEAST = 3  # images that make a cluster
 _MOST = 200  # mistakes that are looked at
-_SHEETS = 4
-_REST = 200  # other images of the folder that a repair is measured on
+_SHEETS = 4  # clusters whose pictures are shown, and that a patch is fitted to
+_RETAIN = 8  # other images that a patch needs, at least
+_REST = 600  # other images of the folder, those retained and those that a repair is measured on
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,20 @@ class Group:
     name: str
 
     @property
-    def typical(self) -> Case:
-        """The mistake that the network is most sure of in the largest cluster, to be explained as an example."""
+    def example(self) -> int:
+        """Row of the mistake that the network is most sure of in the largest cluster."""
         own = self.table[self.table["cluster"] == self.table["cluster"].replace(0, np.inf).min()]
-        at = int((own if len(own) else self.table)["confidence"].idxmax())
+        return int((own if len(own) else self.table)["confidence"].idxmax())
+
+    @property
+    def others(self) -> Tensor:
+        """The first units of all mistakes but the example."""
+        return self.top[torch.arange(len(self.top)) != self.example]
+
+    @property
+    def typical(self) -> Case:
+        """The example, to be explained."""
+        at = self.example
         return Case(
             self.images[at : at + 1], self.labels[at : at + 1], f"{self.name}: {self.table['id'][at]}", self.tree
         )
@@ -206,7 +218,7 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
     -------
     DataFrame
         A row for each name of ``shared``: ``units``, ``k``, ``mistakes read right`` (share), ``rest before`` and ``rest
-        after`` (accuracy on at most 200 images that were read right).
+        after`` (accuracy on at most 600 images that were read right).
     """
     rows = []
     for name, ids in shared.items():
@@ -221,8 +233,43 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
     return pd.DataFrame(rows)
 
 
-def tell(group: Group, network: models.Network, units: Units, report: Report, seed: int = 0) -> dict[str, Any]:
-    """Put the group on the page: its shared units, its clusters with their pictures, what pruning does to it.
+def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
+    """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
+
+    Two thirds of the other images of the folder are retained; those left are the part ``folder, read right``.
+    """
+    found, (x, y) = {}, group.rest
+    kept, rng = 2 * len(x) // 3, np.random.default_rng(0)
+    for cluster in _numbers(group)[:_SHEETS] if kept >= _RETAIN else []:
+        rows = torch.from_numpy(rng.permutation(group.table.index[group.table["cluster"] == cluster]))
+        fit, held_out = rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]
+        mistakes = (group.images[fit], group.labels[fit])
+        patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
+        if len(patch.gains):
+            parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
+            patch = with_evidence(network, patch, parts | {"folder, read right": (x[kept:], y[kept:])}, seed=0)
+        found[cluster] = patch
+    return found
+
+
+def _told(cluster: int, patch: Patch) -> tuple[str, str]:
+    """What came of the patch of a cluster."""
+    if not len(patch.gains):
+        return sentence("no cluster patch", cluster=cluster, reason=patch.reason)
+    of = patch.evidence.set_index("part")
+    held_out, rest = of.loc["mistakes held out"], of.loc["folder, read right"]
+    numbers = {
+        "share": held_out["accuracy_after"],
+        "n": int(held_out["n"]),
+        "kl": rest["kl_mean"],
+        "rest": int(rest["n"]),
+    }
+    numbers |= {"shuffled": of.loc["mistakes held out, shuffled", "accuracy_after"]}
+    return sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+
+
+def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
+    """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
 
     Returns
     -------
@@ -231,7 +278,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, se
     """
     together, found = shared(group, units), clusters(group, network, units)
     ids = torch.tensor(together["unit"].tolist())
-    random = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))[: len(ids)]
+    random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
     ends = repairs(group, network, units, {"shared": ids, "random": random})
     (own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
@@ -257,8 +304,16 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, se
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning the shared units does", "共有ユニットの枝刈りの効果")
     report.keep("mistakes.csv", lambda file: group.table.to_csv(file, index=False))
-    return {"mistakes": count, "clusters": len(found), "shared_unit": first["name"], "verdict": verdict} | {
-        "shared_by": int(first["mistakes"]),
-        "mistakes_repaired": own[right],
-        "rest_after": own[kept],
-    }
+    opening = [group.reading.told(), sentence("group", **numbers), verdict]
+    summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": own[right], "rest_after": own[kept]}
+    for cluster, patch in patches(group, network, units, budget).items():
+        told = _told(cluster, patch)
+        report.say(*told)
+        opening.append(told)
+        if len(patch.gains):
+            en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
+            report.table(readable(patch.evidence), en, ja)
+            patch.save(report.folder / f"cluster_{cluster}.safetensors")
+            summary[f"patch_{cluster}_units"] = len(patch.gains)
+    return summary | {"opening": opening, "verdict": opening[-1]}

@@ -3,13 +3,15 @@
     python -m bench.bench_kernel [--device cuda] [--repeats 5] [--threads 2] [--models resnet50 vgg19 …]
 
 Random weights, random images. Repetitions take turns; times are medians, ratios the medians of those of each round. The
-loop over single images is timed on two of the batch and extrapolated. On a GPU times are those of `torch.cuda.Event`,
-and the fast path is first checked there against the loop, in float64.
+loop over single images is timed on two of the batch and extrapolated. First profiles are of a copy of the network, of
+which nothing is known yet: they find where the batch is, and one image alone verifies them. On a GPU times are those of
+`torch.cuda.Event`, and the fast path is first checked there against the loop, in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -42,6 +44,7 @@ OURS = {
     "profile, gradient and gain": {"of": ("gradient", "gain")},
     "profile, output": {"of": "output"},
 }
+FIRST = {"first profile, verify=False": {"verify": False}, "first profile": {}}
 
 
 def one_by_one(model: nn.Module, images: Tensor, labels: Tensor, units: pss.Units) -> Tensor:
@@ -124,6 +127,10 @@ def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) 
                 contestants[label] = lambda m=model, x=images, y=labels, u=units, o=options: pss.profile(
                     m, x, y, u, strategy="fast", **o
                 )
+        for label, options in FIRST.items():
+            contestants[label] = lambda m=model, x=images, y=labels, u=units, o=options: pss.profile(
+                copy.deepcopy(m), x, y, u, strategy="fast", **o
+            )
         times = in_turns(contestants, repeats, device)
         times["one image at a time"] *= batch / few
         for label in contestants:

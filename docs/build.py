@@ -24,6 +24,8 @@ SOLUTION = {"en": ("Show the code of the solution", "Hide the code of the soluti
 SOLUTION["ja"] = ("解答のコードを表示", "解答のコードを隠す")
 FIGURE = {"en": ("Show the code of the figure", "Hide the code of the figure")}
 FIGURE["ja"] = ("図のコードを表示", "図のコードを隠す")
+SENTENCE = {"en": ("Show the code of the sentence", "Hide the code of the sentence")}
+SENTENCE["ja"] = ("文のコードを表示", "文のコードを隠す")
 
 
 def in_one_language(notebook: nbformat.NotebookNode, language: str) -> nbformat.NotebookNode:
@@ -44,15 +46,16 @@ def in_one_language(notebook: nbformat.NotebookNode, language: str) -> nbformat.
         if "solution" in tags:
             tags.append("hide-cell")
             about["code_prompt_show"], about["code_prompt_hide"] = SOLUTION[language]
-        elif only_draws(cell, code[place + 1 :]):
+        elif only_shows(cell, code[place + 1 :]):
             tags.append("hide-input")
-            about["code_prompt_show"], about["code_prompt_hide"] = FIGURE[language]
+            said = any("lang" in output.get("metadata", {}) for output in cell.outputs)
+            about["code_prompt_show"], about["code_prompt_hide"] = (SENTENCE if said else FIGURE)[language]
     return notebook
 
 
-def only_draws(cell: nbformat.NotebookNode, later: Sequence[nbformat.NotebookNode]) -> bool:
-    """Whether a code cell shows a picture, measures nothing, and makes nothing that a later cell takes."""
-    if not any("image/png" in output.get("data", {}) for output in cell.outputs):
+def only_shows(cell: nbformat.NotebookNode, later: Sequence[nbformat.NotebookNode]) -> bool:
+    """Whether a cell shows a picture or a sentence, measures nothing, and makes nothing that a later cell takes."""
+    if not any("image/png" in o.get("data", {}) or "lang" in o.get("metadata", {}) for o in cell.outputs):
         return False
     if re.search(r"\bassert|\bprint\(|\bpss\.(?!plots\b)", cell.source):  # it measures, too
         return False

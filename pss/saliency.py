@@ -272,7 +272,8 @@ def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
     def first(of: str) -> int:
         return options.of.index(of) * len(units.layers)
 
-    rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values()))
+    columns = tuple(name for name, some in groups.items() if all(_in_columns(group) for group in some.values()))
+    rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values())) + columns
     whole = tuple(name for name in groups if name not in rows)
     if "output" in options.of and whole:
         raise ValueError(
@@ -280,12 +281,16 @@ def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
         )
     labels = tuple(group.name for group in units.layers) * len(options.of)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
-    return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, options, kind)
+    return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, columns, options, kind)
 
 
 def _in_rows(layer: UnitGroup) -> bool:
     """Whether the units are made of whole rows of a matrix, of which means are enough."""
     return layer.dim == 0 and layer.groups == 1 and len(layer.shape) > 1
+
+
+def _in_columns(layer: UnitGroup) -> bool:
+    return layer.dim == 1 and layer.groups == 1 and len(layer.shape) == 2
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:

@@ -11,7 +11,6 @@ from scipy import optimize
 from torch import nn
 from torch.nn import functional as F
 
-import pss
 from pss.correction import Curvature, gain_jacobian, margins, shifted, smallest, smallest_correction, unit_maps
 from pss.engine import growing as _variants
 from pss.units import UnitGroup, Units
@@ -382,22 +381,6 @@ def test_the_curvature_makes_gains_cost_less(net, monkeypatch):
     monkeypatch.setattr("pss.correction.DAMPING", 1e9)  # the margin's own slope
     plain = smallest_correction(model, x, y, **how)
     assert curved["corrected"].all() and curved["kl_mean"].median() < plain["kl_mean"].median()
-
-
-def test_leaves_no_trace(net):
-    model, x, y, retain = net
-    model.train()
-    model.two.weight.requires_grad_(False)
-    before = pss.models.fingerprint(model)
-    units = Units.of(model)
-    model.eval()
-    wrong = model(x).argmax(dim=1) != y
-    model.train()
-    through_weights(model, x[wrong], y[wrong], units, rows_in_order(x[wrong], units), 3, retain=retain, progress=False)
-    with pytest.raises(ValueError, match="label 9"):
-        through_weights(model, x, y * 0 + 9, units, rows_in_order(x, units), 3, retain=retain)
-    assert pss.models.fingerprint(model) == before and all(m.training for m in model.modules())
-    assert not model.two.weight.requires_grad and model.one.weight.requires_grad and model.one.weight.grad is None
 
 
 def test_guard_and_mistakes_never_overlap(net):

@@ -736,7 +736,6 @@ GENERAL = {
         (3, 8),
         "filters",
     ),
-    "weight_norm": (weight_normed, image, own("layer.parametrizations.weight.original1")),
     "weight in a product": (
         net("p", set_all(layer=lambda: nn.Linear(8, 8)), lambda m, x: x @ m.layer.weight.T),
         image,
@@ -744,21 +743,6 @@ GENERAL = {
     ),
     "weight called and in a product": (
         net("p", set_all(layer=lambda: nn.Linear(8, 8)), lambda m, x: m.layer(x) @ m.layer.weight.T),
-        image,
-        "all",
-    ),
-    "weight in a penalty": (
-        net("p", set_all(layer=conv(3)), lambda m, x: m.layer(x) * m.layer.weight.square().mean()),
-        image,
-        "all",
-    ),
-    "weight scaled before the call": (
-        net("p", set_all(layer=conv(3)), lambda m, x: F.conv2d(x, m.layer.weight * 2)),
-        image,
-        "all",
-    ),
-    "part of a weight": (
-        net("p", set_all(layer=conv(3)), lambda m, x: F.conv2d(x, m.layer.weight[:3]).repeat(1, 2, 1, 1)),
         image,
         "all",
     ),
@@ -796,7 +780,6 @@ GENERAL = {
         image,
         "all",
     ),
-    "attention to something else": (lambda: Attention(True, cross=True), sequence, "heads"),
     "LSTM": (Recurrent, sequence, own("cell.weight_ih_l0", "cell.weight_hh_l0", "head.weight")),
     "branches": (Branching, image, "filters"),
 }
@@ -813,6 +796,165 @@ def test_general_path_is_right_and_says_so(name, caplog):
     images, labels = batch(shape, 2)
     with pytest.raises(RuntimeError):
         profile(model, images, labels, Units.of(model, kind), strategy="fast")
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization, written with BatchNorm of the weight, as is usual."""
+
+    def forward(self, x):
+        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        return F.conv2d(x, flat.reshape_as(self.weight), self.bias)
+
+
+class Biased(nn.Module):
+    """Attention whose bias a small network makes from a table of places."""
+
+    def __init__(self, windows=1, fused=False, repeat=False, into=False):
+        super().__init__()
+        self.register_buffer("places", torch.randn(25, 2, dtype=torch.float64))
+        self.embed, self.attend, self.head = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 10)
+        self.one, self.two = nn.Linear(2, 6), nn.Linear(6, 1)
+        self.windows, self.fused, self.repeat, self.into = windows, fused, repeat, into
+
+    def forward(self, x):
+        x = F.silu(self.embed(x)).unflatten(1, (self.windows, 5)).flatten(0, 1)
+        q, k, v = self.attend(x).chunk(3, dim=-1)
+        bias = self.two(F.silu(self.one(self.places))).reshape(5, 5)
+        bias = bias.repeat(len(x), 1, 1) if self.repeat else bias[None] if self.windows > 1 else bias
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            a = q @ k.mT
+            a = a.add_(bias) if self.into else bias + a
+            x = a.softmax(-1) @ v
+        return self.head(x.unflatten(0, (-1, self.windows)).mean((1, 2)))
+
+
+def twice(m, x):
+    """A weight as it is, and in a table."""
+    return m.layer(x) + m.layer.weight.mean((1, 2, 3))[:, None, None]
+
+
+MADE = {  # weights and tables that are made of parameters, and of no image
+    "weight_norm": (weight_normed, image, own("layer.parametrizations.weight.original1")),
+    "weight in a penalty": (
+        net("p", set_all(layer=conv(3)), lambda m, x: m.layer(x) * m.layer.weight.square().mean()),
+        image,
+        "all",
+    ),
+    "weight scaled before the call": (
+        net("p", set_all(layer=conv(3)), lambda m, x: F.conv2d(x, m.layer.weight * 2)),
+        image,
+        "all",
+    ),
+    "part of a weight": (
+        net("p", set_all(layer=conv(3)), lambda m, x: F.conv2d(x, m.layer.weight[:3]).repeat(1, 2, 1, 1)),
+        image,
+        "all",
+    ),
+    "weight standardization": (
+        net("ws", set_all(layer=lambda: Standardized(6, 6, 3), after=conv(3)), lambda m, x: m.after(m.layer(x))),
+        image,
+        "all",
+    ),
+    "weight standardization before BatchNorm": (
+        net("ws", set_all(layer=lambda: Standardized(6, 6, 3), bn=bn()), lambda m, x: m.bn(m.layer(x))),
+        image,
+        "all",
+    ),
+    "standardized weight of windows": (
+        net(
+            "ws",
+            set_all(layer=lambda: Standardized(6, 6, 3)),
+            lambda m, x: m.layer(x.unflatten(2, (2, 4)).movedim(2, 1).flatten(0, 1)).unflatten(0, (-1, 2)).mean(1),
+        ),
+        image,
+        "all",
+    ),
+    "weight that is also a table": (net("tw", set_all(layer=conv(3)), twice), image, "all"),
+    "scale of channels": (
+        net(
+            "p",
+            set_all(layer=conv(3), other=conv(3)),
+            lambda m, x: m.layer(x) * m.other.weight.mean((1, 2, 3))[:, None, None],
+        ),
+        image,
+        "all",
+    ),
+    "attention to something else": (lambda: Attention(True, cross=True), sequence, "heads"),
+    "table": (Biased, sequence, "rows"),
+    "table added in place": (lambda: Biased(into=True), sequence, "rows"),
+    "table of fused attention": (lambda: Biased(fused=True), sequence, "rows"),
+    "table of windows": (lambda: Biased(windows=3), (15, 3), "rows"),
+    "table of windows, repeated": (lambda: Biased(windows=3, repeat=True), (15, 3), "rows"),
+}
+
+
+@pytest.mark.parametrize("name, signed", [(n, s) for n in MADE for s in (False, True) if not (s and "standard" in n)])
+def test_weights_and_tables_that_are_made_of_parameters(name, signed):
+    factory, shape, kind = MADE[name]
+    assert_equal_to_loop(seeded(factory), shape, kind, sizes=(1, 2, 5, 6, 7), signed=signed)
+
+
+def written(x, view=False):
+    """Where an image is positive, as a mask that was made without it; or what it was a view of."""
+    mask = torch.zeros(len(x), 1, dtype=torch.bool)
+    part = mask[:, 0]
+    part |= x.detach().mean((1, 2, 3)) > 0
+    return mask if view else part
+
+
+class Columns(nn.Module):
+    """Layers that multiply by their weights untransposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(8, 8) / 3)
+        self.bias, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 10)
+
+    def forward(self, x):
+        flat = F.silu(torch.addmm(self.bias, x.reshape(-1, 3), self.one))
+        flat = F.silu(torch.addmm(self.bias, flat, self.two))
+        flat = torch.addmm(self.bias, flat, self.two).mul_(self.two.mean())
+        return self.head(flat.view(*x.shape[:2], 8).mean(1))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_units_that_are_columns(signed):
+    def columns(model):
+        return [UnitGroup("one", (3, 8), 8, dim=1), UnitGroup("two", (8, 8), 3, dim=1, rows=2, offset=2)]
+
+    assert_equal_to_loop(seeded(Columns), (5, 3), columns, signed=signed)
+    assert_equal_to_loop(seeded(Columns), (5, 3), own("one", "two"), strategy="auto", signed=signed)
+
+
+READS = {  # what a network may read of its batch to decide by: nothing that images have a part in
+    "positions": (lambda m, x: (torch.arange(x.shape[3])[None].diff() == 1).all(), True),
+    "a mask of ones": (lambda m, x: bool(torch.ones_like(x[:, 0], dtype=torch.bool).all()), True),
+    "a buffer": (lambda m, x: m.bn.running_mean[0].item() > 0, True),
+    "a parameter in a mask": (
+        lambda m, x: torch.zeros(2).masked_fill_(m.layer.bias[:2] > 0, 1).tolist() == [1, 1],
+        True,
+    ),
+    "the images": (lambda m, x: x.detach().mean() > 0, False),
+    "a mask that was written into": (lambda m, x: written(x).any(), False),
+    "a mask that was written into through a view": (lambda m, x: written(x, True).any(), False),
+    "a share of images": (lambda m, x: torch.full((2,), 0.5).to(x) @ x.detach()[0, 0, 0, :2] > 0, False),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_decisions_by_what_images_have_no_part_in(name):
+    read, allowed = READS[name]
+    build = set_all(layer=conv(3), bn=bn())
+    model = seeded(net("d", build, lambda m, x: m.bn(m.layer(x)) * 2 if read(m, x) else m.layer(x).square()))
+    assert_equal_to_loop(model, (3, 8, 8), "all", strategy="auto", verify=False)
+    images, labels = batch((3, 8, 8))
+    if not allowed:
+        with pytest.raises(RuntimeError, match="reads values of a whole batch"):
+            profile(model, images, labels, Units.of(model, "all"), strategy="fast")
+    else:
+        assert_equal_to_loop(model, (3, 8, 8), "all")
 
 
 class Prototypes(nn.Module):
@@ -948,49 +1090,6 @@ def test_images_that_scale_each_other():
 def test_images_that_lower_each_other():
     """All outputs and losses are smaller in company: a difference without its size would not show it."""
     assert_equal_to_loop(seeded(Lowering), (3,), "rows", strategy="auto", verify=False, loss=LOSSES["logit"])
-
-
-class Standardized(nn.Conv2d):
-    """Weight standardization, written with BatchNorm of the weight, as is usual."""
-
-    def forward(self, x):
-        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
-        return F.conv2d(x, flat.reshape_as(self.weight), self.bias)
-
-
-def test_weight_standardization_is_not_taken_for_a_batch_that_mixes(caplog):
-    model = seeded(
-        net("ws", set_all(layer=lambda: Standardized(6, 6, 3), after=conv(3)), lambda m, x: m.after(m.layer(x)))
-    )
-    with caplog.at_level(logging.INFO, logger="pss"):
-        assert_equal_to_loop(model, (3, 8, 8), "all", sizes=(3,), strategy="auto")
-    assert "mixes" not in caplog.text
-    assert "(layer.weight …): it is used in a way that is not known here" in caplog.text
-
-
-class Biased(nn.Module):
-    """Attention whose bias a small network makes from a table of places."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("places", torch.randn(25, 2, dtype=torch.float64))
-        self.embed, self.attend, self.head = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 10)
-        self.one, self.two = nn.Linear(2, 6), nn.Linear(6, 1)
-
-    def forward(self, x):
-        x = F.silu(self.embed(x))
-        q, k, v = self.attend(x).chunk(3, dim=-1)
-        bias = self.two(F.silu(self.one(self.places))).reshape(5, 5)
-        return self.head(((q @ k.mT + bias).softmax(-1) @ v).mean(1))
-
-
-@pytest.mark.parametrize("count", [2, 5, 7])
-def test_a_small_table_of_places_leaves_no_whole_gradients(count, caplog):
-    model = seeded(Biased)
-    with caplog.at_level(logging.INFO, logger="pss"):
-        assert_equal_to_loop(model, (5, 3), "rows", sizes=(count,), strategy="auto")
-    assert "one image at a time for 2 parameters (one.weight …): a layer's input has shape (25, 2)" in caplog.text
-    assert "gradients of" not in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
@@ -1289,34 +1388,6 @@ def test_callers_settings_do_not_matter():
         assert torch.equal(profile(model, images, labels), expected)
 
 
-def changed(images, labels, where):
-    images = images.clone()
-    images[where, 0, 0, 0] = torch.nan
-    return images, labels
-
-
-BAD = {
-    "label 10 is outside 0..9 of this model": lambda x, y: (x, torch.full_like(y, 10)),
-    "label -1 is outside 0..9": lambda x, y: (x, torch.full_like(y, -1)),
-    "labels are torch.float64": lambda x, y: (x, y.double()),
-    "labels are torch.uint8": lambda x, y: (x, y.to(torch.uint8)),
-    r"labels are \(2,\) for images \(3, 3, 8, 8\)": lambda x, y: (x, y[:2]),
-    r"labels are \(\) for": lambda x, y: (x[:1], y[0]),
-    r"labels are \(1,\) for images \(3, 8, 8\)": lambda x, y: (x[0], y[:1]),
-    r"images are \(0, 3, 8, 8\)": lambda x, y: (x[:0], y[:0]),
-    "images are ndarray": lambda x, y: (x.numpy(), y),
-    "images are torch.float32, the model torch.float64": lambda x, y: (x.float(), y),
-    r"images \[1\] hold NaN or infinite": lambda x, y: changed(x, y, 1),
-    "images are on meta, the model on cpu": lambda x, y: (x.to("meta"), y),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_bad_images_and_labels(message):
-    with pytest.raises(ValueError, match=message):
-        profile(seeded(Net), *BAD[message](*batch((3, 8, 8), 3)))
-
-
 MAPS = nn.Conv2d(3, 10, 3).double()
 BAD_OPTIONS = {
     "has no unit": (nn.Flatten(), {}),
@@ -1336,8 +1407,3 @@ def test_bad_models_losses_and_options(message, strategy):
     model, options = BAD_OPTIONS[message]
     with pytest.raises(ValueError, match=message):
         profile(model, *batch((3, 8, 8), 3), strategy=strategy, **options)
-
-
-def test_unknown_path():
-    with pytest.raises(ValueError, match="unknown option 'slow'"):
-        profile(seeded(Net), *batch((3, 8, 8), 3), strategy="slow")

@@ -314,20 +314,6 @@ def test_predict_is_the_eval_mode_model_in_batches(shipped):
     assert not from_set.requires_grad
 
 
-def test_predict_leaves_model_and_random_state_alone(few):
-    model = models.resnet18(4)
-    model.layer1.eval()  # a mixture of modes
-    modes = [module.training for module in model.modules()]
-    before, state = models.fingerprint(model), torch.get_rng_state()
-    models.predict(model, few)
-    assert [module.training for module in model.modules()] == modes
-    assert models.fingerprint(model) == before
-    with pytest.raises(RuntimeError):
-        models.predict(model, torch.zeros(1, 5, 8, 8))  # five channels
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_predict_follows_the_models_dtype(few):
     assert models.predict(models.resnet18(4).double(), few.images[:3]).dtype == torch.float64
 

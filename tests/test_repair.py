@@ -562,51 +562,6 @@ def test_images_are_not_marked():
 # ------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids": [[0, 99999]]}, "unit 99999 is outside 0.."),
-        ({"ids": [[0, -1]]}, "unit -1 is outside"),
-        ({"ids": [[3, 1, 3]]}, "unit 3 is given twice"),
-        ({"ids": [[]]}, "no unit to edit"),
-        ({"ids": [0, 1]}, "expected \\(B, K\\)"),
-        ({"ids": [[0.0, 1.0]]}, "expected integers"),
-        ({"ids": [[0], [1]]}, "2 rows of ids"),
-        ({"edit": "erase"}, "unknown edit 'erase'"),
-        ({"strategy": "quick"}, "unknown strategy 'quick'"),
-        ({"loss": "mse"}, "unknown loss"),
-        ({"lr": 0.0}, "lr must be positive and finite, not 0.0"),
-        ({"lr": float("nan")}, "lr must be positive and finite"),
-        ({"step_norm": float("inf")}, "step_norm must be positive and finite"),
-        ({"labels": torch.tensor([5])}, "label 5 is outside 0..4 of this model"),
-        ({"labels": torch.tensor([-1])}, "label -1 is outside"),
-        ({"image_ids": [1, 2]}, "image_ids must be 1 different ids"),
-    ],
-)
-def test_errors_say_what_was_wrong(change, message):
-    model = build(Chain)
-    images, labels = batch(1)
-    arguments = {"images": images, "labels": labels, "ids": [[0, 1]], "units": Units.of(model)} | change
-    before = state(model)
-    for edit in ("finetune", "prune"):
-        with pytest.raises(ValueError, match=message):
-            edit_curves(model, **({"edit": edit} | arguments))
-    assert_untouched(model, before)
-
-
-def test_steps_belong_to_finetuning():
-    model = build(Chain)
-    units = Units.of(model)
-    for arguments in ({"edit": "finetune"}, {"edit": "prune", "steps": [torch.zeros(1)]}):
-        with pytest.raises(ValueError, match="steps go with"), edited(model, units, [0], **arguments):
-            pass
-    with (
-        pytest.raises(ValueError, match="1 steps for 2 units"),
-        edited(model, units, [0, 1], "finetune", [torch.zeros(1)]),
-    ):
-        pass
-
-
 # --------------------------------------------------------------------------------------------- side_effects
 
 
@@ -666,19 +621,3 @@ def test_collateral_without_right_or_wrong_images_is_nan():
     assert np.isnan(all_right["corrected"])
     all_wrong = side_effects(model, units, [[0]], images, (right + 1) % 5).iloc[0]
     assert np.isnan(all_wrong[["still_right", "kl_mean", "kl_worst"]].astype(float)).all()
-
-
-def test_collateral_errors():
-    model = build(Chain)
-    units = Units.of(model)
-    images, labels = batch(2)
-    with pytest.raises(ValueError, match=r"k must be 1\.\.2"):
-        side_effects(model, units, [[0, 1]], images, labels, k=3)
-    with pytest.raises(ValueError, match="steps of 1 images for ids of 2"):
-        side_effects(model, units, [[0], [1]], images, labels, "finetune", [[torch.zeros(1)]])
-    with pytest.raises(ValueError, match="2 retain images and 1 labels"):
-        side_effects(model, units, [[0]], images, labels[:1])
-    with pytest.raises(ValueError, match=r"outside 0\.\.4"):
-        side_effects(model, units, [[0]], images, labels + 9)
-    with pytest.raises(ValueError, match="steps go with"):
-        side_effects(model, units, [[0]], images, labels, "finetune")

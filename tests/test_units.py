@@ -480,26 +480,6 @@ def test_own_units():
     assert len(units) == 2 and units.sizes.tolist() == [36, 36]
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("filter", "unknown kind of unit 'filter'"),
-        ("heads", "Sequential has no unit of kind 'heads'"),
-        (lambda m: [UnitGroup("9.weight", (8, 1, 3, 3), 8)], "'9.weight' of shape"),
-        (lambda m: [UnitGroup("0.weight", (8, 1, 3, 3), 8)] * 2, "units overlap"),
-    ],
-)
-def test_what_cannot_be_is_refused(kind, message):
-    with pytest.raises(ValueError, match=message):
-        Units.of(odd_net(), kind=kind)
-
-
-@pytest.mark.parametrize("unit", [-1, 4800])
-def test_ids_outside_are_refused(unit):
-    with pytest.raises(IndexError, match=r"outside 0\.\.4799"):
-        Units.of(build("resnet18")).name(unit)
-
-
 COMPUTED = {  # how a weight comes to be computed from others, and what the error advises
     "weight_norm": (nn.utils.weight_norm, r"torch.nn.utils.remove_weight_norm\(module\)"),
     "spectral_norm": (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(module\)"),

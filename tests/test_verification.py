@@ -11,6 +11,7 @@ from test_gradients import (
     Hypernetwork,
     Lowering,
     Sorting,
+    Standardized,
     Swish,
     assert_close,
     batch,
@@ -53,6 +54,7 @@ def unconjugated(monkeypatch):
 def trusting(monkeypatch):
     """Any first dimension as long as the batch is the batch."""
     monkeypatch.setattr(recorder.Locator, "batches", lambda self: [None] * len(self.calls))
+    monkeypatch.setattr(recorder.Constants, "are_all", lambda *_: False)
 
 
 def native(monkeypatch):
@@ -86,13 +88,22 @@ def counted_once(monkeypatch):
     monkeypatch.setattr(recorder.GradientRecorder, "collect", collect)
 
 
+def unstandardized(monkeypatch):
+    """The gradient of a weight that is made of a parameter is taken for that of the parameter."""
+    monkeypatch.setattr(
+        recorder.GradientRecorder,
+        "_collect_made",
+        lambda self, call, x, g: self._add(call.name, self._gradients(call, x, g)),
+    )
+
+
 def forgotten(monkeypatch):
     """A weight that autograd reaches counts as zero there."""
     real = recorder.GradientRecorder.row_means
 
     def row_means(self, losses):
         means, reached = real(self, losses)
-        zeros = {name: p.new_zeros(self.samples, len(p)) for name, p in self.wanted.items()}
+        zeros = {name: (p.new_zeros(self.samples, len(p)),) for name, p in self.wanted.items()}
         return {**zeros, **means}, reached
 
     monkeypatch.setattr(recorder.GradientRecorder, "row_means", row_means)
@@ -122,6 +133,7 @@ def complex_layers(dtype):
 swish = net("swish", set_all(layer=conv(3)), lambda m, x: Swish.apply(m.layer(x)))
 turned = net("turned", set_all(layer=conv(3), bn=bn(), mix=lambda: nn.Linear(6, 6)), transposing)
 shared = net("shared", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(F.silu(m.layer(x))))
+standardized = net("ws", set_all(layer=lambda: Standardized(6, 6, 3)), lambda m, x: m.layer(x))
 product = net("product", set_all(layer=lambda: nn.Linear(8, 8)), lambda m, x: m.layer(x) @ m.layer.weight.T)
 BROKEN = {  # guard: network, shape of its images, how many, units
     "own functions": (unlinked, swish, image, 3),
@@ -132,6 +144,7 @@ BROKEN = {  # guard: network, shape of its images, how many, units
     "gains": (without_abs, mixed_gains, image, 3),
     "company": (in_company, Lowering, (3,), 3),
     "shared": (counted_once, shared, image, 3),
+    "standardized": (unstandardized, standardized, image, 3),
     "product": (forgotten, product, image, 3),
     "kernel": (shifted, net("plain", set_all(layer=conv(3)), lambda m, x: m.layer(x)), image, 3),
 }

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import pss
 from pss import editing as repair
-from pss import models as zoo
+from pss import models
 from pss.apps.reading import SAVED, Reading, has_built_in, pictures
 from pss.data import digits
 from pss.engine.checks import check_known, check_positive
@@ -178,7 +178,7 @@ def _cached(kind: str, provenance: Any) -> Path:
     return cache_folder() / kind / key_of(provenance)
 
 
-def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
+def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     """Give the images of an experiment: a tree of folders by class, or the built-in ones of the network.
 
     See `pss.models.reference_set`; of the network ``digits`` the built-in ones are those of other writers,
@@ -188,11 +188,11 @@ def images_of(network: zoo.Network, root: str | Path = "") -> Dataset:
         return digits("test")
     if not str(root) and not has_built_in(network):
         raise ValueError(f"no built-in images fit {network.name}: give dataset_path, a folder of pictures per class")
-    return zoo.reference_set(network, root)
+    return models.reference_set(network, root)
 
 
 def usual_of(
-    network: zoo.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+    network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if str(root) or has_built_in(network):
@@ -205,7 +205,7 @@ def usual_of(
     return None
 
 
-def preprocessing_of(network: zoo.Network, dataset: Dataset | None) -> str:
+def preprocessing_of(network: models.Network, dataset: Dataset | None) -> str:
     """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
     return "" if dataset is None or hasattr(dataset, "images") else str(name_of(network.preprocess))
 

@@ -17,8 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pss import data
-from pss import models as zoo
+from pss import data, models
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
@@ -84,7 +83,7 @@ def switch(value: Any, name: str) -> bool:
 
 
 def take_image(
-    network: zoo.Network,
+    network: models.Network,
     image_path: str = "",
     label: int | str | None = None,
     data_to_use: str = "",
@@ -134,11 +133,11 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _open(network: zoo.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
+def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
     """A set's name, itself, the names of its images, and the one to begin with."""
     chosen = chosen or {"digits": "digits", "efficientnet_lite0": "photographs"}.get(network.name, "")
     if tree:
-        found = zoo.reference_set(network, tree)
+        found = models.reference_set(network, tree)
         return Path(tree).name, found, [str(i) for i in found.ids], 0
     if chosen == "photographs":
         own = data.photographs()
@@ -251,7 +250,7 @@ def verdict(patch: Patch) -> tuple[str, str]:
     return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
 
 
-def rate_that_moves(network: zoo.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> float:
+def rate_that_moves(network: models.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> float:
     """The first of 10, 100, …, 1e6 times the rate whose step moves the confidence by a tenth; 0 if none does."""
     for rate in lr * 10.0 ** np.arange(1, 7):
         found = edit_curve(network.model, case.image, case.labels, ids, units, "finetune", lr=float(rate), loss=loss)
@@ -263,7 +262,7 @@ def rate_that_moves(network: zoo.Network, case: Case, ids: Tensor, units: Units,
 def opening(
     case: Case,
     confidences: Tensor,
-    network: zoo.Network,
+    network: models.Network,
     table: pd.DataFrame,
     known: Usual,
     others: Tensor,
@@ -381,7 +380,7 @@ def tops(known: Usual, method: str, k: int) -> Tensor:
 
 
 def masking_test(
-    network: zoo.Network, case: Case, maps: Mapping[str, Tensor], top: Tensor, units: Units, loss: str, signed: bool
+    network: models.Network, case: Case, maps: Mapping[str, Tensor], top: Tensor, units: Units, loss: str, signed: bool
 ) -> pd.DataFrame:
     """Whether the pixels of a map drive the top units: the share of their saliency that is lost without these pixels.
 
@@ -413,7 +412,7 @@ def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[s
     return _joined(told)
 
 
-def integrated_gradients(network: zoo.Network, case: Case) -> Tensor | None:
+def integrated_gradients(network: models.Network, case: Case) -> Tensor | None:
     """Integrated gradients of the class that is predicted, (H, W), by captum; None where that is not installed."""
     try:
         from captum.attr import IntegratedGradients
@@ -434,7 +433,7 @@ def map_options(method: str, order: Tensor, k: int) -> dict[str, Any]:
 
 
 def edits(
-    network: zoo.Network, case: Case, chosen: Mapping[str, Tensor], units: Units, lr: float, loss: str
+    network: models.Network, case: Case, chosen: Mapping[str, Tensor], units: Units, lr: float, loss: str
 ) -> pd.DataFrame:
     """Both edits of some units, k = 0 .. K, one after the other: `pss.edit_curve` with columns ``edit``, ``units``.
 
@@ -451,7 +450,7 @@ def edits(
 
 
 def retain_images(
-    network: zoo.Network, case: Case, reference: str = "", count: int | None = None, seed: int = 1
+    network: models.Network, case: Case, reference: str = "", count: int | None = None, seed: int = 1
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
 
@@ -470,7 +469,7 @@ def retain_images(
 
 
 def damage(
-    network: zoo.Network,
+    network: models.Network,
     case: Case,
     retain: tuple[Tensor, Tensor],
     chosen: Mapping[str, Tensor],
@@ -495,7 +494,7 @@ def readable(damages: pd.DataFrame) -> pd.DataFrame:
 
 
 def offer_patch(
-    network: zoo.Network,
+    network: models.Network,
     case: Case,
     retain: tuple[Tensor, Tensor] | None,
     units: Units,
@@ -514,7 +513,7 @@ def offer_patch(
 
 
 def measured(
-    network: zoo.Network,
+    network: models.Network,
     case: Case,
     patch: Patch,
     retain: tuple[Tensor, Tensor] | None,
@@ -541,7 +540,9 @@ def measured(
     return with_evidence(network, patch, parts, seed)
 
 
-def with_evidence(network: zoo.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> Patch:
+def with_evidence(
+    network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
+) -> Patch:
     """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units."""
     dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
     shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence

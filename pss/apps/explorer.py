@@ -31,7 +31,6 @@ from torch import Tensor, nn
 import pss
 from pss import editing as repair
 from pss import models
-from pss import models as zoo
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
@@ -135,14 +134,14 @@ def photographs(count: int = 8, retain: int = 12) -> Collection:
 
     Its reference is measured on a few hundred crops of photographs: enough to show, too few to trust.
     """
-    network = zoo.load("efficientnet_lite0")
+    network = models.load("efficientnet_lite0")
     units = Units.of(network.model)
     known = {photo.name: photo for photo in pss.data.photographs()}
     images = torch.stack([network.preprocess(_view(known[name].image, how)) for name, _, how in _VIEWS])
     said = models.predict(network.model, images).argmax(dim=1).tolist()
     fits = {photo.name: (photo.label, *photo.also) for photo in known.values()}
     wrong = [i for i, (name, _, _) in enumerate(_VIEWS) if said[i] not in fits[name]][:count]
-    crops = zoo.reference_set(network)
+    crops = models.reference_set(network)
     other = torch.stack([crops[i][0] for i in range(3 * retain)])
     right = (models.predict(network.model, other).argmax(dim=1) == crops.labels[: 3 * retain]).nonzero()[:retain, 0]
     return Collection(
@@ -153,8 +152,8 @@ def photographs(count: int = 8, retain: int = 12) -> Collection:
         torch.tensor([known[_VIEWS[i][0]].label for i in wrong]),
         [f"{_VIEWS[i][0]}-{i}" for i in wrong],
         [_VIEWS[i][1] for i in wrong],
-        zoo.reference(network, units, progress=False),
-        zoo.reference(network, units, scale_free=True, progress=False),
+        models.reference(network, units, progress=False),
+        models.reference(network, units, scale_free=True, progress=False),
         network.classes,
         network.to_image,
         (other[right], crops.labels[right]),

@@ -21,7 +21,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.utils.data import Subset
 
-from pss import models as zoo
+from pss import models
 from pss.apps.explain import Case, readable, with_evidence
 from pss.apps.pages import sentence
 from pss.apps.reading import Reading, Usual, pictures, usual
@@ -97,7 +97,7 @@ class Group:
 
 
 def find(
-    network: zoo.Network,
+    network: models.Network,
     units: Units,
     tree: str | Path,
     reference: str = "",
@@ -190,7 +190,7 @@ def _numbers(group: Group) -> list[int]:
     return sorted(set(group.table["cluster"]) - {0})
 
 
-def clusters(group: Group, network: zoo.Network, units: Units) -> pd.DataFrame:
+def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFrame:
     """A row a cluster: how many images, their most frequent confusion, and the units that most of them share."""
     rows = []
     for cluster in _numbers(group):
@@ -205,7 +205,7 @@ def clusters(group: Group, network: zoo.Network, units: Units) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
 
 
-def contact_sheet(group: Group, network: zoo.Network, cluster: int, most: int = 8) -> Figure:
+def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = 8) -> Figure:
     """The first images of a cluster in a row, with their class and what they are read as."""
     own = group.table[group.table["cluster"] == cluster].head(most)
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
@@ -215,7 +215,7 @@ def contact_sheet(group: Group, network: zoo.Network, cluster: int, most: int = 
     return axes[0][0].figure
 
 
-def repairs(group: Group, network: zoo.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
+def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
     """What pruning some units does to the mistakes, and to the other images of the folder.
 
     Returns
@@ -237,7 +237,7 @@ def repairs(group: Group, network: zoo.Network, units: Units, shared: Mapping[st
     return pd.DataFrame(rows)
 
 
-def patches(group: Group, network: zoo.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
+def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
     """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
 
     Two thirds of the other images of the folder are retained; those left are the part ``folder, read right``.
@@ -272,7 +272,7 @@ def _told(cluster: int, patch: Patch) -> tuple[str, str]:
     return sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
 
 
-def tell(group: Group, network: zoo.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
+def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
     """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
 
     Returns

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from pss import models as zoo
+from pss import models
 from pss.apps.pages import sentence
 from pss.models import misclassified
 from pss.profiles import profile_dataset
@@ -65,7 +65,7 @@ class Reading:
         low, high = self.interval
         return {"images": self.n, "accuracy": self.right / self.n, "accuracy_low": low, "accuracy_high": high}
 
-    def check(self, network: zoo.Network, allow_chance: bool) -> Reading:
+    def check(self, network: models.Network, allow_chance: bool) -> Reading:
         """Refuse to go on where the network reads no better than chance, unless that is allowed; returns itself.
 
         Raises
@@ -83,17 +83,17 @@ class Reading:
         return self
 
 
-def prepared(network: zoo.Network) -> str:
+def prepared(network: models.Network) -> str:
     """How the pictures of a network are prepared, in a few words."""
     steps = network.preprocess
-    if not isinstance(steps, zoo.Preprocessing):
+    if not isinstance(steps, models.Preprocessing):
         return str(name_of(steps))
     told = [f"{name} {getattr(steps, name) or 'none'}" for name in ("resize", "crop")]
     told += [f"{name} {', '.join(f'{v:.4g}' for v in getattr(steps, name))}" for name in ("mean", "std")]
     return "; ".join(told + ["grey"] * steps.grey)
 
 
-def measure(network: zoo.Network, images: Dataset, seed: int = 0) -> Reading:
+def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     """Read the images, or 500 of them drawn at random; those whose label is the network's own answer are left out."""
     own = getattr(images, "own_answer", np.zeros(len(images), bool))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
@@ -101,18 +101,18 @@ def measure(network: zoo.Network, images: Dataset, seed: int = 0) -> Reading:
     return Reading(str(getattr(images, "name", "images")), len(rows), len(rows) - len(wrong), len(network.classes))
 
 
-def pictures(network: zoo.Network, source: str, count: int | None = None, seed: int = 0) -> Dataset:
+def pictures(network: models.Network, source: str, count: int | None = None, seed: int = 0) -> Dataset:
     """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many."""
     if not source:
-        return zoo.reference_set(network, "", count, seed)
-    every = zoo.reference_set(network, source)
-    return every if count is None or count >= len(every) else zoo.reference_set(network, source, count, seed)
+        return models.reference_set(network, "", count, seed)
+    every = models.reference_set(network, source)
+    return every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
 
 
-def has_built_in(network: zoo.Network) -> bool:
+def has_built_in(network: models.Network) -> bool:
     """Whether there are images of the package that it can read."""
     try:
-        zoo.reference_set(network, count=1)
+        models.reference_set(network, count=1)
     except ValueError:
         return False
     return True
@@ -138,7 +138,7 @@ class Usual:
     reading: Reading | None
     mistakes: Tensor
 
-    def sentences(self, network: zoo.Network, own: Reading | None = None) -> list[tuple[str, str]]:
+    def sentences(self, network: models.Network, own: Reading | None = None) -> list[tuple[str, str]]:
         """What the pictures went through, how well they are read, and what is usual: in English and in Japanese.
 
         ``own`` is of the folder that the explained image comes from, where that is another one.
@@ -150,7 +150,7 @@ class Usual:
 
 
 def usual(
-    network: zoo.Network,
+    network: models.Network,
     units: Units,
     reference: str = "",
     tree: str = "",
@@ -215,10 +215,10 @@ def usual(
     return Usual(found, sentence(f"usual {kind}", **numbers), reading, torch.from_numpy(store.profiles[others]))
 
 
-def _saved(network: zoo.Network, units: Units, source: str, loss: str, signed: bool) -> Reference:
+def _saved(network: models.Network, units: Units, source: str, loss: str, signed: bool) -> Reference:
     """Read a saved reference; where it is of something else, say how the right one is made."""
     try:
-        return zoo.reference(network, units, source, loss=loss, signed=signed)
+        return models.reference(network, units, source, loss=loss, signed=signed)
     except ValueError as error:
         made = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
         raise ValueError(f"reference {source}: {error}: {made}") from error
@@ -234,9 +234,9 @@ def _rows_of(store: ProfileStore, explained: tuple[Tensor, int] | None) -> np.nd
     return rows[close]
 
 
-def is_known(network: zoo.Network) -> bool:
+def is_known(network: models.Network) -> bool:
     """Whether it is one of `pss.models.names`, and not the user's own."""
-    return network.name in zoo.names()
+    return network.name in models.names()
 
 
 def _cached() -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pss import models as builtin
+from pss import models
 from pss.storage.fingerprints import fingerprint
 
 
@@ -19,8 +19,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--out", required=True, type=Path, help="file to write, .safetensors")
     parser.add_argument("--seed", type=int, default=0)
     width = "64 is torchvision's ResNet-18 (default: %(default)s)"
-    parser.add_argument("--width", type=int, default=builtin.WIDTH, help=width)
-    parser.add_argument("--epochs", type=int, default=builtin.EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--width", type=int, default=models.WIDTH, help=width)
+    parser.add_argument("--epochs", type=int, default=models.EPOCHS, help="(default: %(default)s)")
     threads = "other weights for another number (default: %(default)s)"
     parser.add_argument("--threads", type=int, default=1, help=threads)
 
@@ -28,17 +28,17 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 def main(options: argparse.Namespace) -> None:
     """Train and write a model, or print a table of accuracies."""
     if options.command == "evaluate":
-        model = builtin.digits() if options.weights is None else _read(options.weights)
-        print(builtin.evaluate(model).to_string(index=False, float_format="{:.3f}".format))
+        model = models.digits() if options.weights is None else _read(options.weights)
+        print(models.evaluate(model).to_string(index=False, float_format="{:.3f}".format))
         return
     if options.out.suffix != ".safetensors":
         options.refuse(f"--out {options.out}: expected a name that ends in .safetensors")
-    model, record = builtin.train(options.seed, options.width, options.epochs, threads=options.threads)
-    builtin.save_weights(model, options.out, record)
+    model, record = models.train(options.seed, options.width, options.epochs, threads=options.threads)
+    models.save_weights(model, options.out, record)
     for key, value in {**record, "sha256": fingerprint(model), "file": options.out}.items():
         print(f"{key}={value}")
 
 
 def _read(path: Path) -> nn.Module:
-    width = int(builtin.read_record(path).get("width", builtin.WIDTH))
-    return builtin.load_weights(builtin.resnet18(width), path)
+    width = int(models.read_record(path).get("width", models.WIDTH))
+    return models.load_weights(models.resnet18(width), path)

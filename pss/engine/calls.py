@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from pss.engine.kernels import Convolution, Linear
+from pss.engine.kernels import Convolution, Linear, Table
 from pss.engine.locating import BatchDimension
 
 
@@ -42,9 +42,11 @@ class LayerCall:
 
     recorder: Recorder
     name: str
-    layer: Convolution | Linear
+    layer: Convolution | Linear | Table
     weight: Tensor
     bias: Tensor | None
+    made: Tensor | None = None  # the weight, with its graph, where it is made of parameters
+    parameters: tuple[str, ...] = ()  # of which it is made
     scale: Tensor | None = None  # per row, where BatchNorm was folded into the weight
     batch: BatchDimension | None = None  # None: the first dimension
     recorded: bool = False
@@ -57,6 +59,16 @@ class LayerCall:
         """Output of the layer."""
         self.recorder.record(self, x)
         return _Output.apply(x, self.recorder.token, self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters whose gradient this call has a part in."""
+        return self.parameters or (self.name,)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The weight, with a row of its own for each of an input that it meets element by element."""
+        self.recorder.record(self, x)
+        return _Rows.apply(self.recorder.token, self, x)
 
     def deferred(self, x: Tensor) -> DeferredConvolution:
         """Output of the layer, computed when it is asked for."""
@@ -108,6 +120,21 @@ class _Output(torch.autograd.Function):
             x, g, weight = x.bfloat16(), g.bfloat16(), weight.bfloat16()
         call.recorder.collect(call, x, g)
         return call.layer.input_gradient(x, g, weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """The rows of a table, whose gradient tells the samples apart."""
+
+    @staticmethod
+    def forward(ctx, token: Tensor, call: LayerCall, x: Tensor) -> Tensor:
+        ctx.call = call
+        return call.layer.forward(x, call.weight, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple:
+        ctx.call.recorder.collect(ctx.call, g, g)
+        return None, None, None
 
 
 class _DeferredOutput(_Output):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pss.engine.calls import DeferredConvolution, LayerCall
+from pss.engine.calls import DeferredConvolution
 
 
 def fold(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -23,7 +25,7 @@ def fold(input, running_mean, running_var, weight=None, bias=None, training=Fals
     scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
     shift = shift if call.bias is None else shift + call.bias * scale
     folded = call.weight * scale.reshape(-1, *[1] * (call.weight.dim() - 1))
-    return LayerCall(call.recorder, call.name, call.layer, folded, shift, scale)(input.input())
+    return replace(call, weight=folded, bias=shift, scale=scale)(input.input())
 
 
 def scale_and_shift(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):

@@ -194,6 +194,25 @@ class Linear:
         return g.mT @ x
 
 
+@dataclass(frozen=True)
+class Table:
+    """A tensor that meets an input element by element: the same for each row, or ``by_row`` another one for each."""
+
+    shape: tuple[int, ...]
+    by_row: bool
+    groups: int = 1
+
+    def forward(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        """A row for each of the input."""
+        if weight.dim() < x.dim():
+            weight = weight.reshape(*[1] * (x.dim() - weight.dim()), *weight.shape)
+        return weight.expand(len(x), *weight.shape[1:])
+
+    def gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Gradient of each sample, ``(B, *shape)``, or ``by_row`` those of its rows alone."""
+        return g if self.by_row else g.reshape(len(g), -1, *self.shape).sum(1)
+
+
 def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
     r"""Sum over f of :math:`|\sum_p g_{bpo} c_{bpf}|`: (B, P, F) and (B, P, O) to (B, O), in blocks."""
     samples, positions, rows, columns = *g.shape, patches.shape[2]

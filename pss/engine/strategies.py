@@ -56,6 +56,8 @@ class Task:
         of ``rows``, their means over rows ``(B, O)``, and the quantity: of ``"gain"`` it is weights times gradients.
     names : tuple of str
         Of the columns.
+    in_columns : tuple of str
+        Those of ``rows`` of which it is the columns: their means are ``(B, 1, O)``.
     options : Options
     kind : hashable
         Tells tasks apart that differ in nothing else of what decides how to compute them.
@@ -68,6 +70,7 @@ class Task:
     whole: tuple[str, ...]
     reduce: Callable[[str, Tensor, str], Columns] = lambda name, values, of: {}
     names: tuple[str, ...] = ()
+    in_columns: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     kind: Hashable = None
 
@@ -230,7 +233,7 @@ def _recorded(
 ) -> tuple[GradientRecorder, Part, dict[str, Tensor], dict[str, Tensor]]:
     """A forward and a backward pass under a recorder; without folding where that cannot be."""
     for fold in (True, False) if task.options.fold and known.fold else (False,):
-        recorder = GradientRecorder(wanted, len(images), replace(task.options, fold=fold), others)
+        recorder = GradientRecorder(wanted, len(images), replace(task.options, fold=fold), others, task.in_columns)
         try:
             outputs = recorder.outputs(task.model, images)
             losses = losses_of(task, outputs, labels)

@@ -186,7 +186,7 @@ def train(
                 schedule.step()
             progress.set_postfix(loss=f"{loss.item():.4f}")
     model.eval().zero_grad()
-    record = {"seed": seed, "width": width, "epochs": epochs, "threads": threads, "recipe": _RECIPE}
+    record: dict[str, object] = {"seed": seed, "width": width, "epochs": epochs, "threads": threads, "recipe": _RECIPE}
     record |= {"torch": torch.__version__, "train_set": train_set.fingerprint}
     for name, dataset in {"train": train_set, "validation": validation_set}.items():
         record[f"{name}_accuracy"] = f"{accuracy(model, dataset):.4f}"

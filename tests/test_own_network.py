@@ -325,4 +325,5 @@ def test_a_run_that_fails_says_why_and_where(desk, notebook, asked, says):
     told = done.stdout.replace(str(desk), "")
     assert all(re.search(text if ".*" in text else re.escape(text), told) for text in says), done.stdout
     place = Path(done.stdout.splitlines()[-1])
-    assert place.name == notebook.name and place.exists() and f"of {place})" in done.stdout
+    assert place.name == f"{notebook.stem}.html" and place.exists()
+    assert f"of {place.with_suffix('.ipynb')})" in done.stdout

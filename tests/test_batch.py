@@ -121,12 +121,17 @@ def test_command_line_says_what_was_made_and_fails_with_a_notebook(notebook, tmp
 
 
 def test_a_folder_of_notebooks_has_an_index(notebook, tmp_path, capsys):
-    shutil.copy(notebook, notebook.with_name("00_first.ipynb"))
+    slow = nbformat.read(notebook, as_version=4)
+    slow.cells.append(new_code_cell("import time\ntime.sleep(4)"))
+    nbformat.write(slow, notebook.with_name("00_first.ipynb"))
     shutil.copy(notebook, notebook.with_name("other.ipynb"))
-    assert main(["run", "--out", str(tmp_path / "runs"), str(notebook.parent), "--jobs", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["2 runs: 2 finished", str(tmp_path / "runs" / "index.html")]
+    assert main(["run", "--out", str(tmp_path / "runs"), str(notebook.parent), "--jobs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.index("00_first finished") < lines.index("01_small finished")
+    assert lines[-2:] == ["2 runs: 2 finished", str(tmp_path / "runs" / "index.html")]
     page = (tmp_path / "runs" / "index.html").read_text()
     assert page.index("00_first/00_first.ipynb") < page.index("01_small/01_small.ipynb")
+    assert page.index("00_first/00_first.html") < page.index("00_first/00_first.ipynb")
     assert main(["run", "--in-place", str(notebook)]) == 0 and "the answer is 42" in text_of(notebook)
 
 
@@ -426,7 +431,7 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_runs(sweep_file, tmp
         (["run", "--jobs", "0", "{0}"], "--jobs 0: at least 1"),
         (["sweep", "missing.yaml"], "missing.yaml cannot be read"),
         (["sweep", "--dask", "nonsense://here", "{2}"], "nonsense"),
-        (["cache", "--empty", "nothing"], "holds no nothing"),
+        (["cache", "--empty", "nothing"], "hold no nothing"),
         (["walk"], "invalid choice: 'walk'"),
         ([], "required: COMMAND"),
     ],

@@ -133,12 +133,8 @@ def test_table_of_units_and_a_reference_without_tail():
 
 
 def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
-    evidence = pd.DataFrame({"part": ["mistakes", "retain", "retain held out"], "kl_mean": [9.0, 0.25, 0.034]})
-    tried = pd.DataFrame({"k": [1, 2], "kl": [0.7, 0.0012]})
-    step = (torch.zeros(1), torch.ones(1))
-    patch = pss.Patch(
-        "0" * 64, (1, 2), ("a", "b"), ((), ()), step, (step[1] + 1, step[1] + 2), True, evidence=evidence, tried=tried
-    )
+    evidence = pd.DataFrame({"part": ["mistakes", "retain", "retain held out"], "kl_mean": [9.0, 0.0012, 0.034]})
+    patch = pss.Patch("0" * 64, gains=torch.tensor([0.5, 1.5]), evidence=evidence)
     english, japanese = explain.verdict(patch)
     assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
     assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)

@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
 def _run(sweep: Sweep, jobs: int, dask: str = "", again: bool = False) -> int:
     index = sweep.out / "index.html"
     try:
-        table = run_sweep(sweep, jobs, dask, again)
+        table = run_sweep(sweep, jobs, dask, again, lead=int(sweep.runs[0].notebook.name.startswith("00_")))
     except KeyboardInterrupt:
         goes_on = "" if again else f": the same command goes on from here; so far in {index}"
         print(f"interrupted{goes_on}", file=sys.stderr)

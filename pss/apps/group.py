@@ -31,7 +31,7 @@ from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
 from pss.plots.figures import image_row
-from pss.ranking import RANKINGS, rank
+from pss.ranking import RANKINGS, rank, rank_together
 from pss.saliency import profile
 from pss.units import Units
 
@@ -56,6 +56,8 @@ class Group:
     labels : Tensor of int, shape (M,)
     top : Tensor of int, shape (M, k)
         The first units of each.
+    gains : Tensor, shape (M, U)
+        What each unit adds to the margin by which the image is misread (``of="gain"`` in `pss.profile`).
     rest : (Tensor, Tensor)
         Other images of the folder that were read right, and their labels.
     reading : Reading
@@ -68,6 +70,7 @@ class Group:
     images: Tensor
     labels: Tensor
     top: Tensor
+    gains: Tensor
     rest: tuple[Tensor, Tensor]
     reading: Reading
     tree: str
@@ -140,7 +143,8 @@ def find(
     table["cluster"] = _clusters(s, found)
     top = rank(s, found.reference, ranking, min(k, len(units)))
     rest = _in_memory(Subset(every, right.tolist())) if len(right) else (images[:0], labels[:0])
-    return Group(table, images, labels, top, rest, reading, tree, str(every.name))
+    gains = profile(network.model, images, labels, units, "logit_difference", signed=True, of="gain")
+    return Group(table, images, labels, top, gains, rest, reading, tree, str(every.name))
 
 
 def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
@@ -279,19 +283,29 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     together, found = shared(group, units), clusters(group, network, units)
     ids = torch.tensor(together["unit"].tolist())
     random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
-    ends = repairs(group, network, units, {"shared": ids, "random": random})
-    (own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
+    adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
+    chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
+    ends = repairs(group, network, units, chosen)
+    (gain, own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
     right, kept = "mistakes read right", "rest after"
     verdict = sentence(
-        "group repair", k=own["k"], right=own[right], kept=own[kept], random=other[right], kept_random=other[kept]
+        "group repair",
+        k=own["k"],
+        right=own[right],
+        kept=own[kept],
+        random=other[right],
+        kept_random=other[kept],
+        gain=gain[right],
+        kept_gain=gain[kept],
     )
     report.heading("All mistakes of the folder", "フォルダ内の全ての誤分類画像")
     report.say(*group.reading.told())
     report.say(*sentence("group", **numbers))
     report.table(together, "Units that most mistakes have among their first", "多くの誤分類画像で上位に入るユニット")
+    report.table(adds, "Units that add most to the margins of the mistakes", "誤りのマージンへの寄与が大きいユニット")
     if len(found):
         report.table(found, "Mistakes that are alike to the units", "ユニットから見て似ている誤分類画像")
     for cluster in found["cluster"][:_SHEETS]:
@@ -300,20 +314,22 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
             contact_sheet(group, network, cluster), f"cluster_{cluster}", f"{alt}.", f"{ja}．正解クラスと予測を添えた．"
         )
     report.say(*verdict)
-    if own[right] <= other[right]:
+    if max(own[right], gain[right]) <= other[right]:
         report.say(*sentence("group repair no better"))
-    report.table(ends, "What pruning the shared units does", "共有ユニットの枝刈りの効果")
+    report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", lambda file: group.table.to_csv(file, index=False))
     opening = [group.reading.told(), sentence("group", **numbers), verdict]
     summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
-    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": own[right], "rest_after": own[kept]}
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
+    best = verdict
     for cluster, patch in patches(group, network, units, budget).items():
         told = _told(cluster, patch)
         report.say(*told)
         opening.append(told)
         if len(patch.gains):
             en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
+            best = told if best is verdict else best
             report.table(readable(patch.evidence), en, ja)
             patch.save(report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
-    return summary | {"opening": opening, "verdict": opening[-1]}
+    return summary | {"opening": opening, "verdict": best}

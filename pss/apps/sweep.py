@@ -314,7 +314,9 @@ def _readable(values: Mapping[str, Any]) -> str:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, progress: bool = True) -> pd.DataFrame:
+def run_sweep(
+    sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, progress: bool = True, lead: int = 0
+) -> pd.DataFrame:
     """Run what is not finished, a failed run among it, and return the summary; it is written after every run.
 
     Parameters
@@ -326,6 +328,8 @@ def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, 
         Address of a Dask scheduler, whose workers see the same files, or ``local`` for ``jobs`` workers here.
     again : bool
         Run the finished ones too.
+    lead : int
+        So many come first, one by one with all processors: what a reader opens while the others run.
 
     Raises
     ------
@@ -347,13 +351,19 @@ def run_sweep(sweep: Sweep, jobs: int = 2, dask: str = "", again: bool = False, 
     write_now()
     try:
         with _workers(jobs, dask) as workers, tqdm(total=len(to_do), unit="run", disable=not progress) as bar:
-            for name, error in workers(delayed(run_one)(run, Path.cwd()) for run in to_do):
+            for name, error in _outcomes(to_do, lead, workers):
                 tqdm.write(f"{name} " + (f"FAILED: {error}" if error else "finished"))
                 bar.update()
                 write_now()
     finally:
         write()
     return sweep.summary()
+
+
+def _outcomes(runs: Sequence[Run], lead: int, workers: Parallel) -> Iterator[tuple[str, str]]:
+    """What `run_one` returns of each: of the first ones in order, then of the others as they end."""
+    yield from (run_one(run, Path.cwd()) for run in runs[:lead])
+    yield from workers(delayed(run_one)(run, Path.cwd()) for run in runs[lead:])
 
 
 def _sparing(act: Callable[[], None]) -> Callable[[], None]:

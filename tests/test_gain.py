@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_gradients import (
     FAST,
     GENERAL,
+    MADE,
     OWN_FUNCTIONS,
     ZOO,
     Alias,
@@ -107,14 +108,14 @@ def test_own_autograd_functions_on_outputs(factory):
     assert_gain(seeded(factory), image, verify=False)
 
 
-@pytest.mark.parametrize("name", GENERAL.keys() - {"weight_norm"})
+@pytest.mark.parametrize("name", [*GENERAL, *(name for name in MADE if "norm" not in name and "standard" not in name)])
 def test_what_the_fast_path_does_not_know(name):
-    factory, shape, kind = GENERAL[name]
+    factory, shape, kind = {**GENERAL, **MADE}[name]
     assert_gain(seeded(factory), shape, kind, strategy="auto")
 
 
 def test_a_direction_that_is_normalized_contributes_nothing():
-    factory, shape, kind = GENERAL["weight_norm"]
+    factory, shape, kind = MADE["weight_norm"]
     model = seeded(factory)
     images, labels = batch(shape)
     for size in (7, 1):  # sums of rounding, which are no reason to distrust
@@ -294,7 +295,7 @@ def test_uses_are_averaged_and_idle_layers_say_nothing():
 
 @pytest.mark.parametrize("name", ["weight in a product", "weight called and in a product", "part of a weight"])
 def test_layers_whose_output_is_not_seen_are_refused(name):
-    factory, shape, kind = GENERAL[name]
+    factory, shape, kind = {**GENERAL, **MADE}[name]
     model = seeded(factory)
     images, labels = batch(shape)
     for strategy in ("auto", "fast", "loop"):

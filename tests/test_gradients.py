@@ -928,6 +928,26 @@ def test_units_that_are_columns(signed):
     assert_equal_to_loop(seeded(Columns), (5, 3), own("one", "two"), strategy="auto", signed=signed)
 
 
+@pytest.mark.parametrize("name", ["weight standardization", "weight in a penalty", "table of windows", "columns"])
+def test_gains_of_weights_that_are_made_or_untransposed(name):
+    factory, shape, kind = MADE.get(name, (Columns, sequence, lambda _: [UnitGroup("two", (8, 8), 8, dim=1)]))
+    model = seeded(factory)
+    images, labels = batch(shape, 3)
+    units = Units.of(model, kind)
+    expected = profile(model, images, labels, units, of="gain", strategy="loop")
+    got = profile(model, images, labels, units, of="gain", verify=False)
+    assert expected.any()
+    assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_of_columns_are_those_of_their_layer():
+    model = seeded(Columns)
+    images, labels = batch(sequence, 3)
+    got = profile(model, images, labels, Units.of(model, lambda _: [UnitGroup("one", (3, 8), 8, dim=1)]), of="output")
+    said = (images.mean(1) @ model.one + model.bias).detach()
+    assert torch.allclose(got, said.abs(), rtol=1e-9)
+
+
 READS = {  # what a network may read of its batch to decide by: nothing that images have a part in
     "positions": (lambda m, x: (torch.arange(x.shape[3])[None].diff() == 1).all(), True),
     "a mask of ones": (lambda m, x: bool(torch.ones_like(x[:, 0], dtype=torch.bool).all()), True),

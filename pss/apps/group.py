@@ -329,6 +329,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
         if len(patch.gains):
             en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
             best = told if best is verdict else best
+            opening.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
             report.table(readable(patch.evidence), en, ja)
             patch.save(report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)

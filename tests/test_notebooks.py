@@ -12,7 +12,6 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 MACHINE_PATHS = re.compile(r"/(home|root|work|tmp|Users|var|mnt)/|[A-Z]:\\\\")
 PROGRESS = re.compile(r"it/s\]|\d+%\|")
 POLITE = re.compile(r"(です|ます|でした|ました|ください|でしょう)[．。，、\s)」]")
-WITHOUT_FINDINGS = {"11", "12"}  # not yet rewritten
 KANA = re.compile(r"[ぁ-んァ-ン]")
 
 # One word for one thing: what is not written, and the word of the glossary that stands for it.
@@ -159,8 +158,6 @@ def test_computed_sentences_say_the_same_numbers_in_both_languages(path):
 
 
 def test_closes_with_findings_in_both_languages(path):
-    if path.stem[:2] in WITHOUT_FINDINGS:
-        return
     found = cells(path)
     starts = [n for n, c in enumerate(found) if c.cell_type == "markdown" and c.source.startswith("## ")]
     first = next(n for n in starts if found[n].source.startswith("## What was shown"))
@@ -177,8 +174,6 @@ def japanese_of(path: Path) -> list[str]:
 
 
 def test_one_word_for_one_thing(path):
-    if path.stem[:2] in WITHOUT_FINDINGS:
-        return
     glossary = (FOLDER / "glossary.md").read_text(encoding="utf-8")
     root = FOLDER.parent  # the other Japanese pages are looked at with the tour
     pages = [root / "README.ja.md", root / "data/README.ja.md", *root.glob("docs/ja/**/*.md")]
@@ -193,8 +188,6 @@ def test_one_word_for_one_thing(path):
 
 
 def test_card_asks_a_question_and_answers_it_in_a_sentence(path):
-    if path.stem[:2] in WITHOUT_FINDINGS:
-        return
     rules = ((("Question", "Answer"), r"[.?](?=\s)"), (("問い", "答え"), "[．？]"))
     for card, (names, stop) in zip(pairs(path)[0], rules, strict=True):
         rows = [re.search(rf"^\| \*\*{name}\*\* \| (.+) \|$", card, re.MULTILINE) for name in names]

@@ -387,7 +387,7 @@ def fit_patch(
     path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])
-    reason = _reason(best, more, len(held[0]), budget)
+    reason = reason_of(best, more, len(held[0]), budget)
     patch = replace(patch, tried=tried, left=best["left"], reason=reason)
     if not best["corrected"]:
         return patch
@@ -504,7 +504,7 @@ def _evidence(part: str, before: Tensor, after: Tensor, labels: Tensor) -> dict:
     return {"part": part, "n": len(labels), **{name: done[name] for name in kept}, "kl_upper": bound}
 
 
-def _reason(best: dict, more: dict | None, held: int, budget: float) -> str:
+def reason_of(best: dict, more: dict | None, held: int, budget: float) -> str:
     """Why mistakes are left, and what would do."""
     if not best["left"]:
         return ""

@@ -10,7 +10,7 @@ import torch
 from test_own_network import Page, is_safe
 
 import pss
-from pss import models
+from pss import models, patches
 from pss.apps import experiment, explain
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
@@ -138,3 +138,18 @@ def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
     english, japanese = explain.verdict(patch)
     assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
     assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)
+
+
+@pytest.mark.parametrize(
+    "best, more",
+    [
+        ({"left": [1], "corrected": 3}, None),
+        ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0074, "kl_upper": 0.027}),
+        ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.027}),
+    ],
+)
+def test_a_patch_that_was_not_found_says_why_in_both_languages(best, more):
+    reason = patches.reason_of(best, more, 8, 0.01)
+    english, japanese = explain.verdict(pss.Patch("0" * 64, reason=reason))
+    assert reason in english and not re.search(r"[a-z]{4}", japanese)
+    assert sorted(re.findall(r"[\d.]*\d%?", english)) == sorted(re.findall(r"[\d.]*\d%?", japanese))

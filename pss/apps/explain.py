@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pss import data, models
-from pss.apps.pages import sentence
+from pss.apps.pages import no_patch, sentence
 from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
@@ -245,7 +245,7 @@ def _joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
 def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
     if not len(patch.gains):
-        return sentence("no patch", reason=patch.reason)
+        return no_patch("no patch", patch.reason)
     held_out, fitted = (patch.evidence.set_index("part")["kl_mean"][part] for part in ("retain held out", "retain"))
     return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
 

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 
 from pss import models
 from pss.apps.explain import Case, readable, with_evidence
-from pss.apps.pages import sentence
+from pss.apps.pages import no_patch, sentence
 from pss.apps.reading import Reading, Usual, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
@@ -259,7 +259,7 @@ def patches(group: Group, network: models.Network, units: Units, budget: float =
 def _told(cluster: int, patch: Patch) -> tuple[str, str]:
     """What came of the patch of a cluster."""
     if not len(patch.gains):
-        return sentence("no cluster patch", cluster=cluster, reason=patch.reason)
+        return no_patch("no cluster patch", patch.reason, cluster=cluster)
     of = patch.evidence.set_index("part")
     held_out, rest = of.loc["mistakes held out"], of.loc["folder, read right"]
     numbers = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def words() -> dict[str, dict[str, Any]]:
-    """What ``words.yaml`` holds: Japanese ``columns`` and ``values`` of tables; ``sentences`` in both languages."""
+    """What ``words.yaml`` holds: Japanese ``columns``, ``values`` and ``reasons``; ``sentences`` in both languages."""
     return yaml.safe_load((_HERE / "words.yaml").read_text(encoding="utf-8"))
 
 
@@ -29,3 +30,14 @@ def sentence(name: str, /, **values: Any) -> tuple[str, str]:
     """A sentence of ``words.yaml`` with these values, in English and in Japanese."""
     told = words()["sentences"][name]
     return told["en"].format(**values), told["ja"].format(**values)
+
+
+def no_patch(name: str, reason: str, **values: Any) -> tuple[str, str]:
+    """The sentence of a patch without gains, with its reason in either language."""
+    said = (
+        pattern.format(*found.groups(""))
+        for text, pattern in words()["reasons"].items()
+        if (found := re.fullmatch(text, reason))
+    )
+    told = words()["sentences"][name]
+    return told["en"].format(reason=reason, **values), told["ja"].format(reason=next(said, reason), **values)

@@ -357,6 +357,7 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a loader's worker, forked in here, has the lock open too
             os.close(lock)
 
 

@@ -470,7 +470,7 @@ CASES = {
     "prediction of nothing": (lambda w: models.predict(w.model, w.x[:0]), ValueError, r"no images to predict: expected at least one"),
     "prediction in batches of 0": (lambda w: models.predict(w.model, w.x, 0), ValueError, r"batch_size must be positive and finite, not 0"),
     "mistakes of wrong labels": (lambda w: models.misclassified(w.model, TensorDataset(w.x, w.y + 3)), ValueError, r"label \d is outside 0\.\.2"),
-    "mistakes of a NaN model": (lambda w: models.misclassified(Answers(w.model, lambda z: z * NAN), w.set), ValueError, r"outputs are NaN for images \[0, 1.*no class is predicted"),
+    "mistakes of a NaN model": (lambda w: models.misclassified(Answers(w.model, lambda z: z * NAN), w.set), ValueError, r"outputs for \d+ images \(.*\) are NaN.*which is no class"),
     "mistakes of a model of tuples": (lambda w: models.misclassified(Answers(w.model, lambda z: (z, z)), w.set), ValueError, r"outputs are tuple: expected logits"),
     "accuracy of nothing": (lambda w: models.accuracy(w.model, TensorDataset(w.x[:0], w.y[:0])), ValueError, r"no images to predict"),
     # --- data

@@ -566,36 +566,25 @@ def test_images_are_not_marked():
 
 
 @pytest.mark.parametrize("edit", ["prune", "finetune"])
-def test_collateral_by_brute_force(edit):
+def test_collateral_by_brute_force(edit, monkeypatch):
+    monkeypatch.setattr("pss.editing.RETAIN_BATCH", 7)  # of 20 images
     model = unusual(build(Chain))
     units = Units.of(model)
-    (images, labels), ids = batch(2), rankings(units, 2, k=6)
+    (images, labels), ids = batch(2), rankings(units, 2, k=5)
     retain, retain_labels = batch(20, seed=9)
     with torch.no_grad():  # some right, some wrong
         right = copy.deepcopy(model).eval()(retain).argmax(1)
     retain_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
     steps = unit_steps(model, images, labels, units, ids, step_norm=1.0) if edit == "finetune" else None
     before = state(model)
-    table = side_effects(
-        model,
-        units,
-        ids,
-        retain,
-        retain_labels,
-        edit,
-        steps,
-        k=5,
-        image_ids=["a", "b"],
-        batch_size=7,
-        progress=False,
-    )
+    table = side_effects(model, units, ids, retain, retain_labels, edit, steps, image_ids=["a", "b"], progress=False)
     assert_untouched(model, before)
     assert table["image"].tolist() == ["a", "b"]
     for q in range(2):
         variant = copy.deepcopy(model).eval()
         with torch.no_grad():
             old = variant(retain)
-            for n, unit in enumerate(ids[q, :5].tolist()):
+            for n, unit in enumerate(ids[q].tolist()):
                 view = units.view(variant, unit)
                 view.copy_(torch.zeros(()) if steps is None else view + steps[q][n])
             new = variant(retain)

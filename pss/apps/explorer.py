@@ -269,12 +269,12 @@ def _curve(curve: pd.DataFrame) -> dict[str, list]:
 
 def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
     """Share of the retain images that stay right after the first edits."""
-    own = [[steps[u] for u in top.tolist()]] if edit == "finetune" else None
-    tables = [
-        repair.side_effects(c.model, c.units, top[None], *c.retain, edit, own and [own[0][:k]], k, progress=False)
-        for k in c.elsewhere
-    ]
-    return {"still_right": _short([table["still_right"][0] for table in tables])}
+    shares = []
+    for k in c.elsewhere:
+        own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
+        table = repair.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
+        shares.append(table["still_right"][0])
+    return {"still_right": _short(shares)}
 
 
 def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) -> str:

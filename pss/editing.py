@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss.engine.checks import check_ids, check_known, check_positive
+from pss.engine.checks import check_ids, check_known, check_labels, check_positive
 from pss.engine.edits import EditRunner, Place, add_steps, restored
 from pss.engine.state import preserved
-from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
-from pss.units import Units
+from pss.saliency import Loss, check_inputs, get_loss
+from pss.units import Units, check_units
 
 log = logging.getLogger(__name__)
 

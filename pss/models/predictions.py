@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pss import data
-from pss.engine.checks import check_positive
+from pss.engine.checks import check_labels, check_positive
 from pss.engine.state import preserved
-from pss.saliency import check_labels
 
 
 def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256) -> torch.Tensor:

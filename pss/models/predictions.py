@@ -38,7 +38,9 @@ def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 
     return _outputs(model, images, batch_size)[0]
 
 
-def _outputs(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256):
+def _outputs(
+    model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits, and the labels if a data set was given, from one pass over it."""
     if len(images) == 0:
         raise ValueError("no images to predict: expected at least one")

@@ -104,7 +104,7 @@ GUARDS = {
         lambda task, images, labels, part, known: part,
     ),
     "rows follow samples": Guard(
-        "tests/test_gradients.py::test_a_sorted_batch_whose_last_image_keeps_its_place",
+        "tests/test_saliency.py::test_a_sorted_batch_whose_last_image_keeps_its_place",
         "keeps_order",
         lambda *given: True,
     ),

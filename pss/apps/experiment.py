@@ -36,19 +36,18 @@ from tqdm import tqdm
 import pss
 from pss import editing as repair
 from pss import models
-from pss.apps.reading import SAVED, Reading, has_built_in, pictures
+from pss.apps.pages import sentence
+from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, pictures, prepared, read_saved
 from pss.data import digits
 from pss.engine.checks import check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models import predict
-from pss.profiles import profile_dataset
 from pss.ranking import RANKINGS, rank, stage_shares
 from pss.reference import Reference
 from pss.saliency import Loss, loss_name, profile
 from pss.statistics import paired_difference
 from pss.storage.digests import digest, key_of
-from pss.storage.fingerprints import fingerprint, name_of, name_of_data
-from pss.storage.places import cache_folder
+from pss.storage.fingerprints import fingerprint, name_of_data
 from pss.storage.whole import write_whole
 from pss.units import Units
 
@@ -58,6 +57,7 @@ _RANKING = ("image", "algo", "k", "unit", "layer", "stage")
 _RESULTS = ("image", "algo", "edit", "k", "unit", "label", "predicted0", "predicted", "confidence_true")
 _RESULTS += ("confidence_wrong", "corrected", "loss")
 _TABLES = {"images": (), "ranking": _RANKING, "results": _RESULTS}  # and the columns that they have also without rows
+_ANOTHER = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
 _RANDOM = ("random", "random_last_stage", "layer_matched_random")
 
 
@@ -94,9 +94,17 @@ class Statistics:
         both = {"plain": self.plain, "scale_free": self.scale_free}
         return {name: {**r.provenance, "n": r.n, "level": r.level} for name, r in both.items() if r is not None}
 
+    @property
+    def told(self) -> tuple[str, str]:
+        """How many images they come from, and how many misread ones were left out: in English, and in Japanese."""
+        of = next(iter(self.provenance.values()))
+        if "left_out" in of:
+            return sentence("usual experiment", left=of["n"], out=int(of["left_out"]))
+        return sentence("usual saved", name=of.get("source", "reference"), n=of["n"] or "?")
+
 
 def statistics(
-    model: nn.Module,
+    network: models.Network,
     units: Units,
     path: str | Path = "",
     images: Dataset | None = None,
@@ -104,7 +112,8 @@ def statistics(
     algo: Sequence[str] = tuple(PUBLISHED),
     level: float = 0.90,
     loss: str | Loss = "cross_entropy",
-    preprocessing: str = "",
+    misread: bool = False,
+    allow_chance: bool = False,
     progress: bool = True,
 ) -> Statistics:
     """Statistics that the rankings need: read where they are there and fit, otherwise made and kept.
@@ -113,15 +122,18 @@ def statistics(
     ----------
     path : path
         A folder, where they are kept; or a file with a reference, ours (``.safetensors``) or published (``.pth``). By
-        default a folder in `pss.data.cache_folder`, named by what they are made of.
+        default a folder in `pss.models.cache_of`, named by what they are made of.
     images : Dataset, optional
         The reference images, of (image, label). Needed to make statistics; where given, what is found must be of them.
+        Those that are misread are left out: what is wrong on them must not count as usual.
     make : bool
         The program's ``do_stats``. False makes nothing: what is needed must be there.
     algo : sequence of str
         The rankings.
-    preprocessing : str
-        Any text that names how the images were prepared, see `pss.profile_dataset`.
+    misread : bool
+        Keep the misread images, as the program does.
+    allow_chance : bool
+        Go on where the network reads no better than chance; then they are kept, too.
 
     Raises
     ------
@@ -131,13 +143,15 @@ def statistics(
         If those found are of another model, units, data, loss or level; or there are no images to make them of.
     """
     methods = [method_of(name) for name in algo]
-    provenance = {"model": fingerprint(model), "loss": loss_name(loss)}
+    provenance = {}
     if images is not None:
-        provenance |= {"data": name_of_data(images), "preprocessing": preprocessing}
+        provenance = {"data": name_of_data(images), "preprocessing": models.preprocessing_of(network, images)}
     if Path(path).suffix in SAVED:
-        reference = _read_reference(Path(path), units, provenance)
+        reference = read_saved(network, units, path, _ANOTHER, loss, **provenance)
         return Statistics(**{"scale_free" if reference.scale_free else "plain": reference})
-    folder = Path(path) if str(path) else _cached("statistics", {**provenance, "units": units.fingerprint})
+    provenance["misread"] = "kept" if misread else "left out"
+    key = key_of([provenance, fingerprint(network.model), units.fingerprint, loss_name(loss)])
+    folder = Path(path) if str(path) else models.cache_of(network) / "statistics" / key
 
     def find(name: str, build: Callable[[Path], None]) -> Path:
         """The file, made if it is not there and may be."""
@@ -151,9 +165,9 @@ def statistics(
         return file
 
     def fit(file: Path, scale_free: bool) -> None:
-        place = folder / "profiles" if str(path) else None  # in the cache, those that others have made
-        how = {"loss": loss, "preprocessing": preprocessing, "progress": progress}
-        Reference.fit(profile_dataset(model, images, units, place, **how), level, scale_free).save(file)
+        how = {"path": folder / "profiles" if str(path) else None, "loss": loss, "progress": progress}
+        of_tail = {"level": level, "scale_free": scale_free, "parameter": "reference_images_path"}
+        fit_usual(network, units, images, "named", None, allow_chance, misread, **of_tail, **how).reference.save(file)
 
     kinds = {"plain": ""} | (
         {"scale_free": "-scale-free"} if any("scale_free" in RANKINGS[m].needs for m in methods) else {}
@@ -161,21 +175,8 @@ def statistics(
     found: dict[str, Any] = {}
     for kind, ending in kinds.items():
         file = find(f"reference-{level:g}{ending}.safetensors", partial(fit, scale_free=kind == "scale_free"))
-        found[kind] = _read_reference(file, units, provenance)
+        found[kind] = read_saved(network, units, file, _ANOTHER, loss, **provenance)
     return Statistics(**found)
-
-
-def _read_reference(file: Path, units: Units, provenance: dict[str, str]) -> Reference:
-    try:
-        return Reference.load(file, units).check(units, **provenance)
-    except ValueError as error:
-        what = "give another reference_path, or remove this one and run again with -p reference_images_path FOLDER"
-        raise ValueError(f"{file}: {error}: {what}") from error
-
-
-def _cached(kind: str, provenance: Any) -> Path:
-    """Folder in the cache for what is made of this."""
-    return cache_folder() / kind / key_of(provenance)
 
 
 def images_of(network: models.Network, root: str | Path = "") -> Dataset:
@@ -186,28 +187,18 @@ def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     """
     if network.name == "digits" and not str(root):
         return digits("test")
-    if not str(root) and not has_built_in(network):
-        raise ValueError(f"no built-in images fit {network.name}: give dataset_path, a folder of pictures per class")
-    return models.reference_set(network, root)
+    return pictures(network, str(root), missing="dataset_path, a folder with folders")
 
 
 def usual_of(
     network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
 ) -> Dataset | None:
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
-    if str(root) or has_built_in(network):
-        return pictures(network, str(root), count, seed)
-    if needed:
-        raise ValueError(
-            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference_images_path, "
-            "a folder with a folder of pictures per class (of its training images, if you have them)"
-        )
-    return None
-
-
-def preprocessing_of(network: models.Network, dataset: Dataset | None) -> str:
-    """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
-    return "" if dataset is None or hasattr(dataset, "images") else str(name_of(network.preprocess))
+    if not needed and not str(root) and not has_built_in(network):
+        return None
+    return pictures(
+        network, str(root), count, seed, "reference_images_path, a folder, best of its training images, with folders"
+    )
 
 
 # --- the experiment ---------------------------------------------------------------------------------------------------
@@ -248,7 +239,7 @@ class Experiment:
 
 
 def run(
-    model: nn.Module,
+    network: models.Network,
     dataset: Dataset,
     units: Units,
     usual: Statistics,
@@ -274,7 +265,7 @@ def run(
         From `statistics`.
     folder : path
         Where the experiment lives. One that was begun there with the same settings goes on; a finished one is read. By
-        default a folder in `pss.data.cache_folder`, named by the settings.
+        default a folder in `pss.models.cache_of`, named by the settings.
     algo : sequence of str
         Rankings, by our names or the program's (`method_of`).
     edits : sequence of {"finetune", "prune"}
@@ -286,7 +277,7 @@ def run(
     count : int, optional
         Stop after so many misread images; all by default.
     provenance : dict, optional
-        More names to be kept in the record, as that of the network.
+        More names to be kept in the record, as that of the images.
 
     Returns
     -------
@@ -315,10 +306,12 @@ def run(
     methods = {name: method_of(name) for name in algo}
     if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
         raise ValueError(f"algo has {' and '.join(twice)}, which are the same ranking: leave all but one out")
-    _check_statistics(usual, methods, model, units)
+    _check_statistics(usual, methods, network.model, units)
     if "last_stage_raw" in methods.values():
         _check_last_stage(units, filters)
+    model = network.model
     settings = {
+        **{"network": network.name, "weights": network.weights, "preprocessing": prepared(network)},
         **(provenance or {}),
         "pss": pss.__version__,
         "model": fingerprint(model),
@@ -334,7 +327,7 @@ def run(
         "seed": seed,
         "loss": loss_name(loss),
     }
-    folder = Path(folder) if str(folder) else _cached("experiments", settings)
+    folder = Path(folder) if str(folder) else models.cache_of(network) / "experiments" / key_of(settings)
     record = _begin(folder, settings)
     if record["complete"]:
         return Experiment.open(folder)
@@ -390,7 +383,7 @@ def _finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataF
     last = tables["results"][tables["results"]["k"] == record["filters"]]
     right = int((tables["images"]["label"] == tables["images"]["predicted"]).sum())
     read = Reading("", looked_at, right, looked_at).summary()
-    summary = {"looked_at": looked_at, "edited": edited, "preprocessing": record.get("preprocessing", ""), **read}
+    summary = {"looked_at": looked_at, "edited": edited, "preprocessing": record["preprocessing"], **read}
     for (name, edit), own in last.groupby(["algo", "edit"], sort=False):
         summary[f"corrected {name} {edit}"] = float(own["corrected"].mean())
         before = tables["results"].query("algo == @name and edit == @edit and k == 0")["confidence_true"]

@@ -22,18 +22,22 @@ from scipy.stats import binomtest
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "mutants"
+# The tests of each file, and which of them are too slow for hundreds of changes where others see the same (of pytest's -k).
 TESTS = {
-    "units": ("units",),
-    "ranking": ("ranking",),
-    "reference": ("reference", "statistics"),
-    "evt": ("evt", "statistics"),
-    "neighbors": ("neighbors",),
-    "input_space": ("input_space",),
-    "editing": ("editing", "one_image"),
-    "correction": ("correction", "one_image"),
-    "patches": ("patches",),
-    "saliency": ("saliency", "gain"),
-    "profiles": ("profiles",),
+    "units": (("units",), ""),
+    "ranking": (("ranking",), ""),
+    "reference": (("reference", "statistics"), ""),
+    "evt": (("evt", "statistics"), ""),
+    "neighbors": (("neighbors",), ""),
+    "input_space": (("input_space",), "not zoo"),
+    "editing": (("editing", "one_image"), "not lambda and not vgg"),
+    "correction": (("correction", "one_image"), ""),
+    "patches": (("patches",), ""),
+    "saliency": (
+        ("saliency", "gain"),
+        "not zoo and not fast_path and not difficulty and not weight_gradient and not smooth and not made_of and not general",
+    ),
+    "profiles": (("profiles",), "not killed and not ranks and not begin_at_once"),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show
 CONFIG = """
@@ -56,7 +60,8 @@ def prepare(file: Path) -> Path:
     for name in ("pss", "tests", "data", "notebooks"):
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
-    tests = [f"tests/test_{name}.py" for name in TESTS[file.stem]]
+    names, some = TESTS[file.stem]
+    tests = [*(f"tests/test_{name}.py" for name in names), *(["-k", some] if some else [])]
     config = CONFIG.format(file=file.as_posix(), tests=json.dumps(tests))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8") + config, "utf-8")
     # Which tests call which function, found anew: mutmut would ask only the tests that it has not seen.

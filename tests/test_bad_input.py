@@ -35,7 +35,7 @@ from pss.reference import Reference
 from pss.storage.folder import ProfileStore
 from pss.units import UnitGroup, Units
 
-NAN, INF = float("nan"), float("inf")
+NAN, INF, STRATEGIES = float("nan"), float("inf"), ("auto", "vmap", "loop")
 
 
 class Answers(nn.Module):
@@ -250,15 +250,23 @@ CASES = {
     "model that gives maps": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[..., None]), units=None), ValueError, r"outputs are \(6, 3, 1\): expected logits"),
     "model that gives other rows": (lambda w: saliency(w, model=Answers(w.model, lambda z: z[:4]), units=None), ValueError, r"outputs are \(4, 3\) for 6 images"),
     "model that gives NaN": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None), ValueError, r"the loss is not finite for samples \[0, 1, 2, 3, 4, 5\]"),
-    "model that gives NaN, loop": (lambda w: saliency(w, model=Answers(w.model, lambda z: z * NAN), units=None, strategy="loop"), ValueError, r"the loss is not finite for samples \[0\]"),
     "model that is a function": (lambda w: saliency(w, model=torch.sin), TypeError, r"model is a builtin_function_or_method: expected a torch.nn.Module"),
     "model without parameters": (lambda w: saliency(w, model=nn.ReLU()), ValueError, r"ReLU has no unit of kind|the model has None"),
     "units of another model": (lambda w: saliency(w, model=w.wide), ValueError, r"the units are not of this model: .*one.weight.*\(6, 3, 3, 3\); make them with Units.of"),
     "units a name": (lambda w: saliency(w, units="filters"), TypeError, r"units are a str: expected Units, as Units.of\(model\)"),
     "unknown loss": (lambda w: saliency(w, loss="mse"), ValueError, r"unknown loss 'mse': expected one of .*cross_entropy.* or a callable"),
-    "loss of the batch": (lambda w: saliency(w, loss=lambda z, y: z.mean()), ValueError, r"the loss returned \(\) for 6 samples: expected \(6,\), one value each"),
-    "loss of many numbers": (lambda w: saliency(w, loss=lambda z, y: z), ValueError, r"the loss returned \(6, 3\) for 6 samples: expected \(6,\)"),
-    "loss of NaN": (lambda w: saliency(w, loss=lambda z, y: z[:, 0] * NAN), ValueError, r"the loss is not finite"),
+    **{
+        f"loss of the batch, {s}": (lambda w, s=s: saliency(w, strategy=s, loss=lambda z, y: z.mean()), ValueError, r"the loss returned \(\) for (6|1) samples: expected \((6|1),\), one value each")
+        for s in STRATEGIES
+    },
+    **{
+        f"loss of many numbers, {s}": (lambda w, s=s: saliency(w, strategy=s, loss=lambda z, y: z), ValueError, r"the loss returned \((6|1), 3\) for (6|1) samples: expected")
+        for s in STRATEGIES
+    },
+    **{
+        f"loss of NaN, {s}": (lambda w, s=s: saliency(w, strategy=s, loss=lambda z, y: z[:, 0] * NAN), ValueError, r"the loss is not finite for samples \[0")
+        for s in STRATEGIES
+    },
     "loss of nothing": (lambda w: saliency(w, loss=lambda z, y: None), ValueError, r"the loss returned NoneType for 6 samples"),
     "unknown path": (lambda w: saliency(w, strategy="slow"), ValueError, r"unknown option 'slow': expected one of .*'fast'"),
     "unknown precision": (lambda w: saliency(w, precision="fp16"), ValueError, r"unknown option 'fp16': expected one of .*'bf16'"),

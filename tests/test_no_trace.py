@@ -65,7 +65,7 @@ class _Wire(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """6 filters, batch normalization, dropout; trips where it is told to."""
+    """6 filters, batch normalization, dropout; draws random numbers, and trips where it is told to."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Net(nn.Module):
     def forward(self, x):
         if self.forth is not None:
             self.forth()
-        x = self.two(self.norm(self.one(x)).tanh()).tanh()
+        x = self.two(self.norm(self.one(x + 0 * torch.rand_like(x))).tanh()).tanh()
         if self.back is not None:
             x = _Wire.apply(x, None, self.back)
         return self.head(self.drop(x).mean((2, 3)))
@@ -219,7 +219,8 @@ NO_MODEL: dict[str, Callable] = {  # these could touch what is global
 
 
 def seen(w) -> dict:
-    return {"model": state_of(w.model), "process": state_of_process()}
+    images = {"images": (w.x._version, w.x.requires_grad, vars(w.x))}
+    return {"model": state_of(w.model), "process": state_of_process(), "images": images}
 
 
 def cut_off(w, call, kind: str, at: int, error: type[BaseException] = Fault) -> Trip:

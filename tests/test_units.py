@@ -322,11 +322,12 @@ def test_a_layout_that_is_met_either_way_must_be_said(name):
 
 def test_heads_that_are_left_out_are_said(caplog):
     model = nn.ModuleList([Fused(), Strange(30, num_heads=3), nn.Bilinear(2, 2, 2)])
-    model[2].num_heads = 2
+    model.num_heads = model[2].num_heads = 2  # the first is around heads that are known
     units = Units.of(model, "heads")
     assert len(units) == 9 and {layer.parameter for layer in units.layers} == {"0.qkv.weight"}
     assert "heads left out of ModuleList; 1: qkv.weight has 30 rows" in caplog.text
     assert "2: it has heads, but no queries, keys and values by a name that is known" in caplog.text
+    assert "ModuleList: it has heads" not in caplog.text and "more" not in caplog.text
 
 
 OURS = ["fused", "torch", "torch, of two widths", "timm's"]  # q, then k, then v, each head after head
@@ -380,7 +381,7 @@ def test_heads_of_timms_vision_transformer():
 def odd_net() -> nn.Module:
     shared = nn.Linear(6, 6)
     return nn.Sequential(
-        nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1), shared, shared
+        nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(8, 6, (2, 1), groups=2), nn.Conv2d(6, 2, 1), shared, shared
     )
 
 
@@ -424,6 +425,7 @@ def test_table_and_fingerprint():
     units = Units.of(build("resnet18"))
     table = units.table()
     assert len(table) == 4800 and table["unit"].is_monotonic_increasing
+    assert list(table) == ["unit", "name", "layer", "index", "stage", "label", "parameter", "size"]
     assert table.loc[4799, ["name", "stage"]].tolist() == ["layer4.1.conv2[511]", "conv5_x"]
     assert units.fingerprint == Units.of(build("resnet18")).fingerprint
     assert units.fingerprint != Units.of(build("resnet34")).fingerprint
@@ -434,6 +436,8 @@ def test_own_units():
     one = lambda model: [UnitGroup("0.weight", (8, 1, 3, 3), count=2, rows=4, label="group")]  # noqa: E731
     units = Units.of(odd_net(), kind=one)
     assert len(units) == 2 and units.sizes.tolist() == [36, 36]
+    tied = Units.of(odd_net(), lambda model: [UnitGroup("4.weight", (6, 6), 6)])  # by its second name
+    assert len(tied) == 6 and Units.of(odd_net(), "rows").kind == "rows"
 
 
 COMPUTED = {  # how a weight comes to be computed from others, and what the error advises

@@ -116,21 +116,11 @@ def test_a_second_run_reads_the_cache_and_writes_the_same(tmp_path, site, collec
 
 
 def test_command_line_writes_with_several_processes(tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "pss",
-        "explorer",
-        tmp_path / "out",
-        "--digits",
-        "2",
-        "--photographs",
-        "0",
-    ]
+    asked = f"-W error -m pss explorer {tmp_path / 'out'} --digits 2 --photographs 0"
     cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
-    done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *asked.split()], cwd=tmp_path, env=cached, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert explorer.read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["retain"] == 200
 

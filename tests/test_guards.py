@@ -78,9 +78,7 @@ GUARDS = {
         f"{BAD}::test_an_edit_that_overflows_predicts_no_class", "predicted", lambda logits: logits.argmax(dim=-1)
     ),
     "dead units come last": Guard(
-        f"{BAD}::test_columns_without_a_tail_are_reported_and_ranked",
-        "pss.ranking._LAST",
-        torch.inf,
+        f"{BAD}::test_columns_without_a_tail_are_reported_and_ranked", "pss.ranking._LAST", torch.inf
     ),
     "references are of this model": Guard(
         f"{BAD}::test_is_refused[map with a reference of another model]",
@@ -109,9 +107,7 @@ GUARDS = {
         lambda *given: True,
     ),
     "modes come back": Guard(
-        f"{TRACE}::test_leaves_no_trace[profile, fast]",
-        "preserved",
-        lambda model: spoiled(lambda m: m.eval(), model),
+        f"{TRACE}::test_leaves_no_trace[profile, fast]", "preserved", lambda model: spoiled(lambda m: m.eval(), model)
     ),
     "flags come back": Guard(
         f"{TRACE}::test_leaves_no_trace[profile, loop]",

@@ -299,17 +299,8 @@ def test_leaves_no_trace(w, name):
 def test_every_public_function_is_here():
     """What `pss` offers at its top is called above."""
     called = " ".join([*CALLS, *NO_MODEL])
-    elsewhere = {
-        "Units",
-        "ProfileStore",
-        "RANKINGS",
-        "fdr_significant",
-        "stage_shares",
-        "Patch",
-        "Reference",
-        "rank_together",
-    }  # no model
-    assert {n for n in pss._HOMES if n not in called} <= elsewhere
+    no_model = "Units ProfileStore RANKINGS fdr_significant stage_shares Patch Reference rank_together"
+    assert {n for n in pss._HOMES if n not in called} <= set(no_model.split())
 
 
 KINDS = ("forward", "backward", "hook", "loss", "data", "torch")
@@ -353,14 +344,9 @@ def test_leaves_no_trace_wherever_it_is_cut_off(w, name, record_property):
 
 REPEATED = ("profile, fast",)
 OTHERS = {  # how often each is called
-    "edited, prune": 1000,
-    "edit_curve": 1000,
-    "predict": 1000,
-    "nearest": 1000,
-    "side_effects": 200,
-    "input_saliency": 200,
-    "parameter_saliency": 100,
-    "profile, vmap": 100,
+    **dict.fromkeys(["edited, prune", "edit_curve", "predict", "nearest"], 1000),
+    **dict.fromkeys(["side_effects", "input_saliency"], 200),
+    **dict.fromkeys(["parameter_saliency", "profile, vmap"], 100),
 }
 TENSORS, MEGABYTES = 0, 0.5  # what may be left after 1,000 calls
 

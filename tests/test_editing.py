@@ -471,23 +471,24 @@ def test_a_graph_of_the_caller_survives_and_nothing_is_marked():
 
 
 @both_edits
-def test_side_effects_by_brute_force(edit):
-    model, images, labels, ids, units = case(Chain, k=6)
+def test_side_effects_by_brute_force(edit, monkeypatch):
+    monkeypatch.setattr("pss.editing.RETAIN_BATCH", 7)  # of 20 images
+    model, images, labels, ids, units = case(Chain, k=5)
     unsettled(model)
     retain, retain_labels = batch(20, seed=9)
     with torch.no_grad():  # some right, some wrong
         right = copy.deepcopy(model).eval()(retain).argmax(1)
     retain_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
     steps = unit_steps(model, images, labels, units, ids, step_norm=1.0) if edit == "finetune" else None
-    before, how = state_of(model), {"image_ids": ["a", "b"], "batch_size": 7, "progress": False}
-    table = side_effects(model, units, ids, retain, retain_labels, edit, steps, k=5, **how)
+    before, how = state_of(model), {"image_ids": ["a", "b"], "progress": False}
+    table = side_effects(model, units, ids, retain, retain_labels, edit, steps, **how)
     assert state_of(model) == before
     assert table["image"].tolist() == ["a", "b"]
     for q in range(2):
         variant = copy.deepcopy(model).eval()
         with torch.no_grad():
             old = variant(retain)
-            for n, unit in enumerate(ids[q, :5].tolist()):
+            for n, unit in enumerate(ids[q].tolist()):
                 view = units.view(variant, unit)
                 view.copy_(torch.zeros(()) if steps is None else view + steps[q][n])
             new = variant(retain)

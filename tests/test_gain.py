@@ -31,7 +31,7 @@ from test_gradients import (
 from torch import nn
 
 from pss import Reference, Units, profile, profile_dataset, rank_together
-from pss.engine import calls, strategies
+from pss.engine import calls, kernels, strategies
 from pss.saliency import LOSSES
 
 image = (3, 8, 8)
@@ -81,8 +81,19 @@ def with_negative_scales(model):
     return model
 
 
+def added_and_changed(output, term):
+    output += term
+    term *= 2
+    return output
+
+
 CHANGED = [  # outputs that are written into, by what cuts values off and by what does not
     net("add in place", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(x).add_(x)),
+    net("add twice", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(x).add_(x).add_(2 * x)),
+    net("add, then ReLU", set_all(layer=conv(3, padding=1)), lambda m, x: F.relu_(m.layer(x).add_(x))),
+    net("add itself", set_all(layer=conv(3, padding=1)), lambda m, x: (lambda y: y.add_(y))(m.layer(x))),
+    net("add to turned", set_all(layer=conv(3, padding=1)), lambda m, x: (lambda y: (y.mT.add_(x), y)[1])(m.layer(x))),
+    net("add, then change", set_all(layer=conv(3, padding=1)), lambda m, x: added_and_changed(m.layer(x), 3 * x)),
     net("ReLU in place", set_all(layer=conv(3)), lambda m, x: F.relu(m.layer(x), inplace=True)),
     net("ReLU6 in place", set_all(layer=conv(3)), lambda m, x: F.relu6(m.layer(x) * 9, inplace=True)),
     net("SiLU in place", set_all(layer=conv(3)), lambda m, x: F.silu(m.layer(x), inplace=True)),
@@ -101,6 +112,19 @@ CHANGED = [  # outputs that are written into, by what cuts values off and by wha
 def test_one_difficulty_at_a_time(factory, fold):
     model = with_negative_scales(seeded(factory))
     assert_gain(model, (3, *[8] * model.dims), fold=fold, signed=not fold)
+
+
+def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
+    factory, size, kind = ZOO["resnet18"]
+    model, counts = seeded(factory), {}
+    images, labels = batch((3, size, size), 2)
+    forward = kernels.Convolution.forward
+    monkeypatch.setattr(kernels.Convolution, "forward", lambda *args: seen.append(1) or forward(*args))
+    for of in ("gradient", "gain"):
+        seen = []
+        profile(model, images, labels, of=of, strategy="fast", verify=False)
+        counts[of] = len(seen)
+    assert counts["gain"] == counts["gradient"] > 0
 
 
 @pytest.mark.parametrize("factory", OWN_FUNCTIONS, ids=lambda f: f.__name__)

@@ -113,13 +113,19 @@ def rank(
     take_part = scores > -torch.inf
     if (few := take_part.sum(dim=1) < k).any():
         raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
-    if reference is not None:  # after all that are alive, before those that take no part
-        dead = reference.dead.to(scores.device) & take_part
-        scores = scores.masked_fill(dead, _LAST)
+    return _first(dead_last(scores, reference), k)
+
+
+def dead_last(scores: Tensor, reference: Reference | None) -> Tensor:
+    """The scores, and for dead units one after all that are alive, before what takes no part, finite also as a sum."""
+    if reference is None:
+        return scores
+    return scores.masked_fill(reference.dead.to(scores.device) & (scores > -torch.inf), -1e300)
+
+
+def _first(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k highest scores of every row; of equal ones the smaller id comes first."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-_LAST = -1e300  # the score of what is dead: after all that is alive, and finite also as a sum over many images
 
 
 def rank_together(
@@ -161,21 +167,20 @@ def rank_together(
     usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
     if not several or len(several) != len(usual):
         raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
-    scores = []
-    for values, its in zip(several, usual, strict=True):
-        own = score(values, its, method, units=units)
-        scores.append(own if its is None else own.masked_fill(its.dead.to(own.device), _LAST))
-    of_images = torch.stack(scores).amax(dim=0)
-    first = of_images.argsort(dim=1, descending=True, stable=True)[:, :k]
-    shares = torch.zeros_like(of_images).scatter_(1, first, 1.0).mean(dim=0)
-    which = torch.stack([own.mean(dim=0) for own in scores]).argmax(dim=0)
+    pairs = zip(several, usual, strict=True)
+    scores = torch.stack([dead_last(score(values, its, method, units=units), its) for values, its in pairs])
+    of_images = scores.amax(dim=0)
     together = of_images.mean(dim=0)
-    order = together.argsort(descending=True, stable=True).cpu()
-    table = pd.DataFrame({"unit": order.numpy(), "score": together.cpu()[order].numpy()})
+    columns = {
+        "unit": torch.arange(len(together)),
+        "score": together,
+        "images": torch.zeros_like(of_images).scatter_(1, _first(of_images, k), 1.0).mean(dim=0),
+        "quantity": scores.mean(dim=1).argmax(dim=0),
+    }
+    order = _first(together[None], len(together))[0].cpu()
+    table = pd.DataFrame({name: values.cpu()[order].numpy() for name, values in columns.items()})
     if units is not None:
-        table.insert(1, "name", [units.name(int(unit)) for unit in order])
-    table["images"] = shares.cpu()[order].numpy()
-    table["quantity"] = which.cpu()[order].numpy()
+        table.insert(1, "name", [units.name(unit) for unit in order.tolist()])
     return table
 
 

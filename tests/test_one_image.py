@@ -6,7 +6,7 @@ So what is made of it is held against finite differences.
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import batch, seeded
+from networks import batch, seeded
 from torch import nn
 
 import pss

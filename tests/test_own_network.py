@@ -272,6 +272,8 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     after = results[(results["algo"] == "raw") & (results["edit"] == "prune")].set_index("k")["confidence_true"]
     assert summary["confidence raw prune"] == pytest.approx(after[2].mean() - after[0].mean())
     assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
+    page = next((desk / "runs").glob(f"{EXPERIMENT.stem}__*/*.html")).read_text("utf-8")
+    assert "What is usual comes from 39 images; misread ones left out" in page and str(desk / "cache") in page
 
     listed = type_in(desk, "cache").stdout
     assert "profiles" in listed and listed.splitlines()[-1].endswith(f"in {desk / 'cache'}")

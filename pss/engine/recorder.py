@@ -354,10 +354,11 @@ class GradientRecorder(TorchFunctionMode):
                 own, gradient = gradient, torch.zeros_like(call.weight)
                 (call.batch or BatchDimension(0, self.samples, 1)).first(gradient)[b] = own
             found = torch.autograd.grad(call.made, parameters, gradient, retain_graph=True)
+            if len(found) > 1:  # they may be one tensor, which is written into below
+                found = [of_one.clone() for of_one in found]
             for name, of_one in zip(call.parameters, found, strict=True):
-                of_one = of_one.mT if name in self.columns else of_one
-                once = _sum_rows((of_one if self.signed else of_one.abs())[None]) if self.uses[name] == 1 else None
-                parts[name].append(of_one[None] if once is None else once)
+                of_one = of_one.mT[None] if name in self.columns else of_one[None]
+                parts[name].append(of_one if self.uses[name] > 1 else self._row_sums(of_one))
         for name, of_each in parts.items():
             if self.uses[name] == 1:
                 self.sums[name] = torch.cat(of_each)
@@ -387,11 +388,15 @@ class GradientRecorder(TorchFunctionMode):
         means = {}
         for name in self.wanted:
             if name in self.gradients:
-                gradient = self.gradients.pop(name)
-                self.sums[name] = _sum_rows(gradient if self.signed else gradient.abs_())
+                self.sums[name] = self._row_sums(self.gradients.pop(name))
             sums = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
             means[name] = tuple(self._mean(name, sums[quantity]) for quantity in self.options.of)
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
+
+    def _row_sums(self, gradients: Tensor) -> Tensor:
+        """Sum over rows of (absolute) gradients, which are written into."""
+        gradients = gradients if self.signed else gradients.abs_()
+        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
     def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
         """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""
@@ -447,10 +452,6 @@ def _has_hooks(model: nn.Module) -> bool:
     everywhere = nn.modules.module
     shared = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _sum_rows(gradients: Tensor) -> Tensor:
-    return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
 
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):

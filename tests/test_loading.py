@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import assert_close, one_by_one
 from PIL import Image
 from safetensors.torch import save_file
-from test_gradients import assert_close, one_by_one
 from torch import nn
 
 import pss

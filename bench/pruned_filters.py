@@ -87,7 +87,7 @@ def look(network: Network, ids: Tensor, wrong: tuple[Tensor, Tensor], retain: tu
 
 def run(path: Path, networks: tuple[int, ...], images: int) -> pd.DataFrame:
     """All rows, those that are missing made and written one by one."""
-    there = tables.begin(path, "python -m bench.pruned_filters", networks=networks, images=images, edits=EDITS)
+    there = tables.begin(path, "python -m bench.pruned_filters", images=images, edits=EDITS)
     done = {tuple(row) for row in there[["network", "domain", "ranking"]].values.tolist()} if len(there) else set()
     for seed in networks:
         network = Network(seed)

@@ -49,6 +49,19 @@ def test_networks_of_the_zoo(name):
     assert_gain(seeded(factory), (3, size, size), kind, sizes=(3,))
 
 
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 32), ("densenet121", 32), ("inception_v3", 75), ("vgg19", 32)])
+def test_networks_of_the_published_statistics(name, size, peer_data):
+    """One gain for each unit that the published files hold, equal to autograd's."""
+    few = {"num_classes": 10, **({"init_weights": False} if name == "inception_v3" else {})}
+    model = seeded(lambda: networks.small_vgg("E") if name == "vgg19" else getattr(networks.models, name)(**few))
+    reference = Reference.load(peer_data / f"ImageNet_val_saliency_stat_{name}_filter_wise.pth")
+    images, labels = batch((3, size, size), 2)
+    units = Units.of(model)
+    gain = profile(model, images, labels, units, of="gain", signed=True)
+    assert gain.shape == (2, len(reference))
+    assert_close(gain, alone(model, images, labels, units), units)
+
+
 def with_negative_scales(model):
     """Half of the normalizations' scales negative, which folding carries into weights."""
     with torch.no_grad():
@@ -356,10 +369,16 @@ def test_rank_together_by_hand():
     torch.testing.assert_close(torch.tensor(table["score"].values), z[0].mean(0).sort(descending=True)[0])
     assert table.set_index("unit")["images"][[3, 1]].tolist() == pytest.approx([1 / 3, 1 / 3])
     both = rank_together([one, other], references, "zscore", k=1).set_index("unit")
-    largest = torch.maximum(*z)
-    torch.testing.assert_close(torch.tensor(both["score"][range(5)].values), largest.mean(0))
-    assert both.index[0] == 4 and both["quantity"][4] == 1 and both["images"][4] == 1.0
-    assert both["quantity"][3] == 0
+    lists = [each.mean(0).argsort(descending=True).tolist() for each in z]
+    named = [(unit, quantity) for turn in zip(*lists, strict=True) for quantity, unit in enumerate(turn)]
+    once = {unit: (unit, quantity) for unit, quantity in reversed(named)}  # the first time that it is named
+    assert list(both["quantity"].items()) == sorted(once.values(), key=named.index)
+    assert both.index[:2].tolist() == [lists[0][0], 4] and both["quantity"][4] == 1
+    scores = torch.stack([z[quantity].mean(0)[unit] for unit, quantity in both["quantity"].items()])
+    torch.testing.assert_close(torch.tensor(both["score"].values), scores)
+    two = rank_together([one, other], references, "zscore", k=2).set_index("unit")["images"]
+    firsts = z[0].argmax(1).bincount(minlength=5) + z[1].argmax(1).bincount(minlength=5)
+    assert (firsts > 0).sum() > 2 and two[range(5)].tolist() == pytest.approx((firsts / 3).tolist())
     dead = Reference.fit(torch.where(torch.arange(5) == 4, 1.0, 10 * usual))
     assert rank_together([other, other], [dead, dead], "zscore")["unit"].iloc[-1] == 4
     assert rank_together(one, method="raw")["unit"][0] == 3

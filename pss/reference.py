@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss.engine.checks import check_share
+from pss.engine.checks import check_share, shape_of
 from pss.saliency import loss_name
 from pss.storage.fingerprints import fingerprint
 from pss.storage.folder import map_blocks
@@ -92,7 +92,7 @@ class Reference:
         if 0 < len(missing) < len(_TAIL):
             raise ValueError(f"a reference with a tail lacks {missing}")
         for name, tensor in held.items():
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            shape = shape_of(tensor)
             if len(shape) != (2 if name == "quantiles" else 1) or shape[0] != len(self.mean):
                 raise ValueError(f"{name!r} is {shape}, expected one number for each unit, as many as 'mean' has")
             if name not in _GPD and not tensor.isfinite().all():

@@ -43,8 +43,10 @@ from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
 
-METHODS = ("zscore", "pot", "scale_free_pot", "raw", "layer_matched_random")
-HEIGHTS = METHODS[:4]  # random units are matched to the layers of POT's: its chart stands for both
+# Rankings of the gradient, and of what a unit contributes to the margin: which to prune, as `pss.rank` says.
+METHODS = ("zscore", "pot", "scale_free_pot", "raw", "gain", "layer_matched_random")
+COLORS, LABELS = plots.METHOD_COLORS | {"gain": "#009E73"}, plots.METHOD_LABELS | {"gain": "gain of the margin"}
+HEIGHTS = METHODS[:5]  # random units are matched to the layers of POT's: its chart stands for both
 EDITS = ("finetune", "prune")
 K = 25
 MAP_UNITS, BOOST = 10, 100.0  # of the input-space map
@@ -99,6 +101,21 @@ class Collection:
     retain: tuple[Tensor, Tensor]
     learning_rate: float = 1e-3
     elsewhere: Sequence[int] = (1, 5, 10, 25)
+
+    def reference(self, method: str) -> Reference:
+        """What a ranking takes as usual."""
+        return self.scale_free if method == "scale_free_pot" else self.plain
+
+    def profiles(self, position: int) -> dict[str, Tensor]:
+        """What each ranking ranks on an image, (1, U)."""
+        of = self.model, self.images[position : position + 1], self.labels[position : position + 1], self.units
+        gains = pss.profile(*of, of="gain", signed=True, loss="logit_difference")
+        return dict.fromkeys(METHODS, pss.profile(*of)) | {"gain": gains}
+
+    def top(self, profiles: dict[str, Tensor], method: str) -> Tensor:
+        """Ids of the first K units, (1, K)."""
+        ranking = "raw" if method == "gain" else method
+        return rank(profiles[method], self.reference(method), ranking, K, self.units)
 
 
 def digits(count: int = 24, retain: int = 200) -> Collection:
@@ -171,7 +188,8 @@ def _view(picture: Image.Image, how: tuple[float, ...]) -> Image.Image:
 def pack(values: np.ndarray) -> dict[str, Any]:
     """Numbers in 8 bits each, evenly spaced from the smallest to the largest; what is not finite is missing.
 
-    `unpack` returns them to within half a step, ``(high - low) / 508``: on a chart 250 pixels high half a pixel.
+    ``low + step * level`` is right to within half a step, ``(high - low) / 508``: on a chart 250 pixels high half a
+    pixel.
     """
     finite = np.isfinite(values)
     low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
@@ -181,21 +199,13 @@ def pack(values: np.ndarray) -> dict[str, Any]:
     return {"low": low, "step": step, "data": base64.b64encode(levels.tobytes()).decode()}
 
 
-def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """Numbers that `pack` kept, NaN where missing."""
-    levels = np.frombuffer(base64.b64decode(packed["data"]), np.uint8).astype(float)
-    return np.where(levels == LEVELS, np.nan, packed["low"] + packed["step"] * levels)
-
-
-def height(profile: Tensor, method: str, plain: Reference, scale_free: Reference) -> np.ndarray:
-    """What the chart draws of a profile (U,): asinh of z, -log10 p (at most `RARE`), or log10 of the saliency."""
-    if method == "zscore":
-        return np.arcsinh(plain.zscore(profile[None])[0].double().numpy())
+def height(profile: Tensor, method: str, reference: Reference) -> np.ndarray:
+    """What the chart draws of a profile (1, U): asinh of z or gain, -log10 p (up to `RARE`), log10 of saliency."""
+    if method in ("zscore", "gain"):
+        return np.arcsinh((reference.zscore(profile) if method == "zscore" else profile)[0].double().numpy())
     if method == "raw":
-        return np.log10(profile.double().where(profile > 0, torch.nan).numpy())
-    reference = scale_free if method == "scale_free_pot" else plain
-    log_p = reference.log_tail_probability(profile[None])[0]
-    return (-log_p / math.log(10)).clamp(0, RARE).numpy()
+        return np.log10(profile[0].double().where(profile[0] > 0, torch.nan).numpy())
+    return (-reference.log_tail_probability(profile)[0] / math.log(10)).clamp(0, RARE).numpy()
 
 
 def describe(collection: Collection, position: int) -> dict[str, Any]:
@@ -212,8 +222,8 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     """
     c = collection
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
-    profile = pss.profile(c.model, image, label, c.units)
-    tops = torch.cat([_top(profile, method, c) for method in METHODS])  # (methods, K)
+    profiles = c.profiles(position)
+    tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
     curves = {
         e: repair.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
@@ -227,35 +237,30 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profile), c.plain.n).sum()),
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
         "picture": picture(_pixels(c.to_image(image[0]))),
-        "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
+        "heights": {method: pack(height(profiles[method], method, c.reference(method))) for method in HEIGHTS},
         "methods": {},
     }
     for row, (method, top) in enumerate(zip(METHODS, tops, strict=True)):
         own = {edit: curve[curve["image"] == row] for edit, curve in curves.items()}
         found["methods"][method] = {
-            **_table(profile, top, c.scale_free if method == "scale_free_pot" else c.plain),
+            **_table(profiles, method, top, c),
             "map": _map(image, label, method, top, c),
             **{edit: _curve(curve) | _elsewhere(edit, top, steps, c) for edit, curve in own.items()},
         }
     return found
 
 
-def _top(profile: Tensor, method: str, c: Collection) -> Tensor:
-    """Ids of the first K units, (1, K)."""
-    if method == "scale_free_pot":
-        return rank(profile, c.scale_free, "pot", K, c.units)
-    return rank(profile, c.plain, method, K, c.units)
-
-
-def _table(profile: Tensor, top: Tensor, reference: Reference) -> dict[str, list]:
-    log_p = reference.log_tail_probability(profile)[0, top] / math.log(10)
+def _table(profiles: dict[str, Tensor], method: str, top: Tensor, c: Collection) -> dict[str, list]:
+    """The first units by a ranking: z-score and tail probability of their gradient, and what is ranked."""
+    gradient, reference = profiles["zscore"], c.reference(method)
+    log_p = reference.log_tail_probability(gradient)[0, top] / math.log(10)
     return {
         "top": top.tolist(),
-        "z": _short(reference.zscore(profile)[0, top]),
+        "z": _short(reference.zscore(gradient)[0, top]),
         "log10_p": [None if math.isinf(p) else p for p in _short(log_p)],  # None: beyond the end of a bounded tail
-        "saliency": _short(profile[0, top]),
+        "saliency": _short(profiles[method][0, top]),
     }
 
 
@@ -269,19 +274,19 @@ def _curve(curve: pd.DataFrame) -> dict[str, list]:
 
 def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
     """Share of the retain images that stay right after the first edits."""
-    own = [[steps[u] for u in top.tolist()]] if edit == "finetune" else None
-    tables = [
-        repair.side_effects(c.model, c.units, top[None], *c.retain, edit, own and [own[0][:k]], k, progress=False)
-        for k in c.elsewhere
-    ]
-    return {"still_right": _short([table["still_right"][0] for table in tables])}
+    shares = []
+    for k in c.elsewhere:
+        own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
+        table = repair.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
+        shares.append(table["still_right"][0])
+    return {"still_right": _short(shares)}
 
 
 def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) -> str:
     """The input-space map over the darkened image, coloured as in `pss.plots.overlay`."""
-    standard = {"scale_free_pot": "pot", "layer_matched_random": "pot"}.get(method, method)
-    reference = c.scale_free if method == "scale_free_pot" else c.plain
-    raw = input_saliency(c.model, image, label, c.units, reference, boost=BOOST, method=standard, ids=top[:MAP_UNITS])
+    standard = {"scale_free_pot": "pot", "layer_matched_random": "pot", "gain": "zscore"}.get(method, method)
+    which = {"boost": BOOST, "method": standard, "ids": top[:MAP_UNITS]}
+    raw = input_saliency(c.model, image, label, c.units, c.reference(method), **which)
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * _pixels(c.to_image(image[0])).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
@@ -338,7 +343,7 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
                 for i, (d, x) in enumerate(zip(of_images, c.images, strict=True))
             ],
         }
-    colors = {method: plots.METHOD_COLORS[method] for method in METHODS}
+    colors = {method: COLORS[method] for method in METHODS}
     options = {"k": K, "map_units": MAP_UNITS, "boost": BOOST, "rare": RARE}
     return {"version": pss.__version__, "methods": colors, **options, "sets": sets}
 
@@ -410,7 +415,7 @@ def widget(collection: Collection | None = None) -> Any:
     said = models.predict(c.model, c.images).argmax(dim=1).tolist()
     names = [f"{c.classes[y]}, read as {c.classes[p]} ({n})" for y, p, n in zip(c.labels, said, c.ids, strict=True)]
     image = ipywidgets.Dropdown(options=list(zip(names, range(len(names)), strict=True)), description="image")
-    method = ipywidgets.Dropdown(options=[(plots.METHOD_LABELS[m], m) for m in METHODS], description="ranking")
+    method = ipywidgets.Dropdown(options=[(LABELS[m], m) for m in METHODS], description="ranking")
     edit = ipywidgets.RadioButtons(options=[("fine-tune", "finetune"), ("prune", "prune")], description="edit")
     k = ipywidgets.IntSlider(10, 1, K, description="filters", continuous_update=False)
     box = ipywidgets.VBox([image, method, edit, k, ipywidgets.HTML(), ipywidgets.Image(format="png")])
@@ -429,16 +434,17 @@ def widget(collection: Collection | None = None) -> Any:
 def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tuple[str, bytes]:
     """What the widget shows: HTML with the table of the edited units, and the picture of `pss.plots.story`."""
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
-    profile = pss.profile(c.model, image, label, c.units)
-    top = _top(profile, method, c)[0, :k]
+    profiles = c.profiles(position)
+    top = c.top(profiles, method)[0, :k]
     steps = repair.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
     before = models.predict(c.model, image).softmax(dim=1)[0]
     with repair.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
         after = models.predict(c.model, image).softmax(dim=1)[0]
     y = int(label)
     text = f"<p>confidence in {c.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"
-    table = pd.DataFrame({"filter": [c.units.name(u) for u in top.tolist()], **_table(profile, top, c.plain)})
-    figure = plots.story(c.to_image(image[0]), c.plain.zscore(profile)[0], c.units, top, before, after, y)
+    table = pd.DataFrame({"filter": [c.units.name(u) for u in top.tolist()], **_table(profiles, method, top, c)})
+    unusual = c.plain.zscore(profiles["zscore"])[0]
+    figure = plots.story(c.to_image(image[0]), unusual, c.units, top, before, after, y)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     plt.close(figure)
@@ -451,11 +457,6 @@ def _write_script(path: Path, name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def read_script(path: Path | str) -> dict[str, Any]:
-    """The JSON inside a file that `write` wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8").split(", ", 1)[1].removesuffix(");\n"))
-
-
 def _copy_bokeh(folder: Path) -> list[Path]:
     """The plotting library and its licence, from the Python package."""
     import bokeh
@@ -463,8 +464,7 @@ def _copy_bokeh(folder: Path) -> list[Path]:
     package = Path(bokeh.__file__).parent
     files = [package / "server" / "static" / "js" / f"{name}.min.js" for name in ("bokeh", "bokeh-api")]
     folder.mkdir(parents=True, exist_ok=True)
-    licence = [p for p in (package / "LICENSE.txt",) if p.exists()]
-    return [Path(shutil.copyfile(file, folder / file.name)) for file in [*files, *licence]]
+    return [Path(shutil.copyfile(file, folder / file.name)) for file in [*files, *package.glob("LICENSE.txt")]]
 
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:

@@ -2,9 +2,6 @@
 
 from pss.statistics.curves import agreement, bootstrap, interval, paired_difference, summarize
 from pss.statistics.tails import (
-    AndersonDarling,
-    MeanExcess,
-    ThresholdStability,
     anderson_darling,
     calibration,
     hill,
@@ -13,21 +10,3 @@ from pss.statistics.tails import (
     qq,
     threshold_stability,
 )
-
-__all__ = [
-    "AndersonDarling",
-    "MeanExcess",
-    "ThresholdStability",
-    "agreement",
-    "anderson_darling",
-    "bootstrap",
-    "calibration",
-    "hill",
-    "interval",
-    "likelihood_ratio",
-    "mean_excess",
-    "paired_difference",
-    "qq",
-    "summarize",
-    "threshold_stability",
-]

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -28,7 +29,6 @@ from test_profiles import run as call
 
 from pss.__main__ import main
 from pss.profiles import ProfileStore
-from pss.storage import whole as _whole
 from pss.storage.folder import partial_of
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -233,7 +233,7 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path, count):
     assert is_partial(left.name)
     kind.write(tmp_path, 0)
     assert left.exists()
-    os.utime(left, (time.time() - 2 * _whole._ABANDONED,) * 2)
+    os.utime(left, (time.time() - 7200,) * 2)
     other = left.with_name(f".other.{'0' * 32}.partial")
     other.touch()
     os.utime(other, (0, 0))
@@ -341,8 +341,7 @@ def test_full_disk(kind, tmp_path, count, mounts):
 
 def fails_in_the_middle(kind: Kind, folder: Path) -> None:
     """A store asks for room before it begins; here the room goes afterwards."""
-    plenty = shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
-    with mock.patch("shutil.disk_usage", lambda path: plenty):
+    with mock.patch("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 40)):
         fails_for_want_of_room(kind, folder, {})
 
 

@@ -397,8 +397,7 @@ def finish(path: Path) -> None:
 
 def write_manifest(path: Path, manifest: dict) -> None:
     """Write the manifest with its own checksum."""
-    content = {**manifest, "checksum": _manifest_checksum(manifest)}
-    write_whole(path / _MANIFEST, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path / _MANIFEST, {**manifest, "checksum": _manifest_checksum(manifest)})
 
 
 def read_manifest(path: Path) -> dict:

@@ -727,26 +727,6 @@ def test_columns_without_a_tail_are_reported_and_ranked():
         assert values.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        (np.full(20, np.nan), "too few excesses"),
-        (np.zeros(20), "too few excesses"),
-        (-np.ones(20), "too few excesses"),
-        (np.r_[np.arange(1.0, 10), np.zeros(11)], "too few excesses"),
-        (np.ones(20), "tied excesses"),
-        (np.r_[np.arange(1.0, 20), np.inf], "infinite excesses"),
-        (10.0 ** np.linspace(-30, 0, 20), "more than 16 decades"),
-        (10.0 ** np.linspace(-200, 100, 500), "more than 16 decades"),
-        (1 - np.linspace(0, 1, 20) ** 9, "no interior maximum"),
-    ],
-)
-def test_rows_that_cannot_be_fitted_say_why(row, why):
-    fit = evt.fit_gpd(row)
-    assert evt.REASONS[fit.reason] == why
-    assert fit.xi.isnan() and fit.scale.isnan() and not fit.fitted
-
-
 def test_an_edit_that_overflows_predicts_no_class(w):
     """NaN is larger than every number for argmax: the first class would be "predicted"."""
     logits = torch.tensor([[0.1, 0.2, 0.3], [NAN, NAN, NAN], [0.0, NAN, 1.0]])

@@ -1,4 +1,4 @@
-r"""Repairing a mistake through a few units: pruning and one-step fine-tuning, always undone.
+r"""Editing units to repair a mistake: pruning and one-step fine-tuning, always undone.
 
 Both papers judge a ranking by editing its first :math:`k` units, one after the other, and watching the
 confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; Wang and Sato 2023, section 4):

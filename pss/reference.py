@@ -1,4 +1,4 @@
-r"""What is usual for each unit, measured on a validation set, and how unusual a new profile is.
+r"""What is usual for each unit on a validation set, and how unusual a new profile is: z-score, tail probability.
 
 Two standards are offered side by side. The z-score :math:`\hat s = (\bar s - \mu) / \sigma` (Levin et al. 2022,
 section 2.1) measures distance in deviations. Peaks over threshold (Wang and Sato 2023, section 3) fits a generalized

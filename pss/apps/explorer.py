@@ -29,8 +29,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import editing as repair
-from pss import models
+from pss import editing, models
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
@@ -226,9 +225,9 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
     curves = {
-        e: repair.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
+        e: editing.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
     }
-    steps = repair.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
+    steps = editing.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
     steps = dict(zip(tops.unique().tolist(), steps, strict=True))
     before = models.predict(c.model, image).softmax(dim=1)[0]
     predicted = int(before.argmax())
@@ -277,7 +276,7 @@ def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) 
     shares = []
     for k in c.elsewhere:
         own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
-        table = repair.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
+        table = editing.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
         shares.append(table["still_right"][0])
     return {"still_right": _short(shares)}
 
@@ -436,9 +435,9 @@ def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tupl
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
     profiles = c.profiles(position)
     top = c.top(profiles, method)[0, :k]
-    steps = repair.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
+    steps = editing.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
     before = models.predict(c.model, image).softmax(dim=1)[0]
-    with repair.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
+    with editing.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
         after = models.predict(c.model, image).softmax(dim=1)[0]
     y = int(label)
     text = f"<p>confidence in {c.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"

@@ -132,7 +132,7 @@ def _fill(
     )
     total, left = (sum(batch.stop - batch.start for batch in some) for some in (batches, pending))
     bar = tqdm(total=total, initial=total - left, unit="image", desc="profiles", disable=not progress or number > 0)
-    with bar, folder.Writer(path, manifest) as writer:
+    with bar, folder.writer(path, manifest) as write:
         for batch, (ids, images, labels, bad) in zip(pending, loader, strict=True):
             rows, records = folder.empty_rows(batch.stop - batch.start, manifest["n_units"])
             if ids:
@@ -150,7 +150,7 @@ def _fill(
                     raise ValueError(f"item {index} of the data set: {reason}; mend it, or pass on_error='skip'")
                 log.warning("item %d of the data set is skipped: %s", index, reason)
                 write_whole(path / f"skipped-{index}.txt", reason)
-            writer.write(batch.start, rows, records)
+            write(batch.start, rows, records)
             bar.update(len(rows))
 
 

@@ -137,10 +137,9 @@ def rank_together(
 ) -> pd.DataFrame:
     """One ranking for a group of images, because a cause is seen in many of them; of several quantities at once too.
 
-    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, each
-    image gives the largest, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
-    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores. What is signed has
-    two tails: give the output, and the output with its sign turned, each with its reference.
+    A unit's score is the mean of its scores over the images. Several quantities, as gradient, gain and output, rank for
+    themselves and name their next unit in turns, the first quantity first. So a unit is near the top that stands out in
+    any of them, and their scores need not mean the same: the far tail of one would otherwise hide the others.
 
     Parameters
     ----------
@@ -155,8 +154,8 @@ def rank_together(
     Returns
     -------
     DataFrame
-        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``score``, ``images`` (share of the images
-        that have it among their own first k), ``quantity`` (the place in the sequence of the one that says most).
+        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``quantity`` (the place in the sequence of
+        the one that named it), ``score`` (by that one), ``images`` (share that have it among their own first k).
 
     Raises
     ------
@@ -169,19 +168,27 @@ def rank_together(
         raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
     pairs = zip(several, usual, strict=True)
     scores = torch.stack([dead_last(score(values, its, method, units=units), its) for values, its in pairs])
-    of_images = scores.amax(dim=0)
-    together = of_images.mean(dim=0)
+    means = scores.mean(dim=1)
+    turns, quantity = _turns(means).min(dim=0)
+    of_images = _first(-_turns(scores).amin(dim=0), k)
     columns = {
-        "unit": torch.arange(len(together)),
-        "score": together,
-        "images": torch.zeros_like(of_images).scatter_(1, _first(of_images, k), 1.0).mean(dim=0),
-        "quantity": scores.mean(dim=1).argmax(dim=0),
+        "unit": torch.arange(len(turns)),
+        "quantity": quantity,
+        "score": means.gather(0, quantity[None])[0],
+        "images": torch.zeros_like(scores[0]).scatter_(1, of_images, 1.0).mean(dim=0),
     }
-    order = _first(together[None], len(together))[0].cpu()
+    order = turns.argsort().cpu()
     table = pd.DataFrame({name: values.cpu()[order].numpy() for name, values in columns.items()})
     if units is not None:
         table.insert(1, "name", [units.name(unit) for unit in order.tolist()])
     return table
+
+
+def _turns(scores: Tensor) -> Tensor:
+    """When each of Q quantities names each unit, if they name their next one in turns; (Q, …, U)."""
+    places = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    first = torch.arange(len(scores), device=scores.device).view(-1, *[1] * (scores.ndim - 1))
+    return len(scores) * places + first
 
 
 def score(

@@ -131,16 +131,8 @@ def test_a_second_run_reads_the_cache_and_writes_the_same(tmp_path, site, collec
 def test_command_line_writes_with_several_processes(tmp_path):
     command = [
         sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "pss",
-        "explorer",
+        *["-W", "error", "-m", "pss", "explorer", "--digits", "2", "--photographs", "0"],
         tmp_path / "out",
-        "--digits",
-        "2",
-        "--photographs",
-        "0",
     ]
     cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
     done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Reference, Units, profile, profile_dataset, rank_together
-from pss.engine import calls, strategies
+from pss.engine import calls, kernels, strategies
 from pss.saliency import LOSSES
 
 
@@ -49,6 +49,19 @@ def test_networks_of_the_zoo(name):
     assert_gain(seeded(factory), (3, size, size), kind, sizes=(3,))
 
 
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 32), ("densenet121", 32), ("inception_v3", 75), ("vgg19", 32)])
+def test_networks_of_the_published_statistics(name, size, peer_data):
+    """One gain for each unit that the published files hold, equal to autograd's."""
+    few = {"num_classes": 10, **({"init_weights": False} if name == "inception_v3" else {})}
+    model = seeded(lambda: networks.small_vgg("E") if name == "vgg19" else getattr(networks.models, name)(**few))
+    reference = Reference.load(peer_data / f"ImageNet_val_saliency_stat_{name}_filter_wise.pth")
+    images, labels = batch((3, size, size), 2)
+    units = Units.of(model)
+    gain = profile(model, images, labels, units, of="gain", signed=True)
+    assert gain.shape == (2, len(reference))
+    assert_close(gain, alone(model, images, labels, units), units)
+
+
 def with_negative_scales(model):
     """Half of the normalizations' scales negative, which folding carries into weights."""
     with torch.no_grad():
@@ -58,8 +71,19 @@ def with_negative_scales(model):
     return model
 
 
+def added_and_changed(output, term):
+    output += term
+    term *= 2
+    return output
+
+
 CHANGED = {  # outputs that are written into, by what cuts values off and by what does not
     "add in place": net(lambda m, x: m.layer(x).add_(x), layer=conv(3, padding=1)),
+    "add twice": net(lambda m, x: m.layer(x).add_(x).add_(2 * x), layer=conv(3, padding=1)),
+    "add, then ReLU": net(lambda m, x: F.relu_(m.layer(x).add_(x)), layer=conv(3, padding=1)),
+    "add itself": net(lambda m, x: (lambda y: y.add_(y))(m.layer(x)), layer=conv(3, padding=1)),
+    "add to turned": net(lambda m, x: (lambda y: (y.mT.add_(x), y)[1])(m.layer(x)), layer=conv(3, padding=1)),
+    "add, then change": net(lambda m, x: added_and_changed(m.layer(x), 3 * x), layer=conv(3, padding=1)),
     "ReLU in place": net(lambda m, x: F.relu(m.layer(x), inplace=True), layer=conv(3)),
     "ReLU6 in place": net(lambda m, x: F.relu6(m.layer(x) * 9, inplace=True), layer=conv(3)),
     "SiLU in place": net(lambda m, x: F.silu(m.layer(x), inplace=True), layer=conv(3)),
@@ -81,6 +105,19 @@ FAST, SLOW = networks.FAST | CHANGED, networks.GENERAL | networks.MADE
 def test_one_difficulty_at_a_time(name, fold):
     model = with_negative_scales(seeded(FAST[name]))
     assert_gain(model, (3, *[8] * model.dims), fold=fold, signed=not fold)
+
+
+def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
+    factory, size, _ = networks.ZOO["resnet18"]
+    model, counts = seeded(factory), {}
+    images, labels = batch((3, size, size), 2)
+    forward = kernels.Convolution.forward
+    monkeypatch.setattr(kernels.Convolution, "forward", lambda *args: seen.append(1) or forward(*args))
+    for of in ("gradient", "gain"):
+        seen = []
+        profile(model, images, labels, of=of, strategy="fast", verify=False)
+        counts[of] = len(seen)
+    assert counts["gain"] == counts["gradient"] > 0
 
 
 @pytest.mark.parametrize("name", networks.OWN_FUNCTIONS)
@@ -332,10 +369,16 @@ def test_rank_together_by_hand():
     torch.testing.assert_close(torch.tensor(table["score"].values), z[0].mean(0).sort(descending=True)[0])
     assert table.set_index("unit")["images"][[3, 1]].tolist() == pytest.approx([1 / 3, 1 / 3])
     both = rank_together([one, other], references, "zscore", k=1).set_index("unit")
-    largest = torch.maximum(*z)
-    torch.testing.assert_close(torch.tensor(both["score"][range(5)].values), largest.mean(0))
-    assert both.index[0] == 4 and both["quantity"][4] == 1 and both["images"][4] == 1.0
-    assert both["quantity"][3] == 0
+    lists = [each.mean(0).argsort(descending=True).tolist() for each in z]
+    named = [(unit, quantity) for turn in zip(*lists, strict=True) for quantity, unit in enumerate(turn)]
+    once = {unit: (unit, quantity) for unit, quantity in reversed(named)}  # the first time that it is named
+    assert list(both["quantity"].items()) == sorted(once.values(), key=named.index)
+    assert both.index[:2].tolist() == [lists[0][0], 4] and both["quantity"][4] == 1
+    scores = torch.stack([z[quantity].mean(0)[unit] for unit, quantity in both["quantity"].items()])
+    torch.testing.assert_close(torch.tensor(both["score"].values), scores)
+    two = rank_together([one, other], references, "zscore", k=2).set_index("unit")["images"]
+    firsts = z[0].argmax(1).bincount(minlength=5) + z[1].argmax(1).bincount(minlength=5)
+    assert (firsts > 0).sum() > 2 and two[range(5)].tolist() == pytest.approx((firsts / 3).tolist())
     dead = Reference.fit(torch.where(torch.arange(5) == 4, 1.0, 10 * usual))
     assert rank_together([other, other], [dead, dead], "zscore")["unit"].iloc[-1] == 4
     assert rank_together(one, method="raw")["unit"][0] == 3

@@ -109,9 +109,7 @@ GUARDS = {
         lambda *given: True,
     ),
     "modes come back": Guard(
-        f"{TRACE}::test_leaves_no_trace[profile, fast]",
-        "preserved",
-        lambda model: spoiled(lambda m: m.eval(), model),
+        f"{TRACE}::test_leaves_no_trace[profile, fast]", "preserved", lambda model: spoiled(lambda m: m.eval(), model)
     ),
     "flags come back": Guard(
         f"{TRACE}::test_leaves_no_trace[profile, loop]",

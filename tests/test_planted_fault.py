@@ -45,10 +45,7 @@ class Bench:
         self.model, self.data = pss.models.digits(), pss.data.mnist("validation")
         self.units = pss.Units.of(self.model)
         store = pss.profile_dataset(self.model, self.data, self.units, progress=False)
-        self.references = {
-            "plain": pss.Reference.fit(store),
-            "scale-free": pss.Reference.fit(store, scale_free=True),
-        }
+        self.references = {"plain": pss.Reference.fit(store), "scale-free": pss.Reference.fit(store, scale_free=True)}
         self.right = pss.models.predict(self.model, self.data.images).argmax(1) == self.data.labels
 
     def broken(self, kind: str, unit: int) -> torch.nn.Module:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from pss.engine.checks import check_known
 from pss.engine.process import thread_count
 from pss.engine.state import preserved
 from pss.storage import folder
@@ -71,8 +72,7 @@ def store_rows(
     ValueError, FileExistsError, OSError
         As `pss.profile_dataset` says.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"unknown on_error {on_error!r}: expected 'raise' or 'skip'")
+    check_known("on_error", on_error, ("raise", "skip"))
     if not callable(batch_size) and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1, or None for one that fits")
     made_of: dict[str, Any] = {"samples": length_of(dataset), "n_units": n_units}

@@ -79,7 +79,8 @@ def look(
     kept = {1: pss.side_effects(model, units, ids[:, :1], *retain, progress=False)["still_right"].to_numpy()}
     needed = [kept[1][first == 1]]
     for k in np.unique(first[first > 1]):
-        effects = pss.side_effects(model, units, ids[torch.from_numpy(first == k)], *retain, k=int(k), progress=False)
+        chosen = ids[torch.from_numpy(first == k), : int(k)]
+        effects = pss.side_effects(model, units, chosen, *retain, progress=False)
         needed.append(effects["still_right"].to_numpy())
     needed = np.concatenate(needed)
     row = {"images": len(ids), "k = 1": corrected[:, 0].mean(), "k = 10": corrected[:, 9].mean()}

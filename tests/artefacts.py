@@ -54,7 +54,7 @@ class Kind:
                 value = np.asarray(value)
                 total.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
             else:
-                total.update(json.dumps(value, sort_keys=True).encode())
+                total.update(json.dumps(value, sort_keys=True, default=str).encode())
         return total.hexdigest()
 
 

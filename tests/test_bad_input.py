@@ -272,7 +272,7 @@ CASES = {
     "unknown precision": (lambda w: saliency(w, precision="fp16"), ValueError, r"unknown option 'fp16': expected one of .*'bf16'"),
     "parameter saliency of a wrong label": (lambda w: pss.parameter_saliency(w.model, w.x, w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
     # --- profiles of a data set
-    "profiles, unknown on_error": (lambda w: dataset(w, on_error="ignore"), ValueError, r"unknown on_error 'ignore': expected 'raise' or 'skip'"),
+    "profiles, unknown on_error": (lambda w: dataset(w, on_error="ignore"), ValueError, r"unknown on_error 'ignore': expected one of raise, skip"),
     "profiles, batch of 0": (lambda w: dataset(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
     "profiles of an empty set": (lambda w: dataset(w, Items()), ValueError, r"the data set has no items"),
     "profiles of an endless set": (lambda w: dataset(w, Endless()), ValueError, r"no length.*expected a map-style data set"),
@@ -313,7 +313,7 @@ CASES = {
     "reference of weights": (lambda w: Reference.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no reference of pss"),
     "z-scores of other units": (lambda w: w.reference.zscore(w.s[:, :7]), ValueError, r"\(40, 7\) do not fit this reference of 8 units: .*same units"),
     "z-scores of integers": (lambda w: w.reference.zscore(w.s.int()), ValueError, r"profiles are torch.int32: expected floating-point"),
-    "unknown tail": (lambda w: w.reference.tail_score(w.s, "normal"), ValueError, r"unknown tail 'normal': expected 'gpd' or 'exponential'"),
+    "unknown tail": (lambda w: w.reference.tail_score(w.s, "normal"), ValueError, r"unknown tail 'normal': expected one of gpd, exponential"),
     # --- ranking
     **{
         f"rank {k}": (lambda w, k=k: pss.rank(w.s, w.plain, k=k), ValueError, rf"k = {k} is outside 1\.\.8, the number of units")

@@ -104,10 +104,10 @@ def test_orders_are_those_of_the_definitions(profiles, reference):
     assert rank(new, reference, "raw")[0, :59].tolist() == by(lambda u: -new[0, u])
     assert rank(new, reference, "ratio")[0, :59].tolist() == by(lambda u: -new[0, u] / profiles[:, u].mean())
     log_p, plain = (reference.log_tail_probability(new, tail)[0] for tail in ("gpd", "exponential"))
-    assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
     assert rank(new, reference, "exponential")[0, :59].tolist() == by(lambda u: plain[u]) != by(lambda u: log_p[u])
-    assert torch.equal(rank(new, reference), rank(new, reference, "pot", 60))
-    assert rank(new, reference, k=1).tolist() == [[by(lambda u: log_p[u])[0]]]
+    assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
+    assert torch.equal(rank(new, reference), rank(new, reference, "zscore", 60))
+    assert rank(new, reference, k=1).tolist() == [[by(lambda u: -z[u])[0]]]
 
 
 def test_equal_scores_go_by_id():

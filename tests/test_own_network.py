@@ -185,7 +185,8 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     assert (
         summary["accuracy_low"] < 39 / 48 < summary["accuracy_high"] and "resize (16, 16)" in summary["preprocessing"]
     )
-    assert {"prune_repaired_at", "prune_gains_repaired_at", "finetune_random_kl", "confidence_before", "patch_units"} <= summary.keys()
+    edited = {"prune_repaired_at", "prune_gains_repaired_at", "finetune_random_kl"}
+    assert edited | {"confidence_before", "patch_units"} <= summary.keys()
     assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
     assert (out / EXPLAIN.name).exists() and len(list((out / "figures").glob("*.png"))) >= 4
     page = Page(Path(place).read_text("utf-8"))

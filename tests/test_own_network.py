@@ -150,7 +150,7 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     hidden.flatten(1)[:, heat.flatten().topk(13).indices] = image.mean(dim=(1, 2))[:, None]
     before, after = (pss.profile(network.model, x[None], case.labels, units)[0, top].mean() for x in (image, hidden))
     assert lost["lost"][0] == pytest.approx(float(1 - after / before), rel=1e-4)
-    sure = network.model(hidden[None]).softmax(dim=1)[0, int(label)]
+    sure = models.predict(network.model, hidden[None]).softmax(dim=1)[0, int(label)]
     assert lost["true class"][0] == pytest.approx(float(sure), rel=1e-4)
     table = pd.DataFrame({"map": ["top", "random"], "lost": [0.2, 0.3]})
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]

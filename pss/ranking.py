@@ -1,8 +1,8 @@
-"""Rank the units of each image by how unusual their saliency is.
+"""Every way to rank the units of an image by how unusual their saliency is: a new one is one entry of `RANKINGS`.
 
-`RANKINGS` holds every way to do so: a new one is one entry. All rank the same population, every unit of the model, so
-that their tops can be compared. Dead units (constant over the reference set) come last whatever the method. A ranking
-knows profiles and their reference only, so it serves every quantity that a profile can hold.
+All rank the same population, every unit of the model, so that their tops can be compared. Dead units (constant over
+the reference set) come last whatever the method. A ranking knows profiles and their reference only, so it serves every
+quantity that a profile can hold.
 """
 
 from __future__ import annotations

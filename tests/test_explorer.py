@@ -113,7 +113,7 @@ def test_pictures_are_the_images(site, collection):
 
     written = read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
     opened = Image.open(BytesIO(base64.b64decode(written["picture"].split(",")[1])))
-    np.testing.assert_array_equal(np.asarray(opened), collection.to_image(collection.images[0]))
+    np.testing.assert_array_equal(np.asarray(opened), collection.pixels(collection.images[0]))
     size = Image.open(BytesIO(base64.b64decode(written["methods"]["zscore"]["map"].split(",")[1]))).size
     assert size == opened.size
 
@@ -131,16 +131,8 @@ def test_a_second_run_reads_the_cache_and_writes_the_same(tmp_path, site, collec
 def test_command_line_writes_with_several_processes(tmp_path):
     command = [
         sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "pss",
-        "explorer",
+        *["-W", "error", "-m", "pss", "explorer", "--digits", "2", "--photographs", "0"],
         tmp_path / "out",
-        "--digits",
-        "2",
-        "--photographs",
-        "0",
     ]
     cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
     done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)

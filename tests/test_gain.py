@@ -10,7 +10,7 @@ from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Reference, Units, profile, profile_dataset, rank_together
-from pss.engine import calls, strategies
+from pss.engine import calls, kernels, strategies
 from pss.saliency import LOSSES
 
 
@@ -71,8 +71,19 @@ def with_negative_scales(model):
     return model
 
 
+def added_and_changed(output, term):
+    output += term
+    term *= 2
+    return output
+
+
 CHANGED = {  # outputs that are written into, by what cuts values off and by what does not
     "add in place": net(lambda m, x: m.layer(x).add_(x), layer=conv(3, padding=1)),
+    "add twice": net(lambda m, x: m.layer(x).add_(x).add_(2 * x), layer=conv(3, padding=1)),
+    "add, then ReLU": net(lambda m, x: F.relu_(m.layer(x).add_(x)), layer=conv(3, padding=1)),
+    "add itself": net(lambda m, x: (lambda y: y.add_(y))(m.layer(x)), layer=conv(3, padding=1)),
+    "add to turned": net(lambda m, x: (lambda y: (y.mT.add_(x), y)[1])(m.layer(x)), layer=conv(3, padding=1)),
+    "add, then change": net(lambda m, x: added_and_changed(m.layer(x), 3 * x), layer=conv(3, padding=1)),
     "ReLU in place": net(lambda m, x: F.relu(m.layer(x), inplace=True), layer=conv(3)),
     "ReLU6 in place": net(lambda m, x: F.relu6(m.layer(x) * 9, inplace=True), layer=conv(3)),
     "SiLU in place": net(lambda m, x: F.silu(m.layer(x), inplace=True), layer=conv(3)),
@@ -94,6 +105,19 @@ FAST, SLOW = networks.FAST | CHANGED, networks.GENERAL | networks.MADE
 def test_one_difficulty_at_a_time(name, fold):
     model = with_negative_scales(seeded(FAST[name]))
     assert_gain(model, (3, *[8] * model.dims), fold=fold, signed=not fold)
+
+
+def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
+    factory, size, _ = networks.ZOO["resnet18"]
+    model, counts = seeded(factory), {}
+    images, labels = batch((3, size, size), 2)
+    forward = kernels.Convolution.forward
+    monkeypatch.setattr(kernels.Convolution, "forward", lambda *args: seen.append(1) or forward(*args))
+    for of in ("gradient", "gain"):
+        seen = []
+        profile(model, images, labels, of=of, strategy="fast", verify=False)
+        counts[of] = len(seen)
+    assert counts["gain"] == counts["gradient"] > 0
 
 
 @pytest.mark.parametrize("name", networks.OWN_FUNCTIONS)

@@ -118,16 +118,8 @@ def test_one_step_on_the_broken_head_corrects_more_than_on_another(bench, plante
 
     def corrected(u):
         ids = torch.full((len(at), 1), u)
-        curves = edit_curves(
-            broken,
-            bench.images[at],
-            bench.labels[at],
-            ids,
-            bench.units,
-            step_norm=0.3,
-            strategy="in_place",
-            progress=False,
-        )
+        how = {"step_norm": 0.3, "strategy": "in_place", "progress": False}
+        curves = edit_curves(broken, bench.images[at], bench.labels[at], ids, bench.units, **how)
         return curves.query("k == 1")["corrected"].mean()
 
     own, mean = corrected(unit), np.mean([corrected(u) for u in others])

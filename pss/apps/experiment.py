@@ -32,8 +32,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss import editing as repair
-from pss import models
+from pss import editing, models
 from pss.apps.pages import sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, pictures, prepared, read_saved
 from pss.data import digits
@@ -166,9 +165,10 @@ def statistics(
                 raise FileNotFoundError(f"no statistics {file.name} in {folder}: make them once, with do_stats = True")
             if images is None:
                 raise ValueError(f"no statistics {file.name} in {folder}, and no reference images to make them of")
-            how = {"path": folder / "profiles" if str(path) else None, "loss": loss, "progress": progress}
-            how |= {"level": level, "scale_free": scale_free, "parameter": "reference_images_path"}
-            fit_usual(network, units, images, "named", None, allow_chance, misread, **how).reference.save(file)
+            place = folder / "profiles" if str(path) else None
+            how = {"loss": loss, "progress": progress, "parameter": "reference_images_path"}
+            left = (None, allow_chance, misread, level, scale_free)
+            fit_usual(network, units, images, "named", *left, path=place, **how).reference.save(file)
         found.append(read_saved(network, units, file, _ANOTHER, loss, **provenance))
     return Statistics(*found)
 
@@ -219,7 +219,7 @@ class Plan:
     """
 
     algo: Sequence[str] = tuple(PUBLISHED)
-    edits: Sequence[repair.Edit] = ("finetune",)
+    edits: Sequence[editing.Edit] = ("finetune",)
     filters: int = 25
     lr: float = 1e-3
     step_norm: float | None = None
@@ -241,7 +241,7 @@ class Plan:
             )
         check_count("filters", self.filters, len(units), "the number of units")
         for edit in self.edits:
-            check_known("edit", edit, repair.EDITS)
+            check_known("edit", edit, editing.EDITS)
         check_positive(lr=self.lr, step_norm=self.step_norm)
         methods = self.methods
         if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
@@ -359,7 +359,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     found = _read_record(folder)
     if found is None:
         found = {**settings, "torch": torch.__version__, "threads": torch.get_num_threads(), "complete": False}
-        _write_json(folder / _RECORD, found)
+        write_whole(folder / _RECORD, found)
     if differ := [key for key in settings if found.get(key) != settings[key]]:
         what = "; ".join(f"{key}: there {found.get(key)!r}, given {settings[key]!r}" for key in differ)
         raise ValueError(f"{folder} holds another experiment ({what}): give a folder of its own, or remove that one")
@@ -399,10 +399,10 @@ def finish(folder: Path, record: dict[str, Any], parts: list[dict[str, pd.DataFr
     texts = {name: _text(table) for name, table in tables.items()}
     for name, text in texts.items():
         write_whole(folder / f"{name}.csv", text)
-    _write_json(folder / "summary.json", _summary(record, tables, looked_at, edited))
+    write_whole(folder / "summary.json", _summary(record, tables, looked_at, edited))
     hashes = {name: digest(text) for name, text in texts.items()}
     done = {"looked_at": looked_at, "edited": edited, "sha256": hashes, "complete": True}
-    _write_json(folder / _RECORD, record | done)
+    write_whole(folder / _RECORD, record | done)
     shutil.rmtree(folder / "parts")
     return Experiment.open(folder)
 
@@ -469,12 +469,14 @@ class Job:
             own.append(rank(row[None], reference, method, k, self.units, seed, match))
         return torch.cat(own)
 
-    def _edit(self, images: Tensor, labels: Tensor, names: np.ndarray, ranked: dict, edit: repair.Edit) -> pd.DataFrame:
+    def _edit(
+        self, images: Tensor, labels: Tensor, names: np.ndarray, ranked: dict, edit: editing.Edit
+    ) -> pd.DataFrame:
         """Curves of all rankings, made in one call."""
         times, ids, plan = len(ranked), torch.cat(list(ranked.values())), self.plan
         many = images.repeat(times, *[1] * (images.dim() - 1)), labels.repeat(times)
         how = {"lr": plan.lr, "step_norm": plan.step_norm, "loss": plan.loss, "progress": False}
-        curves = repair.edit_curves(self.model, *many, ids, self.units, edit, **how)
+        curves = editing.edit_curves(self.model, *many, ids, self.units, edit, **how)
         which = curves.pop("image").to_numpy()
         curves.insert(0, "image", names[which % len(names)])
         curves.insert(1, "algo", np.array(list(ranked))[which // len(names)])
@@ -521,7 +523,7 @@ def _tables(texts: dict[str, str]) -> dict[str, pd.DataFrame]:
 
 def _write_part(file: Path, part: dict[str, pd.DataFrame]) -> None:
     texts = {name: _text(table) for name, table in part.items()}
-    _write_json(file, {"sha256": digest(*texts.values()), "tables": texts})
+    write_whole(file, {"sha256": digest(*texts.values()), "tables": texts})
 
 
 def read_part(file: Path) -> dict[str, pd.DataFrame] | None:
@@ -542,10 +544,6 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): remove the folder to begin anew") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

@@ -179,6 +179,8 @@ class GradientRecorder(TorchFunctionMode):
         if self._is_made(other):
             seen = input.detach().clone() if function in _INTO else input  # the batch is looked for later
             other = self._rows(other, seen)
+        elif function in _ADDING and self.keeps_outputs and not (args or kwargs):
+            return self._added(function, input, other)
         elif self._is_made(input) and function not in _INTO:
             input = self._rows(input, other)
         return function(input, other, *args, **kwargs)
@@ -213,19 +215,35 @@ class GradientRecorder(TorchFunctionMode):
 
     def _cut(self, function, input, *args, **kwargs):
         """Cut off values, perhaps of an output in place: where it does that the gradient is zero, so that it may."""
-        call = self.outputs_kept.get(input.data_ptr())
-        as_it_was = call is not None and call.kept._version == call.version
+        call = self._kept_call(input)
         result = function(input, *args, **kwargs)
-        if as_it_was:
+        if call is not None:
             call.version = call.kept._version
         return result
 
+    def _added(self, function, input, other):
+        """Add something to an output in place, perhaps: it is remembered, to be taken off again."""
+        call = self._kept_call(input)
+        known = call is not None and call.added is None and not self.listens and isinstance(other, Tensor)
+        known = known and _alike(input, call.kept) and other.shape == input.shape and other.dtype == input.dtype
+        term = (
+            (other.detach(), other._version) if known else None
+        )  # another one afterwards if it is a part of the output
+        result = function(input, other)
+        if known:
+            call.added, call.version = term, call.kept._version
+        return result
+
+    def _kept_call(self, tensor: Tensor) -> LayerCall | None:
+        """The call whose output it is, as it was but for what is known."""
+        call = self.outputs_kept.get(tensor.data_ptr())
+        return call if call is not None and call.kept._version == call.version else None
+
     def _normalized(self, function, input, *args, **kwargs):
         """A normalization, after which an output is heard instead of before it."""
-        call = self.outputs_kept.get(input.data_ptr()) if self.listens else None
-        directly = call is not None and call.kept._version == call.version and call.kept.shape == input.shape
+        call = self._kept_call(input) if self.listens else None
         result = function(input, *args, **kwargs)
-        if directly:
+        if call is not None and call.kept.shape == result.shape:
             self.hear(call, result)
         return result
 
@@ -454,6 +472,10 @@ def _has_hooks(model: nn.Module) -> bool:
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride()
+
+
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):
     """Padding "same" or "valid" in numbers; an odd amount is padded beforehand, the larger part at the end."""
     if padding == "valid":
@@ -472,6 +494,7 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
+_ADDING = {Tensor.add_, Tensor.__iadd__}
 _ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
 _ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}
 _LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}

@@ -54,7 +54,7 @@ class Kind:
                 value = np.asarray(value)
                 total.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
             else:
-                total.update(json.dumps(value, sort_keys=True).encode())
+                total.update(json.dumps(value, sort_keys=True, default=str).encode())
         return total.hexdigest()
 
 
@@ -139,14 +139,9 @@ def _read_cache(folder: Path) -> dict:
         return dict(cached("digits.safetensors", lambda: (_digits(0), {})))
 
 
+STORE = ("store/profiles.npy", "store/samples.npy", "store/manifest.json")
 KINDS = [
-    Kind(
-        "profiles",
-        ("store/profiles.npy", "store/samples.npy", "store/manifest.json"),
-        _write_store,
-        _read_store,
-        replaces=False,
-    ),
+    Kind("profiles", STORE, _write_store, _read_store, replaces=False),
     Kind("reference", ("reference.safetensors",), _write_reference, _read_reference),
     Kind("weights", ("weights.safetensors",), _write_weights, _read_weights),
     Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),

@@ -246,16 +246,16 @@ def test_cache_that_cannot_be_written_is_only_a_warning(monkeypatch, tmp_path):
         assert len(cached("x", Builder())["labels"]) == 10
 
 
-def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
+def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
-    write_whole(path, lambda file: file.write(b"old"))
+    write_whole(path, b"old")
 
     def fail(file):
-        file.write(b"half of the new")
         raise RuntimeError("disk full")
 
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(RuntimeError, match="disk full"):
-        write_whole(path, fail)
+        write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -200,6 +200,8 @@ NOT_FITTED = {
     "constant": (np.full(50, 0.3), "tied excesses"),
     "tied": (np.repeat([1.0, 2.0, 5.0], 40), "tied excesses"),
     "infinite": (np.append(sample(0.2, 50), np.inf), "infinite excesses"),
+    "far apart": (10.0 ** np.linspace(-30, 0, 20), "more than 16 decades"),
+    "many far apart": (10.0 ** np.linspace(-200, 100, 500), "more than 16 decades"),
     "rising density": (np.sqrt(np.linspace(0.01, 1, 100)), "no interior maximum"),
 }
 

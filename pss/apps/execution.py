@@ -16,6 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from pss.apps.parameters import check_values
+from pss.engine.process import KEEPS
 from pss.storage.digests import digest
 from pss.storage.whole import write_whole
 
@@ -96,8 +97,9 @@ def _executed(
 
 def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path) -> None:
     """Let papermill execute it, with the kernel of this environment and the caller's modules."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(caller), *filter(None, [before])])  # which the kernel inherits
+    before = dict(os.environ)
+    path = os.pathsep.join([str(caller), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ.update(KEEPS | before | {"PYTHONPATH": path})  # which the kernel inherits
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -110,8 +112,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
             config=ENCRYPTED,
         )
     finally:
-        del os.environ["PYTHONPATH"]
-        os.environ.update({} if before is None else {"PYTHONPATH": before})
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _keep(beside: Path, output: Path) -> list[Path]:

@@ -278,7 +278,8 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     Returns
     -------
     dict
-        For ``summary.json``, with the last sentence as ``verdict`` in English and Japanese.
+        For ``summary.json``; with sentences in English and Japanese, ``opening`` and what to do ``next``, and one of
+        them as the ``verdict``.
     """
     together, found = shared(group, units), clusters(group, network, units)
     ids = torch.tensor(together["unit"].tolist())
@@ -321,7 +322,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     opening = [group.reading.told(), sentence("group", **numbers), verdict]
     summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
     summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
-    best = verdict
+    best, advice = verdict, [sentence("next look")] if len(found) else [sentence("next alike")]
     for cluster, patch in patches(group, network, units, budget).items():
         told = _told(cluster, patch)
         report.say(*told)
@@ -329,8 +330,8 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
         if len(patch.gains):
             en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
             best = told if best is verdict else best
-            opening.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
+            advice.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
             report.table(readable(patch.evidence), en, ja)
             patch.save(report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
-    return summary | {"opening": opening, "verdict": best}
+    return summary | {"opening": opening, "next": advice, "verdict": best}

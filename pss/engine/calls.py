@@ -54,6 +54,7 @@ class LayerCall:
     passed: Tensor | None = None  # the gradient that came by way of the computed output
     kept: Tensor | None = None  # the output, where it is asked for, and its version when it was as it is
     version: int = 0
+    added: tuple[Tensor, int] | None = None  # what was added to it in place, and its version then
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of the layer."""
@@ -87,16 +88,21 @@ class LayerCall:
         """The output without its bias, times its gradient: their sum over positions is that of weight times gradient.
 
         An output that was written into is computed again, unless by a function that only cuts off values: where it did
-        the gradient is zero.
+        the gradient is zero; or by the addition of something that is still there.
         """
-        if self.kept is None or self.kept._version != self.version:
+        added, version = self.added or (None, 0)
+        if self.kept is None or self.kept._version != self.version or (self.added and added._version != version):
             return self.layer.forward(x, self.weight, None).mul_(g)
-        if self.bias is None:
+        terms = [] if added is None else [added]
+        if self.bias is not None:
+            shape = (-1, *[1] * (g.dim() - 2)) if isinstance(self.layer, Convolution) else (-1,)
+            terms.append(self.bias.detach().reshape(shape))
+        if not terms:
             return self.kept * g
-        bias = (
-            self.bias.detach().reshape(-1, *[1] * (g.dim() - 2)) if isinstance(self.layer, Convolution) else self.bias
-        )
-        return (self.kept - bias.detach()).mul_(g)
+        output = self.kept - terms[0]
+        for term in terms[1:]:
+            output -= term
+        return output.mul_(g)
 
 
 class _Output(torch.autograd.Function):

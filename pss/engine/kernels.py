@@ -79,7 +79,8 @@ class Convolution:
 
     def gradients(self, x: Tensor, g: Tensor) -> Tensor:
         """Weight gradient of each sample, ``(B, *weight.shape)``."""
-        return torch.cat(list(self._gradients(x, g)))
+        parts = list(self._gradients(x, g))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gradients(self, x: Tensor, g: Tensor) -> Iterator[Tensor]:
         """Weight gradients, sample by sample, or a few samples at once where each is little work."""
@@ -98,6 +99,10 @@ class Convolution:
 
     def _gradient(self, x: Tensor, g: Tensor) -> Tensor:
         like = x.new_empty(()).expand(self.shape)  # only its shape is read
+        if (
+            x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous()
+        ):  # oneDNN copies what is not laid out as x
+            like = torch.empty_like(like, memory_format=torch.channels_last)
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, mask)[1]
 

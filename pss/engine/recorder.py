@@ -179,6 +179,8 @@ class GradientRecorder(TorchFunctionMode):
         if self._is_made(other):
             seen = input.detach().clone() if function in _INTO else input  # the batch is looked for later
             other = self._rows(other, seen)
+        elif function in _ADDING and self.keeps_outputs and not (args or kwargs):
+            return self._added(function, input, other)
         elif self._is_made(input) and function not in _INTO:
             input = self._rows(input, other)
         return function(input, other, *args, **kwargs)
@@ -213,19 +215,35 @@ class GradientRecorder(TorchFunctionMode):
 
     def _cut(self, function, input, *args, **kwargs):
         """Cut off values, perhaps of an output in place: where it does that the gradient is zero, so that it may."""
-        call = self.outputs_kept.get(input.data_ptr())
-        as_it_was = call is not None and call.kept._version == call.version
+        call = self._kept_call(input)
         result = function(input, *args, **kwargs)
-        if as_it_was:
+        if call is not None:
             call.version = call.kept._version
         return result
 
+    def _added(self, function, input, other):
+        """Add something to an output in place, perhaps: it is remembered, to be taken off again."""
+        call = self._kept_call(input)
+        known = call is not None and call.added is None and not self.listens and isinstance(other, Tensor)
+        known = known and _alike(input, call.kept) and other.shape == input.shape and other.dtype == input.dtype
+        term = (
+            (other.detach(), other._version) if known else None
+        )  # another one afterwards if it is a part of the output
+        result = function(input, other)
+        if known:
+            call.added, call.version = term, call.kept._version
+        return result
+
+    def _kept_call(self, tensor: Tensor) -> LayerCall | None:
+        """The call whose output it is, as it was but for what is known."""
+        call = self.outputs_kept.get(tensor.data_ptr())
+        return call if call is not None and call.kept._version == call.version else None
+
     def _normalized(self, function, input, *args, **kwargs):
         """A normalization, after which an output is heard instead of before it."""
-        call = self.outputs_kept.get(input.data_ptr()) if self.listens else None
-        directly = call is not None and call.kept._version == call.version and call.kept.shape == input.shape
+        call = self._kept_call(input) if self.listens else None
         result = function(input, *args, **kwargs)
-        if directly:
+        if call is not None and call.kept.shape == result.shape:
             self.hear(call, result)
         return result
 
@@ -354,10 +372,11 @@ class GradientRecorder(TorchFunctionMode):
                 own, gradient = gradient, torch.zeros_like(call.weight)
                 (call.batch or BatchDimension(0, self.samples, 1)).first(gradient)[b] = own
             found = torch.autograd.grad(call.made, parameters, gradient, retain_graph=True)
+            if len(found) > 1:  # they may be one tensor, which is written into below
+                found = [of_one.clone() for of_one in found]
             for name, of_one in zip(call.parameters, found, strict=True):
-                of_one = of_one.mT if name in self.columns else of_one
-                once = _sum_rows((of_one if self.signed else of_one.abs())[None]) if self.uses[name] == 1 else None
-                parts[name].append(of_one[None] if once is None else once)
+                of_one = of_one.mT[None] if name in self.columns else of_one[None]
+                parts[name].append(of_one if self.uses[name] > 1 else self._row_sums(of_one))
         for name, of_each in parts.items():
             if self.uses[name] == 1:
                 self.sums[name] = torch.cat(of_each)
@@ -387,11 +406,15 @@ class GradientRecorder(TorchFunctionMode):
         means = {}
         for name in self.wanted:
             if name in self.gradients:
-                gradient = self.gradients.pop(name)
-                self.sums[name] = _sum_rows(gradient if self.signed else gradient.abs_())
+                self.sums[name] = self._row_sums(self.gradients.pop(name))
             sums = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
             means[name] = tuple(self._mean(name, sums[quantity]) for quantity in self.options.of)
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
+
+    def _row_sums(self, gradients: Tensor) -> Tensor:
+        """Sum over rows of (absolute) gradients, which are written into."""
+        gradients = gradients if self.signed else gradients.abs_()
+        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
     def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
         """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""
@@ -449,8 +472,8 @@ def _has_hooks(model: nn.Module) -> bool:
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def _sum_rows(gradients: Tensor) -> Tensor:
-    return gradients.reshape(*gradients.shape[:2], -1).sum(2)
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride()
 
 
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):
@@ -471,6 +494,7 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
+_ADDING = {Tensor.add_, Tensor.__iadd__}
 _ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
 _ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}
 _LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}

@@ -47,6 +47,32 @@ def bootstrap(
     return found.confidence_interval.low, found.confidence_interval.high
 
 
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""Mean of a few independent values, as one number a network, with Student's interval.
+
+    .. math:: \bar v \pm t_{n-1}\, s / \sqrt n
+
+    The unit that would be drawn anew is what counts: images of one network are no substitute for networks. The
+    `bootstrap` over eight values holds the mean in 85 to 90% of cases instead of 95%.
+
+    Parameters
+    ----------
+    values : ndarray, shape (N,) or (N, K)
+
+    Returns
+    -------
+    mean, low, high : ndarray, shape () or (K,)
+        The ends NaN for a single value.
+    """
+    check_share("level", level, _LEVEL)
+    values = np.asarray(values, dtype=float)
+    mean = values.mean(axis=0)
+    if len(values) < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values, axis=0)
+    return mean, mean - half, mean + half
+
+
 def summarize(
     curves: pd.DataFrame,
     by: str | Sequence[str] = "method",

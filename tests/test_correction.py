@@ -394,27 +394,6 @@ def test_guard_and_mistakes_never_overlap(net):
         smallest_correction(model, x, y, units, retain=(retain, labels), usual=retain[3:5])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": 0}, "k = 0"),
-        ({"k": 13}, "k = 13"),
-        ({"through": "walls"}, "through='walls'"),
-        ({"through": "gains"}, "needs usual="),
-        ({"retain": None}, "no retain images"),
-        ({"max_relative_step": 0}, "max_relative_step must be"),
-        ({"image_ids": "aabcde"}, "6 different ids"),
-        ({"tolerance": float("nan")}, "tolerance must be"),
-    ],
-)
-def test_says_what_is_wrong(net, change, message):
-    model, x, y, retain = net
-    units = Units.of(model)
-    options = {"rankings": rows_in_order(x, units), "k": 2, "retain": retain} | change
-    with pytest.raises(ValueError, match=message):
-        through_weights(model, x, y, units, progress=False, **options)
-
-
 def test_right_images_are_refused(net):
     model, x, y, retain = net
     units = Units.of(model)

@@ -115,7 +115,7 @@ def test_one_difficulty_at_a_time(factory, fold):
 
 
 def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
-    factory, size, kind = ZOO["resnet18"]
+    factory, size, _ = ZOO["resnet18"]
     model, counts = seeded(factory), {}
     images, labels = batch((3, size, size), 2)
     forward = kernels.Convolution.forward

@@ -225,12 +225,12 @@ class GradientRecorder(TorchFunctionMode):
 
     def _added(self, function, input, other):
         """Add something to an output in place, perhaps: it is remembered, to be taken off again."""
-        call = self._kept_call(input)
-        known = call is not None and call.added is None and not self.listens and isinstance(other, Tensor)
-        known = known and _alike(input, call.kept) and other.shape == input.shape and other.dtype == input.dtype
-        term = (other.detach(), other._version) if known else None  # another one afterwards if it is a part of the output
+        call, term = self._kept_call(input), None
+        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (input.shape, input.dtype)
+        if alike and call is not None and call.added is None and not self.listens:
+            term = (other.detach(), other._version)  # afterwards it is another one if it is the output itself
         result = function(input, other)
-        if known:
+        if term is not None and (input.shape, input.stride()) == (call.kept.shape, call.kept.stride()):
             call.added, call.version = term, call.kept._version
         return result
 
@@ -470,10 +470,6 @@ def _has_hooks(model: nn.Module) -> bool:
     everywhere = nn.modules.module
     shared = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride()
 
 
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):

@@ -160,6 +160,8 @@ class GradientRecorder(TorchFunctionMode):
             input, padding = _numeric_padding(input, weight, padding, dilation)
         geometry = Convolution(weight.shape, stride, _each(padding, dims), dilation, groups)
         call = self._call_of(geometry, weight, bias)
+        if input.dim() == 4 and not input.is_cuda and not input.is_contiguous():  # once, for both passes
+            call.weight = call.weight.contiguous(memory_format=torch.channels_last)
         return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
 
     def _linear(self, input, weight, bias=None):

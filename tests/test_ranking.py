@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pss.ranking import RANKINGS, fdr_significant, rank, score, stage_shares
+from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
+from pss.statistics import fdr_significant, stage_shares
 from pss.units import Units
 
 

@@ -71,10 +71,9 @@ def rank(
 
     Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went
     wrong, of ``of="gain"`` with a scale-free reference and ``of="output", signed=True``, by ``abs_zscore``. It finds
-    nearly all planted faults (the mean activation behind a ReLU finds as many), rankings of the gradient less than
-    half, and ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin
-    (``of="gain", signed=True, loss="logit_difference"``). Which to fine-tune: at equal damage none is told apart from
-    random units.
+    nearly all planted faults, as the mean activation behind a ReLU does; rankings of the gradient find less than half,
+    ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin (``of="gain",
+    signed=True, loss="logit_difference"``). Which to fine-tune: at equal damage none is told apart from random units.
 
     Parameters
     ----------

@@ -1,34 +1,55 @@
 """Change one thing at a time in a file of the core, and count the changes that its tests see.
 
-    python .ci/mutants.py pss/ranking.py pss/evt.py
+    python .ci/mutants.py --sample 50 pss/ranking.py pss/evt.py
+
+A sample is the same each time, and part of every larger one; the share is printed with its 95% interval (Wilson).
 
 Each file has a folder of its own in runs/mutants, where mutmut works on copies. It can be stopped at any time and goes
 on where it was; functions that have changed are begun anew, and so is, where all was tried, what survived, which is
-listed in survivors.txt there. Texts of errors are left as they are, and so are functions with decorators, which mutmut
-cannot exchange.
+listed in survivors.txt there. What was read and changes no result is in `READ`. Texts of errors are left as they are,
+and so are functions with decorators, which mutmut cannot exchange.
 """
 
+import argparse
 import json
+import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "mutants"
+SLOW = ("zoo", "fast_path", "difficulty", "weight_gradient", "smooth", "made_of", "general")
+# The tests of each file, and (by -k of pytest) which are too slow for hundreds of changes where others see the same.
 TESTS = {
-    "units": ("units",),
-    "ranking": ("ranking",),
-    "reference": ("reference", "statistics"),
-    "evt": ("evt", "statistics"),
-    "neighbors": ("neighbors",),
-    "input_space": ("input_space",),
-    "editing": ("repair", "one_image"),
-    "correction": ("cost", "one_image"),
-    "patches": ("patches",),
-    "saliency": ("gradients", "gain"),
+    "units": (("units",), ""),
+    "ranking": (("ranking",), ""),
+    "reference": (("reference", "statistics"), ""),
+    "evt": (("evt", "statistics"), ""),
+    "neighbors": (("neighbors",), ""),
+    "input_space": (("input_space",), "not zoo"),
+    "editing": (("editing", "one_image"), "not lambda and not vgg"),
+    "correction": (("correction", "one_image"), ""),
+    "patches": (("patches",), ""),
+    "saliency": (("saliency", "gain"), f"not {' and not '.join(SLOW)}"),
+    "profiles": (("profiles",), "not killed and not ranks and not begin_at_once"),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show
+# What survived, was read, and changes no result: the new line of the change, and why.
+READ = {
+    r"\bstrict=False": "zip of what is as long",
+    r"\.to\(None\)|\barange\(.*, \)": "where a tensor lies: only a GPU tells (test_cuda.py)",
+    r"\bcheck_\w+\(.*(XX|\"[A-Z]+\")|said = .*>= 3|PARAMETRIZATIONS": "a word of an error or warning",
+    r"map_blocks\(.*, \)$": "how much memory is taken",
+    r"clamp\(0, \)|left\[\+1\]": "reference: above the threshold is no empirical tail, and below it no excess",
+    r"cosine\.sort\(descending=True, stable=True\)": "neighbors: the last dimension is the default",
+    r"leave_parametrized=None": "patches: as false as False",
+    r"np\.asarray\(values, \)": "units: a table's column of texts, by another type",
+}
 CONFIG = """
 [tool.mutmut]
 source_paths = ["pss"]
@@ -49,7 +70,8 @@ def prepare(file: Path) -> Path:
     for name in ("pss", "tests", "data", "notebooks"):
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
-    tests = [f"tests/test_{name}.py" for name in TESTS[file.stem]]
+    names, some = TESTS[file.stem]
+    tests = [*(f"tests/test_{name}.py" for name in (*names, "bad_input")), *(["-k", some] if some else [])]
     config = CONFIG.format(file=file.as_posix(), tests=json.dumps(tests))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8") + config, "utf-8")
     # Which tests call which function, found anew: mutmut would ask only the tests that it has not seen.
@@ -57,28 +79,41 @@ def prepare(file: Path) -> Path:
     return folder
 
 
-def try_again(file: Path, folder: Path) -> None:
-    """Where a run was finished, forget what survived: there may be tests by now that see it."""
+def codes(file: Path, folder: Path) -> dict[str, int | None]:
+    """The exit code of the tests for each change; None where they have not been asked."""
     kept = folder / "mutants" / f"{file}.meta"
-    if not kept.exists():
-        return
-    found = json.loads(kept.read_text("utf-8"))
-    codes = found["exit_code_by_key"]
-    if None not in codes.values():
-        codes |= dict.fromkeys((name for name, code in codes.items() if code in SURVIVED))
-        kept.write_text(json.dumps(found), "utf-8")
+    return json.loads(kept.read_text("utf-8"))["exit_code_by_key"] if kept.exists() else {}
 
 
-def report(file: Path, folder: Path) -> str:
-    """One line of counts; what survived goes into a file."""
-    found = json.loads((folder / "mutants" / f"{file}.meta").read_text("utf-8"))["exit_code_by_key"]
-    seen = Counter("left" if code is None else "survived" if code in SURVIVED else "killed" for code in found.values())
-    names = [name for name, code in found.items() if code in SURVIVED]
+def drawn(names: list[str], size: int | None) -> list[str]:
+    """The first ``size`` of the changes in an order that is drawn once for all; all without a size."""
+    return random.Random(0).sample(sorted(names), len(names))[:size]
+
+
+def why_not(change: str) -> str:
+    """Why a change, as a diff, is known to change no result; nothing where it may."""
+    new = "\n".join(line for line in change.splitlines() if re.match(r"\+(?!\+\+)", line))
+    return next((why for pattern, why in READ.items() if re.search(pattern, new)), "")
+
+
+def report(file: Path, folder: Path, size: int | None) -> str:
+    """One line of counts; what survived goes into a file, first what was not read yet."""
+    found = codes(file, folder)
+    names = drawn(list(found), size)
+    seen = Counter("left" if found[n] is None else "survived" if found[n] in SURVIVED else "killed" for n in names)
     show = lambda name: mutmut(folder, "show", name, capture_output=True, text=True).stdout  # noqa: E731
-    (folder / "survivors.txt").write_text("\n".join(map(show, names)), "utf-8")
-    done = seen["killed"] + seen["survived"]
-    share = f"{100 * seen['killed'] / done:.1f}%" if done else "–"
-    return f"{file}: {share} killed of {done}, {seen['survived']} survived, {seen['left']} not tried"
+    survivors = [(why_not(change), change) for change in map(show, (n for n in names if found[n] in SURVIVED))]
+    lines = [f"{why and f'read: {why}'}\n{change}" for why, change in sorted(survivors)]
+    (folder / "survivors.txt").write_text("\n".join(lines), "utf-8")
+    if not (done := seen["killed"] + seen["survived"]):
+        return f"{file}: none of {len(found)} tried"
+    low, high = binomtest(seen["killed"], done).proportion_ci(method="wilson")
+    read = sum(bool(why) for why, _ in survivors)
+    said = (
+        f"{file}: {seen['killed'] / done:.1%} killed of {done} ({low:.1%} to {high:.1%}), {seen['survived']} survived"
+    )
+    said += f", of which {read} change no result: {seen['killed'] / (done - read):.1%} of the others killed"
+    return f"{said}; {seen['left']} not tried, {len(found)} in all"
 
 
 def mutmut(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
@@ -86,16 +121,28 @@ def mutmut(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "mutmut", *arguments], cwd=folder, **how)
 
 
+def run(file: Path, size: int | None) -> str:
+    """Try what is left to try of a file."""
+    folder = prepare(file)
+    mutmut(folder, "run", "nothing", capture_output=True)  # makes the changes and stops: there is none of this name
+    found = codes(file, folder)
+    names = drawn(list(found), size)
+    # Where all was tried, what survived is tried again: there may be tests by now that see it.
+    left = [name for name in names if found[name] is None] or [name for name in names if found[name] in SURVIVED]
+    if left and mutmut(folder, "run", "--max-children", "1", *left).returncode:
+        sys.exit(f"mutmut stopped at {file}")
+    return report(file, folder, size)
+
+
 if __name__ == "__main__":
-    files = [Path(name) for name in sys.argv[1:]] or [Path("pss") / f"{name}.py" for name in TESTS]
-    if unknown := [str(file) for file in files if file.stem not in TESTS]:
-        sys.exit(f"{', '.join(unknown)}: expected files of {', '.join(TESTS)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=[Path("pss") / f"{name}.py" for name in TESTS])
+    parser.add_argument("--sample", type=int, help="how many changes of each file; all without it")
+    asked = parser.parse_args()
+    if unknown := [str(file) for file in asked.files if file.stem not in TESTS]:
+        parser.error(f"{', '.join(unknown)}: expected files of {', '.join(TESTS)}")
     lines = []
-    for file in files:
-        folder = prepare(file)
-        try_again(file, folder)
-        if mutmut(folder, "run", "--max-children", "1").returncode:
-            sys.exit(f"mutmut stopped at {file}")
-        lines.append(report(file, folder))
+    for file in asked.files:
+        lines.append(run(file, asked.sample))
         print(lines[-1], flush=True)
     print("", *lines, sep="\n")

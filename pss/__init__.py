@@ -1,50 +1,26 @@
 """Parameter-space saliency: which parameters made a network misclassify an image, and can they be repaired."""
 
+import pkgutil
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {  # imported when first used: `import pss` is quick
-    "Units": "units",
-    "parameter_saliency": "saliency",
-    "profile": "saliency",
-    "ProfileStore": "profiles",
-    "profile_dataset": "profiles",
-    "Reference": "reference",
-    "RANKINGS": "ranking",
-    "rank": "ranking",
-    "rank_together": "ranking",
-    "fdr_significant": "ranking",
-    "stage_shares": "ranking",
-    "edit_curve": "editing",
-    "edit_curves": "editing",
-    "edited": "editing",
-    "side_effects": "editing",
-    "smallest_correction": "correction",
-    "Patch": "patches",
-    "fit_patch": "patches",
-    "input_saliency": "input_space",
-    "nearest": "neighbors",
+_OFFERED = {  # by each file, in reading order; imported when first used: `import pss` is quick
+    "units": ["Units"],
+    "saliency": ["parameter_saliency", "profile"],
+    "profiles": ["ProfileStore", "profile_dataset"],
+    "reference": ["Reference"],
+    "ranking": ["RANKINGS", "rank", "rank_together"],
+    "editing": ["edit_curve", "edit_curves", "edited", "side_effects"],
+    "correction": ["smallest_correction"],
+    "patches": ["Patch", "fit_patch"],
+    "input_space": ["input_saliency"],
+    "neighbors": ["nearest"],
+    "statistics": ["fdr_significant", "stage_shares"],
 }
-_MODULES = (
-    "apps",
-    "correction",
-    "data",
-    "editing",
-    "evt",
-    "input_space",
-    "models",
-    "neighbors",
-    "patches",
-    "plots",
-    "profiles",
-    "ranking",
-    "reference",
-    "saliency",
-    "statistics",
-    "units",
-)
+_HOMES = {name: home for home, names in _OFFERED.items() for name in names}
+_MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 __all__ = [*_HOMES, *_MODULES]
 
 

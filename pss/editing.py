@@ -1,4 +1,4 @@
-r"""Repairing a mistake through a few units: pruning and one-step fine-tuning, always undone.
+r"""Editing units to repair a mistake: pruning and one-step fine-tuning, always undone.
 
 Both papers judge a ranking by editing its first :math:`k` units, one after the other, and watching the
 confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; Wang and Sato 2023, section 4):
@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss.engine.checks import check_ids, check_known, check_positive
+from pss.engine.checks import check_ids, check_known, check_labels, check_positive
 from pss.engine.edits import EditRunner, Place, add_steps, restored
-from pss.engine.state import preserved
-from pss.saliency import Loss, check_inputs, check_labels, check_units, get_loss
-from pss.units import Units
+from pss.engine.state import preserved, savable
+from pss.engine.strategies import ready
+from pss.saliency import Loss, check_inputs, get_loss
+from pss.units import Units, check_units
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ Ids = Sequence | np.ndarray | Tensor
 
 # Images times variants times numbers in an image: 25 edits of one image at 224 pixels, or of 50 images at 32.
 _CHUNK = 2**22
+RETAIN_BATCH = 256  # retain images in one forward pass
 
 
 @contextmanager
@@ -119,8 +121,8 @@ def unit_steps(
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
     runner, result = _runner(model, units, loss, strategy), []
-    with _ready(model):
-        images, labels = _plain(images), _plain(labels)
+    with ready(model, images):
+        images, labels = savable(images), savable(labels)
         for part in _chunks(images, 1):
             result += runner.gradients(images[part], labels[part], ids[part])
     return [[_step(g, lr, step_norm) for g in own] for own in result]
@@ -133,11 +135,8 @@ def edit_curve(
     ids: Ids,
     units: Units,
     edit: Edit = "finetune",
-    lr: float = 1e-3,
-    step_norm: float | None = None,
-    loss: str | Loss = "cross_entropy",
-    strategy: str = "auto",
     image_id: Any = 0,
+    **how: Any,
 ) -> pd.DataFrame:
     """Edit the first k units, for k = 0 .. K, and see what the model then says of the image.
 
@@ -146,14 +145,16 @@ def edit_curve(
     image, label
         One input without the batch dimension, and its class; or both with a batch dimension of one.
     ids : (K,) unit ids, in the order of the edits
-
-    See `edit_curves` for the rest, and for the columns.
+    image_id
+        What the column ``image`` holds.
+    **how
+        ``lr``, ``step_norm``, ``loss``, ``strategy``: see `edit_curves`, also for the columns.
     """
     label = torch.as_tensor(label, device=image.device)
     if label.dim() == 0:
         image, label = image[None], label[None]
     ids = check_ids(ids, len(units), dims=1)[None]
-    return edit_curves(model, image, label, ids, units, edit, lr, step_norm, loss, strategy, [image_id], progress=False)
+    return edit_curves(model, image, label, ids, units, edit, image_ids=[image_id], progress=False, **how)
 
 
 def edit_curves(
@@ -212,12 +213,10 @@ def edit_curves(
     check_known("edit", edit, EDITS)
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
-    image_ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
-    if len(image_ids) != len(images) or len(set(image_ids.tolist())) != len(images):
-        raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
+    image_ids = _distinct(image_ids, len(images))
     runner, frames = _runner(model, units, loss, strategy), []
-    with _ready(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
-        images, labels = _plain(images), _plain(labels)
+    with ready(model, images), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+        images, labels = savable(images), savable(labels)
         for part in _chunks(images, ids.shape[1] + 1):
             x, y, own = images[part], labels[part], ids[part]
             if edit == "prune":
@@ -231,16 +230,12 @@ def edit_curves(
     return pd.concat(frames, ignore_index=True)
 
 
-@contextmanager
-def _ready(model: nn.Module) -> Iterator[None]:
-    """The model preserved, and gradients possible also where the caller is in inference mode."""
-    with torch.inference_mode(False), preserved(model):
-        yield
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that autograd may save of one made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
+def _distinct(image_ids: Sequence | None, count: int) -> np.ndarray:
+    """Ids of the images, by default their numbers."""
+    image_ids = np.arange(count) if image_ids is None else np.asarray(image_ids)
+    if len(image_ids) != count or len(set(image_ids.tolist())) != count:
+        raise ValueError(f"image_ids must be {count} different ids, one per image")
+    return image_ids
 
 
 def _place(units: Units, unit: int) -> Place:
@@ -309,9 +304,7 @@ def side_effects(
     labels: Tensor,
     edit: Edit = "prune",
     steps: Sequence[Sequence[Tensor]] | None = None,
-    k: int | None = None,
     image_ids: Sequence | None = None,
-    batch_size: int = 256,
     progress: bool = True,
 ) -> pd.DataFrame:
     r"""What the edits made for some images do to other images.
@@ -323,54 +316,43 @@ def side_effects(
         The other images (the retain set). They should not hold the repaired ones.
     edit, steps
         As in `edited`; for ``finetune`` the steps of the Q images from `unit_steps`.
-    k : int, optional
-        Make only the first k edits; all by default.
     image_ids : sequence of Q, optional
         Ids of the repaired images.
-    batch_size : int
-        Guard images in one forward pass.
 
     Returns
     -------
     DataFrame
-        One row per repaired image: ``image``; ``k``; ``accuracy_before`` and ``accuracy_after`` on the retain set;
-        ``right``, how many were right before, and ``still_right``, the share of them that stays so; ``wrong``
-        and ``corrected``, the same for those that were wrong and become right; ``kl_mean`` and ``kl_worst``, the
-        divergence :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in nats over those that were
-        right. NaN where there are none.
+        One row per repaired image: ``image``; ``k``, the number of its edits; ``accuracy_before`` and
+        ``accuracy_after`` on the retain set; ``right``, how many were right before, and ``still_right``, the share of
+        them that stays so; ``wrong`` and ``corrected``, the same for those that were wrong and become right;
+        ``kl_mean`` and ``kl_worst``, the divergence :math:`\mathrm{KL}(p_\text{before} \,\|\, p_\text{after})` in
+        nats over those that were right. NaN where there are none.
 
     Raises
     ------
     ValueError
-        As `edited`; or if k is not in 1..K.
+        As `edited`; or if there are no retain images.
     """
     ids = check_ids(ids, len(units), dims=2)
-    k = ids.shape[1] if k is None else k
-    if not 1 <= k <= ids.shape[1]:
-        raise ValueError(f"k must be 1..{ids.shape[1]} (the ids given), not {k}")
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} retain images and {len(labels)} labels: give as many, and at least one")
     check_inputs(model, images, labels, units, "retain images")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
-    image_ids = np.arange(len(ids)) if image_ids is None else np.asarray(image_ids)
-    if len(image_ids) != len(ids):
-        raise ValueError(f"{len(image_ids)} image_ids for {len(ids)} rows of ids")
+    image_ids = _distinct(image_ids, len(ids))
 
     def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
         with torch.no_grad():
-            return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(batch_size)])
+            return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(RETAIN_BATCH)])
 
     with preserved(model):
         before = forward()
         check_logits(labels, before)
         rows = []
-        for q, own in enumerate(tqdm(ids[:, :k], unit="image", delay=2, disable=not progress)):
-            with edited(model, units, own, edit, None if steps is None else steps[q][:k]):
+        for q, own in enumerate(tqdm(ids, unit="image", delay=2, disable=not progress)):
+            with edited(model, units, own, edit, None if steps is None else steps[q]):
                 after = forward()
-            rows.append({"image": image_ids[q], "k": k, **damage(before, after, labels)})
+            rows.append({"image": image_ids[q], "k": len(own), **damage(before, after, labels)})
     return pd.DataFrame(rows)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import pss
-from pss.saliency import Loss, check_units, loss_name, profile_and_outputs
+from pss.saliency import Loss, loss_name, profile_and_outputs
 from pss.storage.digests import key_of
 from pss.storage.fingerprints import fingerprint, length_of, name_of, name_of_data
 from pss.storage.folder import FINISHED, FORMAT, ProfileStore, empty_rows
 from pss.storage.passes import choose_batch_size, store_rows
 from pss.storage.places import cache_folder
-from pss.units import Units
+from pss.units import Units, check_units
 
 
 def profile_dataset(

@@ -1,23 +1,20 @@
-"""Rank the units of each image by how unusual their saliency is.
+"""Every way to rank the units of an image by how unusual their saliency is: a new one is one entry of `RANKINGS`.
 
-`RANKINGS` holds every way to do so: a new one is one entry. All rank the same population, every unit of the model, so
-that their tops can be compared. Dead units (constant over the reference set) come last whatever the method. A ranking
-knows profiles and their reference only, so it serves every quantity that a profile can hold.
+All rank the same population, every unit of the model, so that their tops can be compared. Dead units (constant over
+the reference set) come last whatever the method. A ranking knows profiles and their reference only, so it serves every
+quantity that a profile can hold.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from pss.engine.checks import check_count, check_finite, check_known, check_share
+from pss.engine.checks import check_count, check_finite, check_known
 from pss.reference import Reference
 from pss.units import Units
 
@@ -64,18 +61,20 @@ class Ranking:
 def rank(
     profiles: Tensor,
     reference: Reference | None = None,
-    method: str = "pot",
+    method: str = "zscore",
     k: int | None = None,
     units: Units | None = None,
     generator: torch.Generator | int = 0,
-    match: str = "pot",
+    match: str = "zscore",
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
-    Every method takes profiles of every quantity. Which unit is broken: what it contributes and what it says, over the
-    images that went wrong (`rank_together` of ``of="gain"`` and ``of="output"``, by ``pot`` or ``zscore``). Which to
-    prune: ``raw`` of the signed gain of the margin (``of="gain", signed=True, loss="logit_difference"``). Which to
-    fine-tune: ``zscore`` of the gradient.
+    Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went
+    wrong, of ``of="gain"`` with a scale-free reference and ``of="output", signed=True``, by ``abs_zscore``. It finds
+    nearly all planted faults (the mean activation behind a ReLU finds as many), rankings of the gradient less than
+    half, and ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin
+    (``of="gain", signed=True, loss="logit_difference"``). Which to fine-tune: at equal damage none is told apart from
+    random units.
 
     Parameters
     ----------
@@ -113,28 +112,33 @@ def rank(
     take_part = scores > -torch.inf
     if (few := take_part.sum(dim=1) < k).any():
         raise ValueError(f"k = {k} is more than the {int(take_part[few][0].sum())} units that {method!r} ranks")
-    if reference is not None:  # after all that are alive, before those that take no part
-        dead = reference.dead.to(scores.device) & take_part
-        scores = scores.masked_fill(dead, _LAST)
+    return _first(dead_last(scores, reference), k)
+
+
+def dead_last(scores: Tensor, reference: Reference | None) -> Tensor:
+    """The scores, and for dead units one after all that are alive, before what takes no part, finite also as a sum."""
+    if reference is None:
+        return scores
+    return scores.masked_fill(reference.dead.to(scores.device) & (scores > -torch.inf), -1e300)
+
+
+def _first(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k highest scores of every row; of equal ones the smaller id comes first."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-
-
-_LAST = -1e300  # the score of what is dead: after all that is alive, and finite also as a sum over many images
 
 
 def rank_together(
     profiles: Tensor | Sequence[Tensor],
     reference: Reference | Sequence[Reference | None] | None = None,
-    method: str = "pot",
+    method: str = "zscore",
     k: int = 10,
     units: Units | None = None,
 ) -> pd.DataFrame:
     """One ranking for a group of images, because a cause is seen in many of them; of several quantities at once too.
 
-    A unit's score is the mean of its scores over the images. Of several quantities, as gradient, gain and output, each
-    image gives the largest, so that a unit is found that stands out in any; then ``method`` has to be one whose scores
-    mean the same for all: ``pot`` and ``exponential``, negative log tail probabilities, or z-scores. What is signed has
-    two tails: give the output, and the output with its sign turned, each with its reference.
+    A unit's score is the mean of its scores over the images. Several quantities, as gradient, gain and output, rank for
+    themselves and name their next unit in turns, the first quantity first. So a unit is near the top that stands out in
+    any of them, and their scores need not mean the same: the far tail of one would otherwise hide the others.
 
     Parameters
     ----------
@@ -149,8 +153,8 @@ def rank_together(
     Returns
     -------
     DataFrame
-        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``score``, ``images`` (share of the images
-        that have it among their own first k), ``quantity`` (the place in the sequence of the one that says most).
+        All units, most anomalous first: ``unit``, ``name`` (with ``units``), ``quantity`` (the place in the sequence of
+        the one that named it), ``score`` (by that one), ``images`` (share that have it among their own first k).
 
     Raises
     ------
@@ -161,22 +165,29 @@ def rank_together(
     usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
     if not several or len(several) != len(usual):
         raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
-    scores = []
-    for values, its in zip(several, usual, strict=True):
-        own = score(values, its, method, units=units)
-        scores.append(own if its is None else own.masked_fill(its.dead.to(own.device), _LAST))
-    of_images = torch.stack(scores).amax(dim=0)
-    first = of_images.argsort(dim=1, descending=True, stable=True)[:, :k]
-    shares = torch.zeros_like(of_images).scatter_(1, first, 1.0).mean(dim=0)
-    which = torch.stack([own.mean(dim=0) for own in scores]).argmax(dim=0)
-    together = of_images.mean(dim=0)
-    order = together.argsort(descending=True, stable=True).cpu()
-    table = pd.DataFrame({"unit": order.numpy(), "score": together.cpu()[order].numpy()})
+    pairs = zip(several, usual, strict=True)
+    scores = torch.stack([dead_last(score(values, its, method, units=units), its) for values, its in pairs])
+    means = scores.mean(dim=1)
+    turns, quantity = _turns(means).min(dim=0)
+    of_images = _first(-_turns(scores).amin(dim=0), k)
+    columns = {
+        "unit": torch.arange(len(turns)),
+        "quantity": quantity,
+        "score": means.gather(0, quantity[None])[0],
+        "images": torch.zeros_like(scores[0]).scatter_(1, of_images, 1.0).mean(dim=0),
+    }
+    order = turns.argsort().cpu()
+    table = pd.DataFrame({name: values.cpu()[order].numpy() for name, values in columns.items()})
     if units is not None:
-        table.insert(1, "name", [units.name(int(unit)) for unit in order])
-    table["images"] = shares.cpu()[order].numpy()
-    table["quantity"] = which.cpu()[order].numpy()
+        table.insert(1, "name", [units.name(unit) for unit in order.tolist()])
     return table
+
+
+def _turns(scores: Tensor) -> Tensor:
+    """When each of Q quantities names each unit, if they name their next one in turns; (Q, …, U)."""
+    places = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    first = torch.arange(len(scores), device=scores.device).view(-1, *[1] * (scores.ndim - 1))
+    return len(scores) * places + first
 
 
 def score(
@@ -185,7 +196,7 @@ def score(
     method: str,
     generator: torch.Generator | int = 0,
     units: Units | None = None,
-    match: str = "pot",
+    match: str = "zscore",
     k: int | None = None,
 ) -> Tensor:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.
@@ -279,62 +290,3 @@ RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "scale_free_zscore": Ranking("z-score, scale-free", "#00324F", _zscore, _FREE, differentiable=True),
     "scale_free_pot": Ranking("POT, scale-free", "#7A2E00", _pot, _FREE, tail="gpd", differentiable=True),
 }
-
-
-def fdr_significant(log_p: Tensor, n: int, q: float = 0.05, dependent: bool = False) -> Tensor:
-    """Units whose tail probability is significant at false-discovery rate q; bool, (B, U).
-
-    Benjamini and Hochberg (1995) over the units of each image. What a fitted tail says below 1 / (n + 1) no n images
-    have shown, and beyond the end of a bounded one it says zero: such a probability counts as 1 / (n + 1), so that no
-    unit is significant by extrapolation alone.
-
-    Parameters
-    ----------
-    log_p : Tensor, shape (B, U)
-        From `Reference.log_tail_probability`.
-    n : int
-        Number of reference images, ``reference.n``.
-    q : float
-    dependent : bool
-        Take Benjamini and Yekutieli (2001), valid under any dependence between units, which do share their image's
-        gradient size.
-    """
-    check_count("n", n, sys.maxsize, "the number of reference images")
-    check_share("q", q, "the share of false discoveries allowed, as 0.05")
-    if log_p.isnan().any():
-        raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
-    if (log_p > 0).any():
-        raise ValueError(
-            "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
-        )
-    p = log_p.double().exp().clamp(min=1 / (n + 1)).cpu().numpy()
-    adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
-    return torch.from_numpy(adjusted <= q).to(log_p.device)
-
-
-def stage_shares(ids: Tensor, units: Units) -> pd.DataFrame:
-    """Share of each stage among the top units, beside the share of all units that it holds (the prior).
-
-    Parameters
-    ----------
-    ids : Tensor of int, shape (B, k)
-    units : Units
-
-    Returns
-    -------
-    DataFrame
-        Index stage; ``share`` (mean over images, 0..1), ``error`` (its standard error over images), ``prior``.
-    """
-    if ids.ndim != 2:
-        raise ValueError(f"ids have shape {tuple(ids.shape)}: expected (B, k), as pss.rank gives them")
-    outside = ids[(ids < 0) | (ids >= len(units))]
-    if len(outside):
-        raise ValueError(f"unit {int(outside[0])} is outside 0..{len(units) - 1}")
-    stages = torch.from_numpy(units.stage_ids)[ids.cpu()]
-    each = torch.stack([(stages == i).double().mean(dim=1) for i in range(len(units.stages))], dim=1)  # (B, stages)
-    error = each.std(dim=0) / len(each) ** 0.5 if len(each) > 1 else torch.full((each.shape[1],), torch.nan)
-    prior = np.bincount(units.stage_ids, minlength=len(units.stages)) / len(units)
-    return pd.DataFrame(
-        {"share": each.mean(dim=0).numpy(), "error": error.numpy(), "prior": prior},
-        index=pd.Index(units.stages, name="stage"),
-    )

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pss.engine.checks import check_images, check_labels
 from pss.engine.recorder import Options
+from pss.engine.state import savable
 from pss.engine.strategies import Part, Task, compute, known_of, ready, whole_gradients
 from pss.engine.verification import verified
 from pss.storage.fingerprints import name_of
-from pss.units import UnitGroup, Units, check_model
+from pss.units import UnitGroup, Units, check_units
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -244,8 +246,7 @@ def _profiles(
     parts = []
     with ready(model, images):
         known = known_of(task, images)
-        labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
-        for chunk in zip(_laid_out(images).split(size), labels.split(size), strict=True):
+        for chunk in zip(_laid_out(images).split(size), savable(labels).split(size), strict=True):
             part = compute(task, *chunk, known)
             compares = verify and "output" not in options.of  # of which a gradient knows nothing
             if compares and (verify_again or not known.verified) and known.ways != ("loop",):
@@ -307,8 +308,7 @@ def _images_at_once(images: Tensor) -> int:
 
 def _laid_out(images: Tensor) -> Tensor:
     """Channels last where it pays: on a CPU. A copy if autograd may not save the images."""
-    images = images.detach()
-    images = images.clone() if images.is_inference() else images
+    images = savable(images.detach())
     channels_last = images.dim() == 4 and not images.is_cuda
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
@@ -316,72 +316,9 @@ def _laid_out(images: Tensor) -> Tensor:
 def check_inputs(
     model: nn.Module, images: Tensor, labels: Tensor, units: Units | None = None, what: str = "images"
 ) -> None:
-    """Refuse what would fail late, or not at all: for every function that takes a model and a batch.
-
-    Raises
-    ------
-    TypeError
-        If the model is no module, or the units are no `Units`.
-    ValueError
-        If images or labels are no tensors of one length on the model's device and of its type, an image is not finite,
-        or the units are of another model.
-    """
+    """Refuse what would fail late, or not at all: for every function that takes a model, its units and a batch."""
     check_units(model, units)
-    if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{what} are {shape}: expected a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)")
-    if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
-        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(
-            f"labels are {shape} for {what} {tuple(images.shape)}: expected a tensor with one label per image "
-            "(of one image images[None])"
-        )
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise ValueError(f"{type(model).__name__} has no parameters")
-    for which, tensor in ((what, images), ("labels", labels)):
-        if tensor.device != parameter.device:
-            raise ValueError(f"{which} are on {tensor.device}, the model on {parameter.device}: move one to the other")
-    if images.is_floating_point() or images.dtype in (torch.uint8, torch.bool):  # other integers may be tokens
-        if images.dtype != parameter.dtype:
-            raise ValueError(f"{what} are {images.dtype}, the model {parameter.dtype}: convert one to the other")
-        finite = torch.isfinite(images).flatten(1).all(dim=1)
-        if not finite.all():
-            raise ValueError(f"{what} {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")
-
-
-def check_units(model: nn.Module, units: Units | None) -> None:
-    """Refuse what is no model, no units, or units of another model."""
-    check_model(model)
-    if units is None:
-        return
-    if not isinstance(units, Units):
-        raise TypeError(f"units are a {type(units).__name__}: expected Units, as Units.of(model) makes them")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    for layer in units.layers:
-        if shapes.get(layer.parameter) != layer.shape:
-            raise ValueError(
-                f"the units are not of this model: they have {layer.parameter!r} of shape {layer.shape}, "
-                f"the model has {shapes.get(layer.parameter)}; make them with Units.of(model)"
-            )
-
-
-def check_labels(labels: Tensor, outputs: Tensor) -> None:
-    """Refuse outputs that are no logits (B, C), and labels that are no classes of them."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(
-            f"outputs are {shape}: expected logits (B, C) with C >= 2; have them made by pss.models.logits_of(model, "
-            "select), or for a profile give a loss (outputs, labels) -> (B,)"
-        )
-    if labels.dtype != torch.int64 or labels.dim() != 1:
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected class numbers, int64 (B,)"
-        )
-    classes = outputs.shape[1]
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if len(outside):
-        raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")
+    check_images(model, images, labels, what)
 
 
 def _check_outputs(loss: Loss, outputs: Tensor, labels: Tensor, rows: int) -> None:

@@ -70,6 +70,12 @@ class UnitGroup:
 
     def __post_init__(self):
         object.__setattr__(self, "stride", self.stride or self.rows)
+        there = self.shape[1] * self.groups if self.groups > 1 else self.shape[self.dim]
+        if self.offset < 0 or self.slices.max(initial=0) >= there:
+            listed = f"{self.count} units of {self.rows} slices from {self.offset} on"
+            raise ValueError(
+                f"{self.parameter!r} is listed with {listed}, but has {there} slices along dimension {self.dim}"
+            )
 
     @property
     def name(self) -> str:
@@ -163,21 +169,10 @@ class Units:
             raise ValueError(f"unknown kind of unit {kind!r}: expected one of {sorted(_KINDS)} or a callable")
         if not layers:
             raise ValueError(f"{type(model).__name__} has no unit of kind {kind!r}: try another of {sorted(_KINDS)}")
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        for layer in layers:
-            if shapes.get(layer.parameter) != layer.shape:
-                raise ValueError(
-                    f"parameter {layer.parameter!r} of shape {layer.shape} is not in {type(model).__name__} "
-                    f"(there it is {shapes.get(layer.parameter)})"
-                )
-            there = layer.shape[1] * layer.groups if layer.groups > 1 else layer.shape[layer.dim]
-            if layer.offset < 0 or layer.slices.max(initial=0) >= there:
-                raise ValueError(
-                    f"{layer.parameter!r} is listed with {layer.count} units of {layer.rows} slices from "
-                    f"{layer.offset} on, but has {there} slices along dimension {layer.dim}"
-                )
         stage = stage_names(model)
-        return cls(layers, [stage(layer.parameter) for layer in layers], kind)
+        found = cls(layers, [stage(layer.parameter) for layer in layers], kind)
+        check_units(model, found)
+        return found
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -264,6 +259,22 @@ def check_model(model: nn.Module) -> None:
     """Refuse what is no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+
+
+def check_units(model: nn.Module, units: Units | None) -> None:
+    """Refuse what is no model, no units, or units of another model."""
+    check_model(model)
+    if units is None:
+        return
+    if not isinstance(units, Units):
+        raise TypeError(f"units are a {type(units).__name__}: expected Units, as Units.of(model) makes them")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for layer in units.layers:
+        if shapes.get(layer.parameter) != layer.shape:
+            raise ValueError(
+                f"the units are not of this model: they have {layer.parameter!r} of shape {layer.shape}, "
+                f"the model has {shapes.get(layer.parameter)}; make them with Units.of(model)"
+            )
 
 
 def _refuse_overlap(layers: Sequence[UnitGroup]) -> None:

@@ -54,13 +54,20 @@ class Kind:
                 value = np.asarray(value)
                 total.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
             else:
-                total.update(json.dumps(value, sort_keys=True).encode())
+                total.update(json.dumps(value, sort_keys=True, default=str).encode())
         return total.hexdigest()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder, by path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    """The same with one bit flipped."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
@@ -139,14 +146,9 @@ def _read_cache(folder: Path) -> dict:
         return dict(cached("digits.safetensors", lambda: (_digits(0), {})))
 
 
+STORE = ("store/profiles.npy", "store/samples.npy", "store/manifest.json")
 KINDS = [
-    Kind(
-        "profiles",
-        ("store/profiles.npy", "store/samples.npy", "store/manifest.json"),
-        _write_store,
-        _read_store,
-        replaces=False,
-    ),
+    Kind("profiles", STORE, _write_store, _read_store, replaces=False),
     Kind("reference", ("reference.safetensors",), _write_reference, _read_reference),
     Kind("weights", ("weights.safetensors",), _write_weights, _read_weights),
     Kind("patch", ("patch.safetensors",), _write_patch, _read_patch),

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import batch, seeded
+from networks import batch, seeded
 from torch.overrides import TorchFunctionMode
 
 from pss import Units, profile

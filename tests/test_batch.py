@@ -135,12 +135,6 @@ def test_a_folder_of_notebooks_has_an_index(notebook, tmp_path, capsys):
     assert main(["run", "--in-place", str(notebook)]) == 0 and "the answer is 42" in text_of(notebook)
 
 
-def test_notebook_without_parameters_cell(tmp_path):
-    nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "01_x.ipynb")
-    with pytest.raises(ValueError, match="0 cells tagged 'parameters'"):
-        parameters_of(tmp_path / "01_x.ipynb")
-
-
 def test_defaults_are_read_whatever_they_are(tmp_path):
     source = "a = 1\nb: float = 2.0\nc = -1e-3  # text\nd = [1, 'x']\ne = len('abc')\nf = None\ng: int"
     cell = new_code_cell(source, metadata={"tags": ["parameters"]})

@@ -1,6 +1,7 @@
 """Whole experiments: statistics kept and refused, resuming, tidy tables, and the second paper's frames and bands."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from artefacts import flip
 from PIL import Image
 from torch.nn import functional as F
 
 import pss
 from pss import models
-from pss.apps import experiment
+from pss.apps import experiment, reading
 
 ALGO = ("baseline", "POT", "conv5", "random", "raw", "layer_matched_random")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "12_experiment.ipynb"
@@ -60,20 +62,24 @@ def trees(digits, usual, tmp_path_factory):
 @pytest.fixture(scope="module")
 def kept(network, units, usual, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
-    experiment.statistics(network.model, units, folder, usual, algo=ALGO, progress=False)
+    experiment.statistics(network, units, folder, usual, algo=ALGO, progress=False)
     return folder
 
 
 @pytest.fixture(scope="module")
 def given(network, units, kept):
-    return experiment.statistics(network.model, units, kept, make=False, algo=ALGO)
+    return experiment.statistics(network, units, kept, make=False, algo=ALGO)
+
+
+def run(network, dataset, units, given, folder, *plan, **more):
+    return experiment.run(network, dataset, units, given, experiment.Plan(*plan, **more), folder, progress=False)
 
 
 @pytest.fixture(scope="module")
 def done(network, digits, units, given, tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     edits = ("finetune", "prune")
-    return experiment.run(network.model, digits, units, given, folder, ALGO, edits, 3, progress=False)
+    return run(network, digits, units, given, folder, ALGO, edits, 3)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -82,55 +88,78 @@ def done(network, digits, units, given, tmp_path_factory):
 def test_statistics_are_made_once(network, units, usual, kept, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in kept.rglob("*") if file.is_file()}
     assert {file.name for file in before} >= {"reference-0.9.safetensors", "profiles.npy"}
-    monkeypatch.setattr(experiment, "profile_dataset", None)
-    again = experiment.statistics(network.model, units, kept, usual, algo=ALGO)
+    monkeypatch.setattr(models, "profiles_of", None)
+    again = experiment.statistics(network, units, kept, usual, algo=ALGO)
     assert before == {file: file.stat().st_mtime_ns for file in kept.rglob("*") if file.is_file()}
-    with torch.no_grad():
-        profiles = pss.profile(network.model, usual.images, usual.labels, units).double()
-    torch.testing.assert_close(again.plain.mean, profiles.mean(dim=0), rtol=1e-5, atol=1e-12)
+    profiles = pss.profile(network.model, usual.images, usual.labels, units).double()
+    right = pss.models.predict(network.model, usual.images).argmax(dim=1) == usual.labels
+    assert 0 < (~right).sum() == int(again.plain.provenance["left_out"]) == len(usual) - again.plain.n
+    torch.testing.assert_close(again.plain.mean, profiles[right].mean(dim=0), rtol=1e-5, atol=1e-12)
     assert again.scale_free is None
+    with pytest.raises(ValueError, match="misread: reference left out, given kept"):
+        experiment.statistics(network, units, kept, usual, algo=ALGO, misread=True)
+
+
+def test_misread_images_are_kept_on_request_and_own_networks_stay_out_of_the_checkout(
+    network, digits, units, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PSS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = dataclasses.replace(network, name="own")
+    how = {"algo": ("raw", "baseline"), "misread": True, "allow_chance": True, "progress": False}
+    found = experiment.statistics(own, units, "", digits, **how)
+    assert found.plain.n == len(digits) == 48
+    profiles = pss.profile(network.model, digits.images, digits.labels, units).double()
+    torch.testing.assert_close(found.plain.mean, profiles.mean(dim=0), rtol=1e-5, atol=1e-12)
+    done = run(own, digits, units, found, "", ("raw",), ("prune",), 1, count=2)
+    assert {p.name for p in (tmp_path / "pss").iterdir()} == {"profiles", "statistics", "experiments"}
+    assert done.folder.is_relative_to(tmp_path) and done.provenance["network"] == "own"
+    [(english, _)] = reading.kept(own)
+    size = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) / 1e6
+    assert str(tmp_path / "pss") in english and f"({size:.1f} MB" in english and not reading.kept(network)
 
 
 def test_missing_statistics_are_made_on_request_only(network, units, usual, tmp_path):
     with pytest.raises(FileNotFoundError, match="do_stats = True"):
-        experiment.statistics(network.model, units, tmp_path, usual, make=False)
+        experiment.statistics(network, units, tmp_path, usual, make=False)
     with pytest.raises(ValueError, match="no reference images"):
-        experiment.statistics(network.model, units, tmp_path)
+        experiment.statistics(network, units, tmp_path)
     assert not list(tmp_path.iterdir())
     small = usual.subset(range(24))
     names = ("baseline", "scale_free_pot")
-    found = experiment.statistics(network.model, units, tmp_path, small, algo=names, progress=False)
+    found = experiment.statistics(network, units, tmp_path, small, algo=names, progress=False)
     assert found.scale_free.scale_free and not found.plain.scale_free and found.plain.n == 24
 
 
 def test_statistics_of_something_else_are_refused(network, units, usual, kept):
-    other = copy.deepcopy(network.model)
+    other = dataclasses.replace(network, model=copy.deepcopy(network.model))
     with torch.no_grad():
-        other.conv1.weight[0, 0, 0, 0] += 1
+        other.model.conv1.weight[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match=r"something else .*model"):
         experiment.statistics(other, units, kept, usual)
     with pytest.raises(ValueError, match=r"something else .*data"):
-        experiment.statistics(network.model, units, kept, usual.subset(range(50)))
+        experiment.statistics(network, units, kept, usual.subset(range(50)))
     with pytest.raises(ValueError, match=r"something else .*loss"):
-        experiment.statistics(network.model, units, kept, usual, loss="logit")
+        experiment.statistics(network, units, kept, usual, loss="logit")
 
 
 def test_run_refuses_statistics_of_another_model(network, digits, units, given, tmp_path):
-    other = pss.models.resnet18(seed=5)
+    other = dataclasses.replace(network, model=pss.models.resnet18(seed=5))
     with pytest.raises(ValueError, match=r"something else .*model"):
-        experiment.run(other, digits, units, given, tmp_path, ("baseline",), progress=False)
+        run(other, digits, units, given, tmp_path, ("baseline",))
     assert not list(tmp_path.iterdir())
 
 
 def test_published_statistics_have_no_tail(network, digits, units, given, tmp_path):
     file = tmp_path / "ImageNet_val_saliency_stat_digits_filter_wise.pth"
     torch.save({"mean": given.plain.mean.float(), "std": given.plain.std}, file)
-    read = experiment.statistics(network.model, units, file, algo=("baseline",))
-    arguments = (network.model, digits, units, read, tmp_path / "run")
+    with pytest.warns(UserWarning, match="published for torchvision's IMAGENET1K_V1"):
+        read = experiment.statistics(network, units, file, algo=("baseline",))
+    arguments = (network, digits, units, read, tmp_path / "run")
     with pytest.raises(ValueError, match="no tail"):
-        experiment.run(*arguments, ("POT",), filters=2, progress=False)
+        run(*arguments, ("POT",), filters=2)
     assert not (tmp_path / "run").exists()
-    ranked = experiment.run(*arguments, ("baseline",), (), 2, count=3, progress=False).ranking
+    ranked = run(*arguments, ("baseline",), (), 2, count=3).ranking
     assert ranked["image"].nunique() == 3 and ranked["k"].max() == 2
 
 
@@ -211,7 +240,7 @@ def test_bands_resample_as_many_images_as_there_are(done):
 def test_summary_is_of_the_last_edit(network, digits, units, given, tmp_path):
     few = digits.subset(range(12))
     edits = ("finetune", "prune")
-    mine = experiment.run(network.model, few, units, given, tmp_path, ("raw",), edits, 3, step_norm=0.3, progress=False)
+    mine = run(network, few, units, given, tmp_path, ("raw",), edits, 3, step_norm=0.3)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["looked_at"] == summary["edited"] == 12
     for edit in edits:
@@ -224,7 +253,7 @@ def test_random_rankings_are_drawn_by_the_seed(network, digits, units, given, tm
     drawn = []
     for number, seed in enumerate((0, 0, 1)):
         folder = tmp_path / str(number)
-        mine = experiment.run(network.model, few, units, given, folder, names, (), 20, seed=seed, progress=False)
+        mine = run(network, few, units, given, folder, names, (), 20, seed=seed)
         drawn.append(mine.ranking.sort_values(["algo", "image", "k"], ignore_index=True))
     pd.testing.assert_frame_equal(drawn[0], drawn[1])
     for name in names:
@@ -244,8 +273,8 @@ def test_shares(done, units):
 
 
 def test_killed_and_run_again_equals_run_whole(done, network, digits, units, given, tmp_path, monkeypatch):
-    arguments = (network.model, digits, units, given, tmp_path, ALGO, ("finetune", "prune"), 3)
-    part, calls = experiment._Job.part, []
+    arguments = (network, digits, units, given, tmp_path, ALGO, ("finetune", "prune"), 3)
+    part, calls = experiment.Job.part, []
 
     def killed(self, dataset, positions, left):
         calls.append(positions[0])
@@ -253,39 +282,39 @@ def test_killed_and_run_again_equals_run_whole(done, network, digits, units, giv
             raise KeyboardInterrupt
         return part(self, dataset, positions, left)
 
-    monkeypatch.setattr(experiment._Job, "part", killed)
+    monkeypatch.setattr(experiment.Job, "part", killed)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(*arguments, progress=False)
-    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["00000.zip"]
+        run(*arguments)
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["00000.json"]
     with pytest.raises(ValueError, match="not finished"):
         experiment.Experiment.open(tmp_path)
-    again = experiment.run(*arguments, progress=False)
+    again = run(*arguments)
     assert len(calls) == 3 and calls[1] == calls[2] != calls[0]
     for name in ("images", "ranking", "results"):
         assert (tmp_path / f"{name}.csv").read_bytes() == (done.folder / f"{name}.csv").read_bytes()
-    experiment.run(*arguments, progress=False)
+    run(*arguments)
     assert len(calls) == 3 and again.provenance["complete"] and not (tmp_path / "parts").exists()
 
 
 def test_a_damaged_part_is_made_again(network, digits, units, given, tmp_path, monkeypatch):
-    arguments = (network.model, digits, units, given, tmp_path, ("raw",), ("prune",), 1)
-    finish = experiment._finish
-    monkeypatch.setattr(experiment, "_finish", lambda *_: None)
-    experiment.run(*arguments, progress=False)
-    file = tmp_path / "parts" / "00001.zip"
+    arguments = (network, digits, units, given, tmp_path, ("raw",), ("prune",), 1)
+    finish = experiment.finish
+    monkeypatch.setattr(experiment, "finish", lambda *_: None)
+    run(*arguments)
+    file = tmp_path / "parts" / "00001.json"
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:], b""):
+    for damaged in (whole[: len(whole) // 2], flip(whole, 480), b""):
         file.write_bytes(damaged)
-        assert experiment._read_part(file) is None
-    monkeypatch.setattr(experiment, "_finish", finish)
-    assert experiment.run(*arguments, progress=False).provenance["edited"] == 40
+        assert experiment.read_part(file) is None
+    monkeypatch.setattr(experiment, "finish", finish)
+    assert run(*arguments).provenance["edited"] == 40
 
 
 def test_another_experiment_or_a_changed_table_is_refused(done, network, digits, units, given, tmp_path):
-    arguments = (network.model, digits, units, given)
+    arguments = (network, digits, units, given)
     with pytest.raises(ValueError, match=r"another experiment \(filters: there 3, given 2\)"):
-        experiment.run(*arguments, done.folder, ALGO, ("finetune", "prune"), 2, progress=False)
-    mine = experiment.run(*arguments, tmp_path, ("raw",), ("prune",), 1, count=2, progress=False)
+        run(*arguments, done.folder, ALGO, ("finetune", "prune"), 2)
+    mine = run(*arguments, tmp_path, ("raw",), ("prune",), 1, count=2)
     assert mine.provenance["pss"] == pss.__version__ and mine.provenance["model"] == pss.models.fingerprint(
         network.model
     )
@@ -306,19 +335,19 @@ def test_names_of_rankings(network, digits, units, given, tmp_path):
     assert [experiment.method_of(name) for name in ("baseline", "POT", "raw")] == ["zscore", "pot", "raw"]
     with pytest.raises(ValueError, match="unknown algo 'pot5'"):
         experiment.method_of("pot5")
-    arguments = (network.model, digits, units, given, tmp_path)
+    arguments = (network, digits, units, given, tmp_path)
     with pytest.raises(ValueError, match="same ranking"):
-        experiment.run(*arguments, ("baseline", "zscore"), progress=False)
+        run(*arguments, ("baseline", "zscore"))
     with pytest.raises(ValueError, match="needs scale-free statistics"):
-        experiment.run(*arguments, ("scale_free_pot",), progress=False)
+        run(*arguments, ("scale_free_pot",))
     right = digits.subset(range(40, 48))
     with pytest.raises(ValueError, match="misreads none of the 8 images"):
-        experiment.run(network.model, right, units, given, tmp_path, ("raw",), progress=False)
+        run(network, right, units, given, tmp_path, ("raw",))
 
 
 def test_one_misread_image_is_as_among_others(done, network, digits, units, given, tmp_path):
     one = digits.subset([40, 7, 41])
-    mine = experiment.run(network.model, one, units, given, tmp_path, ALGO, ("prune",), 3, progress=False)
+    mine = run(network, one, units, given, tmp_path, ALGO, ("prune",), 3)
     assert mine.provenance["edited"] == 1 and len(mine.results) == len(ALGO) * 4
     drawn = mine.ranking["algo"].isin(["random", "layer_matched_random"])  # of the place in the set
     both = mine.ranking[~drawn].merge(done.ranking, on=["image", "algo", "k"])
@@ -338,7 +367,7 @@ def test_one_misread_image_is_as_among_others(done, network, digits, units, give
 )
 def test_wrong_requests_leave_nothing(network, digits, units, given, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        experiment.run(network.model, digits, units, given, tmp_path, **{"algo": ("raw",), **wrong}, progress=False)
+        run(network, digits, units, given, tmp_path, **{"algo": ("raw",), **wrong})
     assert not list(tmp_path.iterdir())
 
 
@@ -349,12 +378,12 @@ def test_outputs_that_are_nan_are_no_class(network, digits, units, given, tmp_pa
     assert pss.models.predict(network.model, broken.images)[5].isnan().all()
     name = re.escape(broken.ids[5])
     with pytest.raises(ValueError, match=rf"outputs for 1 images \({name}\) are NaN or infinite.*Mend these images"):
-        experiment.run(network.model, broken, units, given, tmp_path, ("baseline",), filters=2, progress=False)
+        run(network, broken, units, given, tmp_path, ("baseline",), filters=2)
 
 
 def test_a_tree_of_pictures_gives_what_the_set_gives(done, trees, network, units, given, tmp_path):
     tree = experiment.images_of(network, trees[0])
-    mine = experiment.run(network.model, tree, units, given, tmp_path, ("baseline", "raw"), filters=3, progress=False)
+    mine = run(network, tree, units, given, tmp_path, ("baseline", "raw"), filters=3)
     results = mine.results.assign(image=mine.results["image"].map(lambda name: Path(name).stem.replace("-", "/")))
     both = results.merge(done.results, on=["image", "algo", "edit", "k"])
     assert len(both) == len(results) == 40 * 2 * 4

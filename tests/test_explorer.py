@@ -1,6 +1,7 @@
 """The explorer: what is written equals what pss computes, and the page in a browser shows it and answers."""
 
 import base64
+import json
 import math
 import os
 import re
@@ -43,6 +44,17 @@ def site(tmp_path_factory, collection, root):
     return folder
 
 
+def unpack(packed):
+    """Numbers that `explorer.pack` kept, NaN where missing: what the page does."""
+    levels = np.frombuffer(base64.b64decode(packed["data"]), np.uint8).astype(float)
+    return np.where(levels == explorer.LEVELS, np.nan, packed["low"] + packed["step"] * levels)
+
+
+def read_script(path):
+    """The JSON inside a file that `explorer.write` wrote."""
+    return json.loads(path.read_text(encoding="utf-8").split(", ", 1)[1].removesuffix(");\n"))
+
+
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
@@ -50,29 +62,30 @@ def site(tmp_path_factory, collection, root):
 def test_packed_numbers_come_back_within_half_a_step(values):
     values = np.array(values)
     packed = explorer.pack(values)
-    back, finite = explorer.unpack(packed), np.isfinite(values)
+    back, finite = unpack(packed), np.isfinite(values)
     assert np.isnan(back[~finite]).all()
     np.testing.assert_allclose(back[finite], values[finite], atol=packed["step"] / 2 * (1 + 1e-9))
 
 
 def test_written_numbers_equal_what_pss_computes(site, collection):
-    written = explorer.read_script(site / "explorer" / "data" / f"digits-{collection.ids[1]}.js")
+    written = read_script(site / "explorer" / "data" / f"digits-{collection.ids[1]}.js")
     model, units, c = collection.model, collection.units, collection
     x, y = c.images[1:2], c.labels[1:2]
     profile = pss.profile(model, x, y, units)
     before = model(x).softmax(dim=1)[0]
     assert (written["label"], written["predicted"]) == (int(y), int(before.argmax()))
     np.testing.assert_allclose(written["confidence"], before[[int(y), int(before.argmax())]].detach(), rtol=1e-3)
-    for method in ("zscore", "raw"):
+    gain = pss.profile(model, x, y, units, of="gain", signed=True, loss="logit_difference")
+    ranked = {"zscore": c.plain.zscore(profile)[0], "raw": profile[0], "gain": gain[0]}
+    for method, score in ranked.items():
         own = written["methods"][method]
-        score = c.plain.zscore(profile)[0] if method == "zscore" else profile[0]
         assert own["top"] == score.argsort(descending=True)[: explorer.K].tolist()
         np.testing.assert_allclose(own["z"], c.plain.zscore(profile)[0, own["top"]], rtol=1e-3)
         log_p = c.plain.log_tail_probability(profile)[0, own["top"]] / math.log(10)
         np.testing.assert_allclose(own["log10_p"], log_p, rtol=1e-3)
-        np.testing.assert_allclose(own["saliency"], profile[0, own["top"]], rtol=1e-3)
+        np.testing.assert_allclose(own["saliency"], (gain if method == "gain" else profile)[0, own["top"]], rtol=1e-3)
     np.testing.assert_allclose(
-        np.sinh(explorer.unpack(written["heights"]["zscore"])),
+        np.sinh(unpack(written["heights"]["zscore"])),
         c.plain.zscore(profile)[0],
         atol=0.05,
         rtol=written["heights"]["zscore"]["step"],
@@ -81,7 +94,7 @@ def test_written_numbers_equal_what_pss_computes(site, collection):
 
 def test_written_repair_equals_editing_by_hand(site, collection):
     c, k = collection, 10
-    written = explorer.read_script(site / "explorer" / "data" / f"digits-{c.ids[0]}.js")["methods"]["pot"]
+    written = read_script(site / "explorer" / "data" / f"digits-{c.ids[0]}.js")["methods"]["pot"]
     x, y = c.images[:1], c.labels[:1]
     for edit in explorer.EDITS:
         steps = pss.editing.unit_steps(c.model, x, y, c.units, [written["top"][:k]], lr=c.learning_rate)[0]
@@ -98,9 +111,9 @@ def test_pictures_are_the_images(site, collection):
 
     from PIL import Image
 
-    written = explorer.read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
+    written = read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
     opened = Image.open(BytesIO(base64.b64decode(written["picture"].split(",")[1])))
-    np.testing.assert_array_equal(np.asarray(opened), collection.to_image(collection.images[0]))
+    np.testing.assert_array_equal(np.asarray(opened), collection.pixels(collection.images[0]))
     size = Image.open(BytesIO(base64.b64decode(written["methods"]["zscore"]["map"].split(",")[1]))).size
     assert size == opened.size
 
@@ -118,21 +131,13 @@ def test_a_second_run_reads_the_cache_and_writes_the_same(tmp_path, site, collec
 def test_command_line_writes_with_several_processes(tmp_path):
     command = [
         sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "pss",
-        "explorer",
+        *["-W", "error", "-m", "pss", "explorer", "--digits", "2", "--photographs", "0"],
         tmp_path / "out",
-        "--digits",
-        "2",
-        "--photographs",
-        "0",
     ]
     cached = {**os.environ, "PSS_CACHE": str(pss.data.cache_folder())}
     done = subprocess.run(command, cwd=tmp_path, env=cached, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert explorer.read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["retain"] == 200
+    assert read_script(tmp_path / "out" / "data" / "index.js")["sets"]["digits"]["retain"] == 200
 
 
 def test_files_are_small_and_complete(site, collection):
@@ -219,7 +224,7 @@ def shown(page) -> str:
 
 def test_page_shows_the_written_numbers(open_page, site, collection):
     page = open_page()
-    written = explorer.read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
+    written = read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
     own = written["methods"]["zscore"]
     rows = page.locator("#pss-top tbody tr")
     assert rows.count() == 10

@@ -2,39 +2,16 @@
 
 import logging
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import (
-    FAST,
-    GENERAL,
-    MADE,
-    OWN_FUNCTIONS,
-    ZOO,
-    Alias,
-    Attention,
-    Company,
-    Complex,
-    Hypernetwork,
-    InnerGradient,
-    Net,
-    Sorting,
-    assert_close,
-    batch,
-    bn,
-    conv,
-    net,
-    own,
-    seeded,
-    set_all,
-)
+from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Reference, Units, profile, profile_dataset, rank_together
 from pss.engine import calls, kernels, strategies
 from pss.saliency import LOSSES
-
-image = (3, 8, 8)
 
 
 def alone(model, images, labels, units, signed=True, loss=None):
@@ -66,10 +43,23 @@ def assert_gain(model, shape, kind="all", sizes=(1, 2, 7), strategy="fast", sign
         torch.testing.assert_close(gradient, profile(model, *some, units, **how))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", networks.ZOO)
 def test_networks_of_the_zoo(name):
-    factory, size, kind = ZOO[name]
+    factory, size, kind = networks.ZOO[name]
     assert_gain(seeded(factory), (3, size, size), kind, sizes=(3,))
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 32), ("densenet121", 32), ("inception_v3", 75), ("vgg19", 32)])
+def test_networks_of_the_published_statistics(name, size, peer_data):
+    """One gain for each unit that the published files hold, equal to autograd's."""
+    few = {"num_classes": 10, **({"init_weights": False} if name == "inception_v3" else {})}
+    model = seeded(lambda: networks.small_vgg("E") if name == "vgg19" else getattr(networks.models, name)(**few))
+    reference = Reference.load(peer_data / f"ImageNet_val_saliency_stat_{name}_filter_wise.pth")
+    images, labels = batch((3, size, size), 2)
+    units = Units.of(model)
+    gain = profile(model, images, labels, units, of="gain", signed=True)
+    assert gain.shape == (2, len(reference))
+    assert_close(gain, alone(model, images, labels, units), units)
 
 
 def with_negative_scales(model):
@@ -87,35 +77,38 @@ def added_and_changed(output, term):
     return output
 
 
-CHANGED = [  # outputs that are written into, by what cuts values off and by what does not
-    net("add in place", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(x).add_(x)),
-    net("add twice", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(x).add_(x).add_(2 * x)),
-    net("add, then ReLU", set_all(layer=conv(3, padding=1)), lambda m, x: F.relu_(m.layer(x).add_(x))),
-    net("add itself", set_all(layer=conv(3, padding=1)), lambda m, x: (lambda y: y.add_(y))(m.layer(x))),
-    net("add to turned", set_all(layer=conv(3, padding=1)), lambda m, x: (lambda y: (y.mT.add_(x), y)[1])(m.layer(x))),
-    net("add, then change", set_all(layer=conv(3, padding=1)), lambda m, x: added_and_changed(m.layer(x), 3 * x)),
-    net("ReLU in place", set_all(layer=conv(3)), lambda m, x: F.relu(m.layer(x), inplace=True)),
-    net("ReLU6 in place", set_all(layer=conv(3)), lambda m, x: F.relu6(m.layer(x) * 9, inplace=True)),
-    net("SiLU in place", set_all(layer=conv(3)), lambda m, x: F.silu(m.layer(x), inplace=True)),
-    net("SiLU, then ReLU", set_all(layer=conv(3)), lambda m, x: F.relu_(F.silu(m.layer(x), inplace=True))),
-    net("ReLU of a view", set_all(layer=conv(3)), lambda m, x: m.layer(x).flatten(2).relu_().unflatten(2, (6, 6))),
-    net("ReLU of a part", set_all(layer=conv(3)), lambda m, x: (lambda y: (y[:, 1:].relu_(), y)[1])(m.layer(x))),
-    net("ReLU after BatchNorm", set_all(layer=conv(3), bn=bn()), lambda m, x: F.relu_(m.bn(m.layer(x)))),
-    net("clamp of an output", set_all(layer=conv(3)), lambda m, x: m.layer(x).clamp_(-0.2, 0.3)),
-    net("filled by index", set_all(layer=conv(3)), lambda m, x: m.layer(x).index_fill_(1, torch.tensor([2]), 1.0)),
-]
+CHANGED = {  # outputs that are written into, by what cuts values off and by what does not
+    "add in place": net(lambda m, x: m.layer(x).add_(x), layer=conv(3, padding=1)),
+    "add twice": net(lambda m, x: m.layer(x).add_(x).add_(2 * x), layer=conv(3, padding=1)),
+    "add, then ReLU": net(lambda m, x: F.relu_(m.layer(x).add_(x)), layer=conv(3, padding=1)),
+    "add itself": net(lambda m, x: (lambda y: y.add_(y))(m.layer(x)), layer=conv(3, padding=1)),
+    "add to turned": net(lambda m, x: (lambda y: (y.mT.add_(x), y)[1])(m.layer(x)), layer=conv(3, padding=1)),
+    "add, then change": net(lambda m, x: added_and_changed(m.layer(x), 3 * x), layer=conv(3, padding=1)),
+    "ReLU in place": net(lambda m, x: F.relu(m.layer(x), inplace=True), layer=conv(3)),
+    "ReLU6 in place": net(lambda m, x: F.relu6(m.layer(x) * 9, inplace=True), layer=conv(3)),
+    "SiLU in place": net(lambda m, x: F.silu(m.layer(x), inplace=True), layer=conv(3)),
+    "SiLU, then ReLU": net(lambda m, x: F.relu_(F.silu(m.layer(x), inplace=True)), layer=conv(3)),
+    "ReLU of a view": net(lambda m, x: m.layer(x).flatten(2).relu_().unflatten(2, (6, 6)), layer=conv(3)),
+    "ReLU of a part": net(lambda m, x: (lambda y: (y[:, 1:].relu_(), y)[1])(m.layer(x)), layer=conv(3)),
+    "ReLU after BatchNorm": net(lambda m, x: F.relu_(m.bn(m.layer(x))), layer=conv(3), bn=bn()),
+    "clamp of an output": net(lambda m, x: m.layer(x).clamp_(-0.2, 0.3), layer=conv(3)),
+    "filled by index": net(lambda m, x: m.layer(x).index_fill_(1, torch.tensor([2]), 1.0), layer=conv(3)),
+}
 
 
-@pytest.mark.parametrize("factory", FAST + CHANGED, ids=lambda f: f.__name__)
+FAST, SLOW = networks.FAST | CHANGED, networks.GENERAL | networks.MADE
+
+
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "plain"])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_one_difficulty_at_a_time(factory, fold):
-    model = with_negative_scales(seeded(factory))
+def test_one_difficulty_at_a_time(name, fold):
+    model = with_negative_scales(seeded(FAST[name]))
     assert_gain(model, (3, *[8] * model.dims), fold=fold, signed=not fold)
 
 
 def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
-    factory, size, _ = ZOO["resnet18"]
+    factory, size, _ = networks.ZOO["resnet18"]
     model, counts = seeded(factory), {}
     images, labels = batch((3, size, size), 2)
     forward = kernels.Convolution.forward
@@ -127,19 +120,19 @@ def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
     assert counts["gain"] == counts["gradient"] > 0
 
 
-@pytest.mark.parametrize("factory", OWN_FUNCTIONS, ids=lambda f: f.__name__)
-def test_own_autograd_functions_on_outputs(factory):
-    assert_gain(seeded(factory), image, verify=False)
+@pytest.mark.parametrize("name", networks.OWN_FUNCTIONS)
+def test_own_autograd_functions_on_outputs(name):
+    assert_gain(seeded(networks.OWN_FUNCTIONS[name]), image, verify=False)
 
 
-@pytest.mark.parametrize("name", [*GENERAL, *(name for name in MADE if "norm" not in name and "standard" not in name)])
+@pytest.mark.parametrize("name", [name for name in SLOW if "norm" not in name and "standard" not in name])
 def test_what_the_fast_path_does_not_know(name):
-    factory, shape, kind = {**GENERAL, **MADE}[name]
+    factory, shape, kind = SLOW[name]
     assert_gain(seeded(factory), shape, kind, strategy="auto")
 
 
 def test_a_direction_that_is_normalized_contributes_nothing():
-    factory, shape, kind = MADE["weight_norm"]
+    factory, shape, kind = SLOW["weight_norm"]
     model = seeded(factory)
     images, labels = batch(shape)
     for size in (7, 1):  # sums of rounding, which are no reason to distrust
@@ -151,13 +144,13 @@ def test_a_direction_that_is_normalized_contributes_nothing():
 @pytest.mark.parametrize("kind", ["heads", "rows"])
 def test_heads_and_a_batch_that_is_not_in_front(batch_first, kind):
     for length in (2, 5):
-        assert_gain(seeded(lambda: Attention(batch_first)), (length, 3), kind)
+        assert_gain(seeded(lambda: networks.Attention(batch_first)), (length, 3), kind)
 
 
-@pytest.mark.parametrize("network", [Hypernetwork, Sorting, Company, lambda: InnerGradient(True), Alias])
-def test_networks_whose_batch_is_hidden(network):
-    model = seeded(network)
-    shape = image if hasattr(model, "conv") or isinstance(model, Net) else (5, 3) if network is Company else (6,)
+@pytest.mark.parametrize("name", ["Hypernetwork", "Sorting", "Company", "InnerGradient", "Alias"])
+def test_networks_whose_batch_is_hidden(name):
+    model = seeded(getattr(networks, name))
+    shape = {"Company": (5, 3), "InnerGradient": image, "Alias": image}.get(name, (6,))
     units = Units.of(model, "rows" if len(shape) < 3 else "all")
     images, labels = batch(shape, 7)
     got = profile(model, images, labels, units, of="gain", signed=True, verify=False)
@@ -167,7 +160,7 @@ def test_networks_whose_batch_is_hidden(network):
 @pytest.mark.parametrize("name", ["resnet50", "vit heads"])
 @pytest.mark.parametrize("strategy", ["vmap", "loop", "auto"])
 def test_every_strategy(name, strategy):
-    factory, size, kind = ZOO[name]
+    factory, size, kind = networks.ZOO[name]
     for signed in (True, False):
         assert_gain(seeded(factory), (3, size, size), kind, (2,), strategy, signed)
 
@@ -176,14 +169,14 @@ def test_every_strategy(name, strategy):
 def test_complex_layers(strategy):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Complex()
+        model = networks.Complex()
         model.first.double(), model.head.double()
     assert_gain(model, (3,), "rows", (1, 3), strategy, verify=False)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss(loss):
-    model = seeded(Net)
+    model = seeded(networks.Net)
     units = Units.of(model, "all")
     images, labels = batch(image)
     got = profile(model, images, labels, units, loss, True, of="gain")
@@ -191,7 +184,7 @@ def test_every_loss(loss):
 
 
 def test_it_is_the_derivative_to_a_gain_and_what_pruning_changes_to_first_order():
-    model = seeded(net("bn", set_all(layer=conv(3), bn=bn()), lambda m, x: F.silu(m.bn(m.layer(x)))))
+    model = seeded(net(lambda m, x: F.silu(m.bn(m.layer(x))), layer=conv(3), bn=bn()))
     units = Units.of(model)
     images, labels = batch(image, 1)
     gains = profile(model, images, labels, units, of="gain", signed=True)[0]
@@ -206,7 +199,7 @@ def test_it_is_the_derivative_to_a_gain_and_what_pruning_changes_to_first_order(
 
 
 def test_a_row_scaled_before_batchnorm_changes_nothing():
-    model = seeded(net("bn", set_all(layer=conv(3, bias=False), bn=bn(eps=0)), lambda m, x: F.silu(m.bn(m.layer(x)))))
+    model = seeded(net(lambda m, x: F.silu(m.bn(m.layer(x))), layer=conv(3, bias=False), bn=bn(eps=0)))
     units = Units.of(model)
     images, labels = batch(image)
     how = {"units": units, "of": ("gradient", "gain"), "signed": True}
@@ -221,7 +214,7 @@ def test_a_row_scaled_before_batchnorm_changes_nothing():
 
 
 def test_bfloat16_products_are_near():
-    model = seeded(ZOO["resnet50"][0], dtype=torch.float32)
+    model = seeded(networks.ZOO["resnet50"][0], dtype=torch.float32)
     images, labels = batch((3, 64, 64), 4, dtype=torch.float32)
     exact, near = (profile(model, images, labels, precision=p, of="gain") for p in ("fp32", "bf16"))
     assert near.dtype == torch.float32
@@ -229,7 +222,7 @@ def test_bfloat16_products_are_near():
 
 
 def test_no_weight_gradient_is_formed(monkeypatch):
-    model = seeded(ZOO["resnet18"][0])
+    model = seeded(networks.ZOO["resnet18"][0])
     images, labels = batch((3, 32, 32), 3)
     profile(model, images, labels, of="gain")  # after which it is verified
     for name in ("row_sums", "gradients"):
@@ -271,8 +264,8 @@ NORMALIZED = {
 @pytest.mark.parametrize("strategy", ["auto", "fast", "loop"])
 def test_what_a_filter_says_after_its_normalization(name, fold, strategy):
     make, where = NORMALIZED[name]
-    build = set_all(layer=conv(3), **({"after": make} if make else {}))
-    model = seeded(net("n", build, lambda m, x: m.after(m.layer(x)) if make else m.layer(x)))
+    layers = {"layer": conv(3), **({"after": make} if make else {})}
+    model = seeded(net(lambda m, x: m.after(m.layer(x)) if make else m.layer(x), **layers))
     images, labels = batch(image)
     expected = heard(model, images, [model.first, model.get_submodule(where)])
     how = {"of": "output", "fold": fold, "strategy": strategy}
@@ -284,7 +277,7 @@ def test_what_a_filter_says_after_its_normalization(name, fold, strategy):
 
 
 def test_what_the_zoo_says():
-    model = seeded(ZOO["resnet18"][0])
+    model = seeded(networks.ZOO["resnet18"][0])
     images, labels = batch((3, 64, 64), 3)
     units = Units.of(model)
     names = [name for name, _ in model.named_modules()]
@@ -295,7 +288,7 @@ def test_what_the_zoo_says():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_what_a_row_says(batch_first):
-    model = seeded(lambda: Attention(batch_first))
+    model = seeded(lambda: networks.Attention(batch_first))
     images, labels = batch((5, 3))
     got = profile(model, images, labels, Units.of(model, own("feed.weight")), of="output", signed=True)
     expected = heard(model, images, [model.feed], 1 if batch_first else 0)
@@ -303,9 +296,7 @@ def test_what_a_row_says(batch_first):
 
 
 def test_uses_are_averaged_and_idle_layers_say_nothing():
-    model = seeded(
-        net("s", set_all(layer=conv(3, padding=1), unused=conv(3)), lambda m, x: m.layer(F.silu(m.layer(x))))
-    )
+    model = seeded(net(lambda m, x: m.layer(F.silu(m.layer(x))), layer=conv(3, padding=1), unused=conv(3)))
     outputs = []
     model.layer.register_forward_hook(lambda _, __, y: outputs.append(y.detach().mean((2, 3))))
     images, labels = batch(image)
@@ -319,7 +310,7 @@ def test_uses_are_averaged_and_idle_layers_say_nothing():
 
 @pytest.mark.parametrize("name", ["weight in a product", "weight called and in a product", "part of a weight"])
 def test_layers_whose_output_is_not_seen_are_refused(name):
-    factory, shape, kind = {**GENERAL, **MADE}[name]
+    factory, shape, kind = SLOW[name]
     model = seeded(factory)
     images, labels = batch(shape)
     for strategy in ("auto", "fast", "loop"):
@@ -328,7 +319,7 @@ def test_layers_whose_output_is_not_seen_are_refused(name):
 
 
 def test_units_that_are_no_rows_say_nothing():
-    model = seeded(GENERAL["transposed convolution"][0])
+    model = seeded(networks.GENERAL["transposed convolution"][0])
     with pytest.raises(ValueError, match="are no rows of a layer"):
         profile(model, *batch(image), of="output")
 
@@ -339,11 +330,11 @@ def test_units_that_are_no_rows_say_nothing():
 @pytest.mark.parametrize("of", ["magnitude", (), ("gain", "gain"), ("gain", "magnitude"), ("gain", "output")])
 def test_unknown_quantities(of):
     with pytest.raises(ValueError, match=r"quantity|alone"):
-        profile(seeded(Net), *batch(image), of=of)
+        profile(seeded(networks.Net), *batch(image), of=of)
 
 
 def test_references_keep_to_their_quantity(tmp_path):
-    model = seeded(Net, dtype=torch.float32)
+    model = seeded(networks.Net, dtype=torch.float32)
     data = torch.utils.data.TensorDataset(*batch(image, 24, dtype=torch.float32))
     units = Units.of(model)
     stores = {
@@ -378,10 +369,16 @@ def test_rank_together_by_hand():
     torch.testing.assert_close(torch.tensor(table["score"].values), z[0].mean(0).sort(descending=True)[0])
     assert table.set_index("unit")["images"][[3, 1]].tolist() == pytest.approx([1 / 3, 1 / 3])
     both = rank_together([one, other], references, "zscore", k=1).set_index("unit")
-    largest = torch.maximum(*z)
-    torch.testing.assert_close(torch.tensor(both["score"][range(5)].values), largest.mean(0))
-    assert both.index[0] == 4 and both["quantity"][4] == 1 and both["images"][4] == 1.0
-    assert both["quantity"][3] == 0
+    lists = [each.mean(0).argsort(descending=True).tolist() for each in z]
+    named = [(unit, quantity) for turn in zip(*lists, strict=True) for quantity, unit in enumerate(turn)]
+    once = {unit: (unit, quantity) for unit, quantity in reversed(named)}  # the first time that it is named
+    assert list(both["quantity"].items()) == sorted(once.values(), key=named.index)
+    assert both.index[:2].tolist() == [lists[0][0], 4] and both["quantity"][4] == 1
+    scores = torch.stack([z[quantity].mean(0)[unit] for unit, quantity in both["quantity"].items()])
+    torch.testing.assert_close(torch.tensor(both["score"].values), scores)
+    two = rank_together([one, other], references, "zscore", k=2).set_index("unit")["images"]
+    firsts = z[0].argmax(1).bincount(minlength=5) + z[1].argmax(1).bincount(minlength=5)
+    assert (firsts > 0).sum() > 2 and two[range(5)].tolist() == pytest.approx((firsts / 3).tolist())
     dead = Reference.fit(torch.where(torch.arange(5) == 4, 1.0, 10 * usual))
     assert rank_together([other, other], [dead, dead], "zscore")["unit"].iloc[-1] == 4
     assert rank_together(one, method="raw")["unit"][0] == 3
@@ -392,7 +389,7 @@ def test_rank_together_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("of", ["gain", ("gradient", "gain")])
 def test_a_broken_gain_is_seen(of, dtype, monkeypatch, caplog):
-    model = seeded(net("bias", set_all(layer=conv(3)), lambda m, x: F.silu(m.layer(x))), dtype=dtype)
+    model = seeded(net(lambda m, x: F.silu(m.layer(x)), layer=conv(3)), dtype=dtype)
     images, labels = batch(image, 3, dtype=dtype)
     how = {"of": of, "signed": True}
     expected = profile(model, images, labels, strategy="loop", **how)
@@ -409,7 +406,7 @@ def test_a_broken_gain_is_seen(of, dtype, monkeypatch, caplog):
 @pytest.mark.parametrize("of", ["gradient", "gain"])
 @pytest.mark.parametrize("kind", ["rows", "heads"])
 def test_sums_that_cancel_are_no_reason(of, kind, caplog):
-    factory, size, _ = ZOO["vit heads"]
+    factory, size, _ = networks.ZOO["vit heads"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = factory().eval()  # whose classifier starts at zero, as no gradient comes before it

@@ -323,20 +323,6 @@ def test_runs_where_gradients_are_off(network, images, labels, units, reference)
     assert not input_saliency(network, asking, labels, units, reference, k=3).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ids": torch.tensor([[0], [1]])}, "ids have 2 rows for 3 images"),
-        ({"labels": torch.tensor([0, 4, 1]), "ids": [1]}, r"label 4 is outside 0\.\.3"),
-        ({"similarity": lambda a, b: cosine(a, b) * torch.inf}, "not finite"),
-    ],
-)
-def test_what_is_wrong_is_said(network, images, labels, units, reference, options, message):
-    given = {"images": images, "labels": labels, "reference": reference, "k": 3, **options}
-    with pytest.raises(ValueError, match=message):
-        input_saliency(network, given.pop("images"), given.pop("labels"), units, **given)
-
-
 def test_a_reference_without_a_tail_says_so(network, images, labels, units, reference):
     published = pss.Reference(reference.mean, reference.std)
     input_saliency(network, images, labels, units, published, k=3)

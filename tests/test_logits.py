@@ -68,7 +68,7 @@ def everything(model, images, labels, loss):
     edit = {"units": units, "loss": loss, "lr": 0.5, "progress": False}
     steps = pss.editing.unit_steps(model, images[wrong], labels[wrong], units, top, loss, lr=0.5)
     patch = pss.fit_patch(model, (images[:1], labels[:1]), right, units, budget=9.0, progress=False)
-    dataset = torch.utils.data.TensorDataset(images, labels)
+    dataset, around = torch.utils.data.TensorDataset(images, labels), {"retain": right, "usual": images + 1e-3}
     return {
         "profile": s,
         "saliency": pss.parameter_saliency(model, images[:2], labels[:2], loss)["one.weight"],
@@ -76,16 +76,7 @@ def everything(model, images, labels, loss):
         "in place": pss.edit_curves(model, images[wrong], labels[wrong], top, strategy="in_place", **edit),
         "side effects": pss.side_effects(model, units, top, *right, "finetune", steps, progress=False),
         "smallest": pss.smallest_correction(
-            model,
-            images[wrong],
-            labels[wrong],
-            units,
-            top,
-            4,
-            ["gains", "weights"],
-            right,
-            images + 1e-3,
-            progress=False,
+            model, images[wrong], labels[wrong], units, top, 4, ["gains", "weights"], **around, progress=False
         ),
         "patch": patch.gains,
         "input": pss.input_saliency(model, images[:2], labels[:2], units, method="raw", loss=loss),
@@ -127,11 +118,7 @@ def test_it_is_the_network_itself_which_stays_as_it_is():
     assert dict(model.named_parameters()) == dict(network.named_parameters()) and type(model) is Object
     labels = (model(images).argmax(dim=1) + 1) % 3
     patch = pss.fit_patch(
-        model,
-        (images[:1], labels[:1]),
-        (images[1:], model(images[1:]).argmax(dim=1)),
-        budget=9.0,
-        progress=False,
+        model, (images[:1], labels[:1]), (images[1:], model(images[1:]).argmax(dim=1)), budget=9.0, progress=False
     )
     assert patch.left == ()
     with patch.applied(network):

@@ -163,14 +163,6 @@ def test_interval_is_that_of_a_bootstrap_over_queries():
     assert again.equals(found) and not agreement(labels, labels, ids, seed=1).loc["true"].equals(found)
 
 
-def test_agreement_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"expected \(N,\) both"):
-        agreement([[0, 1]], [[1, 0]], [[0]])
-    for level in (0, 1, 1.5):
-        with pytest.raises(ValueError, match="level"):
-            agreement([0, 1], [1, 0], [[1], [0]], level=level)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_nearly_dead_unit_does_not_overflow(dtype):
     values = np.random.default_rng(0).exponential(size=(60, 3)).astype(np.float32)

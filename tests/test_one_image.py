@@ -6,7 +6,7 @@ So what is made of it is held against finite differences.
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import batch, seeded
+from networks import batch, seeded
 from torch import nn
 
 import pss
@@ -100,17 +100,8 @@ def test_input_saliency(case):
     boosted = gradient.abs().flatten(1).mean(1)
     top = boosted.argmax()
     boosted[top] *= 10
-    got = pss.input_saliency(
-        model,
-        image,
-        label,
-        units,
-        method="raw",
-        ids=top[None],
-        boost=10,
-        order="gradient",
-        similarity=F.cosine_similarity,
-    )
+    how = {"method": "raw", "boost": 10, "order": "gradient", "similarity": F.cosine_similarity}
+    got = pss.input_saliency(model, image, label, units, ids=top[None], **how)
     for place in [(0, 0, 2, 3), (0, 1, 5, 0)]:
         values = []
         for sign in (1, -1):

@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from served import Page, is_safe
 
 import pss
 from pss import models
@@ -52,34 +51,6 @@ def train(network, folder, path):
         optimizer.step()
     assert (network.model(images).argmax(dim=1) == labels).all()
     torch.save(network.model.state_dict(), path)
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text between them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.text, self.texts = [], "", defaultdict(list)
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-        if self.tags and data.strip():
-            self.texts[self.tags[-1][0]].append(data)
-
-    def named(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def is_safe(page: Page) -> bool:
-    """No script, nothing that runs, nothing fetched: pictures inside, links within the page."""
-    inside = all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in page.named("img"))
-    links = all(a["href"].startswith("#") for a in page.named("a"))
-    handlers = any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    return inside and links and not handlers and not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +150,8 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     hidden.flatten(1)[:, heat.flatten().topk(13).indices] = image.mean(dim=(1, 2))[:, None]
     before, after = (pss.profile(network.model, x[None], case.labels, units)[0, top].mean() for x in (image, hidden))
     assert lost["lost"][0] == pytest.approx(float(1 - after / before), rel=1e-4)
+    sure = models.predict(network.model, hidden[None]).softmax(dim=1)[0, int(label)]
+    assert lost["true class"][0] == pytest.approx(float(sure), rel=1e-4)
     table = pd.DataFrame({"map": ["top", "random"], "lost": [0.2, 0.3]})
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
     assert "more than with" in explain.map_verdict(table, "random", ["top"])[0]
@@ -212,7 +185,8 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     assert (
         summary["accuracy_low"] < 39 / 48 < summary["accuracy_high"] and "resize (16, 16)" in summary["preprocessing"]
     )
-    assert {"prune_repaired_at", "finetune_random_kl", "confidence_before", "patch_units"} <= summary.keys()
+    edited = {"prune_repaired_at", "prune_gains_repaired_at", "finetune_random_kl"}
+    assert edited | {"confidence_before", "patch_units"} <= summary.keys()
     assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
     assert (out / EXPLAIN.name).exists() and len(list((out / "figures").glob("*.png"))) >= 4
     page = Page(Path(place).read_text("utf-8"))
@@ -245,6 +219,8 @@ def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
     assert is_safe(page) and summary["shared_unit"] in page.text and "9 images of photos are misread" in page.text
     assert page.texts["h2"][:3] == ["In short", "What to do next", "An example"]
     assert "because you named it as reference" in page.text and "as many random units" in page.text
+    advice = page.text.split("What to do next")[1].split("An example")[0]
+    assert "pictures of each cluster" in advice and "without index" not in page.text, "it is the group's report already"
 
 
 def test_one_picture_with_published_statistics(desk):
@@ -272,6 +248,8 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     after = results[(results["algo"] == "raw") & (results["edit"] == "prune")].set_index("k")["confidence_true"]
     assert summary["confidence raw prune"] == pytest.approx(after[2].mean() - after[0].mean())
     assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
+    page = next((desk / "runs").glob(f"{EXPERIMENT.stem}__*/*.html")).read_text("utf-8")
+    assert "What is usual comes from 39 images; misread ones left out" in page and str(desk / "cache") in page
 
     listed = type_in(desk, "cache").stdout
     assert "profiles" in listed and listed.splitlines()[-1].endswith(f"in {desk / 'cache'}")

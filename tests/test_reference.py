@@ -192,8 +192,6 @@ def test_scale_free_reference_ignores_the_size_of_a_profile(profiles):
     nothing = torch.zeros(1, U, dtype=torch.float64)
     assert torch.equal(reference.ratio(nothing), nothing)
     with pytest.raises(ValueError, match="negative for some image"):
-        Reference.fit(-some, scale_free=True)
-    with pytest.raises(ValueError, match="negative for some image"):
         reference.zscore(-profiles[:1])
 
 
@@ -258,8 +256,6 @@ def test_refuses_another_models_units(tmp_path):
         assert len(Reference.load(tmp_path / name, Units.of(nn.Conv2d(1, 10, 3)))) == 10
     with pytest.raises(ValueError, match=r"source: reference stat\.pth, given other"):
         Reference.load(tmp_path / "stat.pth", Units.of(nn.Conv2d(1, 10, 3)), source="other")
-    with pytest.raises(ValueError, match="10 units, the model 8"):
-        Reference.load(tmp_path / "stat.pth", Units.of(nn.Conv2d(1, 8, 3)))
     other = Reference(torch.ones(8), torch.ones(8), provenance={"units": "0000", "loss": "logit", "pss": "0.0.1"})
     differ = r"units: reference 0000.*pss: reference 0.0.1.*loss: reference logit, given cross_entropy"
     with pytest.raises(ValueError, match=differ):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_own_network import Page, is_safe
+from served import Page, is_safe
 
 import pss
 from pss import models, patches
-from pss.apps import experiment, explain
+from pss.apps import experiment, explain, reading
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 
@@ -37,10 +37,8 @@ def filled(tmp_path):
 def test_names_are_text_whatever_they_hold(filled):
     page = read(filled.write())
     assert is_safe(page) and page.text.count("<script>alert(1)</script>") > 5
-    assert (
-        "script-src" not in page.named("meta")[1]["content"]
-        and "default-src 'none'" in page.named("meta")[1]["content"]
-    )
+    policy = page.named("meta")[1]["content"]
+    assert "script-src" not in policy and "default-src 'none'" in policy
 
 
 def test_both_languages_each_with_its_own_texts(filled):
@@ -138,6 +136,51 @@ def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
     english, japanese = explain.verdict(patch)
     assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
     assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)
+
+
+def ends_of(*rows) -> pd.DataFrame:
+    names = ["edit", "units", "repaired at"]
+    return pd.DataFrame(rows, columns=names).assign(edited=9, before=0.1, after=0.2)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ([3, 3], "Pruning the first 3 units repairs it (so do 7 random units)"),
+        ([float("nan"), 2], "by gain: pruning the 2 that add most to the margin of the mistake repairs it (so do 7"),
+        ([float("nan")] * 2, "Neither pruning nor one step of fine-tuning the top 9 units, or the 9 that add most"),
+    ],
+)
+def test_the_opening_says_by_what_the_mistake_was_repaired(found, says):
+    """By the top units where they do; else by those of the largest gains; else by none."""
+    ends = ends_of(("prune", "top", found[0]), ("prune", "gains", found[1]), ("prune", "random", 7.0))
+    case = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it")
+    table = pd.DataFrame({"unit": [3], "name": ["conv[3]"], "z": [4.0]})
+    known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
+    network = dataclasses.replace(models.load("digits", "random"), classes=("a", "b"))
+    told = explain.opening(case, torch.tensor([0.9, 0.1]), network, table, known, [], ends, None, pss.Patch("0" * 64))
+    assert says in told[2][0] and not re.search("[a-z]{4}", told[2][1].replace("None", ""))
+
+
+def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
+    network, test = models.load("digits"), pss.data.digits("test")
+    at = int(models.misclassified(network.model, test).index[0])
+    case, units = explain.take_image(network, index=at), pss.Units.of(network.model)
+    ids = explain.by_gain(network, case, units, 3)
+    gains = pss.profile(network.model, case.image, case.labels, units, "logit_difference", signed=True, of="gain")[0]
+    assert ids.tolist() == gains.topk(3).indices.tolist() and (gains[ids] > 0).all()
+
+
+def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
+    """Of a single image whose units all stand out, or none, it does."""
+    case = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it")
+    known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
+    for significant in (True, False):
+        table = pd.DataFrame({"significant": [significant] * 3})
+        given = (case, 0, table, known, pss.Patch("0" * 64), "", 0.1, 1e-3)
+        alone, group = (explain.what_next(*given, group=asked) for asked in (None, [("look", "見る")]))
+        assert "without index" in alone[-1][0] and "0.1 would" in str(alone)
+        assert group[0] == ("look", "見る") and "without index" not in str(group) and "more reference" in str(group)
 
 
 @pytest.mark.parametrize(

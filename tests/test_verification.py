@@ -2,33 +2,15 @@
 
 import logging
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import (
-    ZOO,
-    Complex,
-    Hypernetwork,
-    Lowering,
-    Sorting,
-    Standardized,
-    Swish,
-    assert_close,
-    batch,
-    bn,
-    conv,
-    net,
-    own,
-    seeded,
-    set_all,
-    transposing,
-)
+from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Units, profile, profile_dataset
 from pss.engine import calls, kernels, locating, recorder, strategies, verification
-
-image = (3, 8, 8)
 
 
 def unlinked(monkeypatch):
@@ -116,7 +98,7 @@ def shifted(monkeypatch):
 
 
 def mixed_gains(dtype):
-    model = seeded(net("gains", set_all(layer=conv(3, padding=1), bn=bn()), lambda m, x: m.bn(m.layer(x))), dtype=dtype)
+    model = seeded(net(lambda m, x: m.bn(m.layer(x)), layer=conv(3, padding=1), bn=bn()), dtype=dtype)
     with torch.no_grad():
         model.bn.weight[::2] *= -1
     return model
@@ -125,28 +107,28 @@ def mixed_gains(dtype):
 def complex_layers(dtype):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Complex()
+        model = networks.Complex()
         model.first.double(), model.head.double()
     return model
 
 
-swish = net("swish", set_all(layer=conv(3)), lambda m, x: Swish.apply(m.layer(x)))
-turned = net("turned", set_all(layer=conv(3), bn=bn(), mix=lambda: nn.Linear(6, 6)), transposing)
-shared = net("shared", set_all(layer=conv(3, padding=1)), lambda m, x: m.layer(F.silu(m.layer(x))))
-standardized = net("ws", set_all(layer=lambda: Standardized(6, 6, 3)), lambda m, x: m.layer(x))
-product = net("product", set_all(layer=lambda: nn.Linear(8, 8)), lambda m, x: m.layer(x) @ m.layer.weight.T)
+swish = net(lambda m, x: networks.Swish.apply(m.layer(x)), layer=conv(3))
+turned = net(networks.transposing, layer=conv(3), bn=bn(), mix=lambda: nn.Linear(6, 6))
+shared = net(lambda m, x: m.layer(F.silu(m.layer(x))), layer=conv(3, padding=1))
+standardized = net(lambda m, x: m.layer(x), layer=lambda: networks.Standardized(6, 6, 3))
+product = net(lambda m, x: m.layer(x) @ m.layer.weight.T, layer=lambda: nn.Linear(8, 8))
 BROKEN = {  # guard: network, shape of its images, how many, units
     "own functions": (unlinked, swish, image, 3),
     "complex": (unconjugated, complex_layers, (3,), 3),
-    "table": (trusting, Hypernetwork, (6,), 7, own("two.weight", "first.weight", "head.weight")),
-    "sorted": (trusting, Sorting, (6,), 6),
+    "table": (trusting, networks.Hypernetwork, (6,), 7, own("two.weight", "first.weight", "head.weight")),
+    "sorted": (trusting, networks.Sorting, (6,), 6),
     "one image": (native, turned, image, 1),
     "gains": (without_abs, mixed_gains, image, 3),
-    "company": (in_company, Lowering, (3,), 3),
+    "company": (in_company, networks.Lowering, (3,), 3),
     "shared": (counted_once, shared, image, 3),
     "standardized": (unstandardized, standardized, image, 3),
     "product": (forgotten, product, image, 3),
-    "kernel": (shifted, net("plain", set_all(layer=conv(3)), lambda m, x: m.layer(x)), image, 3),
+    "kernel": (shifted, net(lambda m, x: m.layer(x), layer=conv(3)), image, 3),
 }
 
 
@@ -241,7 +223,7 @@ def test_a_data_set_is_verified_in_its_first_and_its_last_batch(tmp_path):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3", "vit heads", "swin"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rounding_and_branches_are_no_reason(name, precision, caplog):
-    factory, size, kind = ZOO[name]
+    factory, size, kind = networks.ZOO[name]
     model = seeded(factory, dtype=torch.float32)
     images, labels = batch((3, size, size), 4, dtype=torch.float32)
     with caplog.at_level(logging.INFO, logger="pss"):

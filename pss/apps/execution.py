@@ -16,11 +16,16 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from pss.apps.parameters import check_values
+from pss.engine.process import KEEPS
 from pss.storage.digests import digest
 from pss.storage.whole import write_whole
 
 KERNEL = "python3"
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
+_OFFLINE = """<script>addEventListener("load", () => window.MathJax || document.body.insertAdjacentHTML("afterbegin",
+  "<p><em>Formulas stay as TeX, because MathJax could not be fetched; make site has pages that need no network. · \
+  MathJaxを取得できないので，数式はTeXのままである．make siteで作るページはネットワークなしで読める．</em></p>"))
+</script>"""
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 
 
@@ -96,8 +101,9 @@ def _executed(
 
 def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path) -> None:
     """Let papermill execute it, with the kernel of this environment and the caller's modules."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(caller), *filter(None, [before])])  # which the kernel inherits
+    before = dict(os.environ)
+    path = os.pathsep.join([str(caller), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ.update(KEEPS | before | {"PYTHONPATH": path})  # which the kernel inherits
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -110,14 +116,15 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
             config=ENCRYPTED,
         )
     finally:
-        del os.environ["PYTHONPATH"]
-        os.environ.update({} if before is None else {"PYTHONPATH": before})
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _keep(beside: Path, output: Path) -> list[Path]:
     """Put the executed notebook in its place, and beside it as a page that a browser opens, and its figures."""
     write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
-    write_whole(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
+    page = HTMLExporter().from_filename(str(output))[0].replace("</body>", f"{_OFFLINE}</body>")
+    write_whole(output.with_suffix(".html"), page)
     return write_figures(output)
 
 

@@ -24,9 +24,10 @@ from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import RANKINGS, fdr_significant, rank
+from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
+from pss.statistics import fdr_significant
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
@@ -304,22 +305,31 @@ def opening(
 
 
 def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]:
-    """The edit of the fewest top units that repairs the image, and what it breaks."""
-    top, random = (ends[ends["units"] == which] for which in ("top", "random"))
-    if top["repaired at"].isna().all():
-        return sentence("no edit repairs", edited=int(top["edited"].max()))
-    best = top.loc[top["repaired at"].idxmin()]
-    other = random.loc[random["edit"] == best["edit"], "repaired at"].iloc[0]
-    told = [sentence(f"{best['edit']} repairs", first=int(best["repaired at"]))]
+    """The edit of the fewest units, top ones or by gain, that repairs the image, and what it breaks."""
+    random = ends["units"] == "random"
+    chosen = ends[~random]
+    if chosen["repaired at"].isna().all():
+        return sentence("no edit repairs", edited=int(chosen["edited"].max()))
+    best = chosen.loc[chosen["repaired at"].idxmin()]
+    other = ends.loc[random & (ends["edit"] == best["edit"]), "repaired at"].iloc[0]
+    told = [sentence(f"{best['edit']} {best['units']} repairs", first=int(best["repaired at"]))]
     told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
     if harm is not None:
-        own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == "top")].iloc[0]
+        own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
         told.append(sentence("costs", k=int(own["k"]), before=own["accuracy before"], after=own["accuracy after"]))
     return _joined(told)
 
 
 def what_next(
-    case: Case, guess: int, table: pd.DataFrame, found: Usual, patch: Patch, file: str, rate: float, lr: float
+    case: Case,
+    guess: int,
+    table: pd.DataFrame,
+    found: Usual,
+    patch: Patch,
+    file: str,
+    rate: float,
+    lr: float,
+    group: Sequence[tuple[str, str]] | None = None,
 ) -> list[tuple[str, str]]:
     """What to do after this outcome, in English and Japanese, most useful first.
 
@@ -329,22 +339,27 @@ def what_next(
         Where the patch was written; empty if it was not.
     rate : float
         From `rate_that_moves`; 0 where the step moved something, or none does.
+    group : sequence of (str, str), optional
+        What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
+        do about the image.
     """
-    told, few = [], not found.reference.n or found.reference.n < ENOUGH
+    told = [sentence("next chance")] if found.reading is not None and found.reading.near_chance else []
+    few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
+    if group is not None:
+        return [*told, *group, *few]
     if guess == case.label:
         told.append(sentence("next misread"))
-    if found.reading is not None and found.reading.near_chance:
-        told.append(sentence("next chance"))
     if len(patch.gains):
         told.append(sentence("next apply" if file else "next write", file=file))
-    if few:
-        told.append(sentence("next images", n=found.reference.n or "?"))
-    if "significant" in table and table["significant"].mean() > 0.5:
-        told.append(sentence("next common factor"))
+    told += few
     if rate:
         told.append(sentence("next rate", rate=rate, lr=lr))
-    if "significant" in table and not table["significant"].any() and guess != case.label:
-        told.append(sentence("next no cause"))
+    if "significant" in table and guess != case.label:
+        share = table["significant"].mean()
+        if share > 0.5:
+            told.append(sentence("next common factor"))
+        if share > 0.5 or not share:
+            told.append(sentence("next group"))
     return told
 
 
@@ -372,6 +387,12 @@ def _column(row: Mapping[str, Any]) -> str:
     return row["edit"] if row["units"] == "top" else f"{row['edit']}_{row['units']}"
 
 
+def by_gain(network: models.Network, case: Case, units: Units, k: int) -> Tensor:
+    """Ids of the k units that add most to the margin by which the image is misread, (k,): candidates for pruning."""
+    gains = profile(network.model, case.image, case.labels, units, "logit_difference", signed=True, of="gain")
+    return rank(gains, None, "raw", k)[0]
+
+
 def tops(known: Usual, method: str, k: int) -> Tensor:
     """The first k units of each of the other mistakes, (M, k)."""
     if not len(known.mistakes):
@@ -382,14 +403,17 @@ def tops(known: Usual, method: str, k: int) -> Tensor:
 def masking_test(
     network: models.Network, case: Case, maps: Mapping[str, Tensor], top: Tensor, units: Units, loss: str, signed: bool
 ) -> pd.DataFrame:
-    """Whether the pixels of a map drive the top units: the share of their saliency that is lost without these pixels.
+    """What is left of the mistake without the pixels of a map: the brightest twentieth takes the image's mean colour.
 
-    The brightest twentieth of the pixels of each map, (H, W), takes the image's mean colour.
+    Parameters
+    ----------
+    maps : mapping of str to Tensor, shape (H, W)
 
     Returns
     -------
     DataFrame
-        ``map`` and ``lost``; negative where their saliency grows.
+        ``map``; ``lost``, the share of the top units' saliency that is lost, negative where it grows; ``true class``,
+        the confidence in it.
     """
     image, pixels = case.image, max(1, round(MASKED * case.image[0, 0].numel()))
     hidden = []
@@ -399,14 +423,16 @@ def masking_test(
         hidden.append(torch.where(mask.reshape(heat.shape), image[0].mean(dim=(1, 2), keepdim=True), image[0]))
     every = torch.stack([image[0], *hidden])
     s = profile(network.model, every, case.labels.expand(len(every)), units, loss, signed)[:, top].abs().mean(dim=1)
-    return pd.DataFrame({"map": list(maps), "lost": (1 - s[1:] / s[0].clamp(min=torch.finfo(s.dtype).tiny)).tolist()})
+    sure = predict(network.model, every[1:]).double().softmax(dim=1)[:, case.label]
+    lost = 1 - s[1:] / s[0].clamp(min=torch.finfo(s.dtype).tiny)
+    return pd.DataFrame({"map": list(maps), "lost": lost.tolist(), "true class": sure.tolist()})
 
 
 def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[str, str]:
-    """Whether the map of the top units says more than that of random ones, and which map says most."""
+    """Whether the first map says more than that of random units, and which map says most."""
     of = lost.set_index("map")["lost"]
     best = of.idxmax()
-    told = [sentence("masked", share=MASKED, mine=of[mine], best=best, most=of[best])]
+    told = [sentence("masked", share=MASKED, map=mine, mine=of[mine], best=best, most=of[best])]
     if beside := [of[name] for name in others if name in of]:
         told.append(sentence("map no better" if of[mine] <= max(beside) else "map better", random=max(beside)))
     return _joined(told)
@@ -478,13 +504,12 @@ def damage(
     loss: str,
 ) -> pd.DataFrame:
     """What editing these units for the image does to the retain images: a row for each edit of those of each name."""
-    rows = []
-    for name, ids in chosen.items():
-        steps = unit_steps(network.model, case.image, case.labels, units, ids[None], lr=lr, loss=loss)
-        for edit in ("prune", "finetune"):
-            of_edit = steps if edit == "finetune" else None
-            found = side_effects(network.model, units, ids[None], *retain, edit, of_edit, progress=False)
-            rows.append(found.assign(edit=edit, units=name))
+    every, rows = torch.stack(list(chosen.values())), []
+    image, label = (part.expand(len(every), *part.shape[1:]) for part in (case.image, case.labels))
+    steps = unit_steps(network.model, image, label, units, every, lr=lr, loss=loss)
+    for edit, of_edit in (("prune", None), ("finetune", steps)):
+        found = side_effects(network.model, units, every, *retain, edit, of_edit, progress=False)
+        rows.append(found.assign(edit=edit, units=list(chosen)))
     return readable(pd.concat(rows, ignore_index=True)[["edit", "units", "k", *_COLUMNS]])
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import editing as repair
-from pss import models
+from pss import editing, models
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
-from pss.ranking import fdr_significant, rank
+from pss.ranking import rank
 from pss.reference import Reference
+from pss.statistics import fdr_significant
 from pss.storage.digests import digest
 from pss.storage.fingerprints import fingerprint
 from pss.storage.places import cache_folder
@@ -43,8 +43,10 @@ from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
 
-METHODS = ("zscore", "pot", "scale_free_pot", "raw", "layer_matched_random")
-HEIGHTS = METHODS[:4]  # random units are matched to the layers of POT's: its chart stands for both
+# Rankings of the gradient, and of what a unit contributes to the margin: which to prune, as `pss.rank` says.
+METHODS = ("zscore", "pot", "scale_free_pot", "raw", "gain", "layer_matched_random")
+COLORS, LABELS = plots.METHOD_COLORS | {"gain": "#009E73"}, plots.METHOD_LABELS | {"gain": "gain of the margin"}
+HEIGHTS = METHODS[:5]  # random units are matched to the layers of POT's: its chart stands for both
 EDITS = ("finetune", "prune")
 K = 25
 MAP_UNITS, BOOST = 10, 100.0  # of the input-space map
@@ -74,9 +76,6 @@ class Collection:
     ids, views : sequence of B str
         Name of each image, and how it was cut (``whole``, ``cropped``, ``blurred``; empty where it was not).
     plain, scale_free : Reference
-    classes : sequence of str
-    to_image : callable
-        ``(C, H, W) -> (H, W, 3)``, in 0..1 or uint8.
     retain : pair of Tensor
         Images that the model has right, and their labels: what an edit breaks is counted there.
     learning_rate : float
@@ -86,7 +85,7 @@ class Collection:
     """
 
     name: str
-    model: nn.Module
+    network: models.Network
     units: Units
     images: Tensor
     labels: Tensor
@@ -94,39 +93,44 @@ class Collection:
     views: Sequence[str]
     plain: Reference
     scale_free: Reference
-    classes: Sequence[str]
-    to_image: Callable[[Tensor], np.ndarray]
     retain: tuple[Tensor, Tensor]
     learning_rate: float = 1e-3
     elsewhere: Sequence[int] = (1, 5, 10, 25)
 
+    @property
+    def model(self) -> nn.Module:
+        """The network without what belongs to it."""
+        return self.network.model
+
+    def pixels(self, image: Tensor) -> np.ndarray:
+        """(C, H, W) to (H, W, 3), uint8."""
+        return _pixels(self.network.to_image(image))
+
+    def reference(self, method: str) -> Reference:
+        """What a ranking takes as usual."""
+        return self.scale_free if method == "scale_free_pot" else self.plain
+
+    def profiles(self, position: int) -> dict[str, Tensor]:
+        """What each ranking ranks on an image, (1, U)."""
+        of = self.model, self.images[position : position + 1], self.labels[position : position + 1], self.units
+        gains = pss.profile(*of, of="gain", signed=True, loss="logit_difference")
+        return dict.fromkeys(METHODS, pss.profile(*of)) | {"gain": gains}
+
+    def top(self, profiles: dict[str, Tensor], method: str) -> Tensor:
+        """Ids of the first K units, (1, K)."""
+        ranking = "raw" if method == "gain" else method
+        return rank(profiles[method], self.reference(method), ranking, K, self.units)
+
 
 def digits(count: int = 24, retain: int = 200) -> Collection:
     """Misclassified digits of the built-in test set, each true class in turn, the image of the tour first."""
-    model, data = models.digits(), pss.data.digits("test")
-    units = Units.of(model)
-    wrong = models.misclassified(model, data)
-    turn = (
-        wrong.groupby("label").cumcount().sort_values(kind="stable").index
-    )  # the first of each class, the second, ...
+    network, data = models.load("digits"), pss.data.digits("test")
+    wrong = models.misclassified(network.model, data)
+    turn = wrong.groupby("label").cumcount().sort_values(kind="stable").index  # the first of each class, the second, …
     chosen = [658, *turn.drop(658)][:count]
-    right = np.setdiff1d(np.arange(len(data)), wrong.index)
-    right = np.random.default_rng(0).choice(right, min(retain, len(right)), replace=False)
-    store = pss.profile_dataset(model, pss.data.mnist("validation"), units, progress=False)
-    return Collection(
-        "digits",
-        model,
-        units,
-        data.images[chosen],
-        data.labels[chosen],
-        [str(i) for i in chosen],
-        [""] * len(chosen),
-        Reference.fit(store),
-        Reference.fit(store, scale_free=True),
-        [str(c) for c in range(10)],
-        data.to_image,
-        (data.images[right], data.labels[right]),
-    )
+    others = data.subset(np.random.default_rng(0).permutation(len(data))[: 2 * retain]).tensors
+    images, labels, ids = data.images[chosen], data.labels[chosen], [str(i) for i in chosen]
+    return _collection("digits", network, images, labels, ids, [""] * len(ids), others, retain)
 
 
 def photographs(count: int = 8, retain: int = 12) -> Collection:
@@ -135,30 +139,24 @@ def photographs(count: int = 8, retain: int = 12) -> Collection:
     Its reference is measured on a few hundred crops of photographs: enough to show, too few to trust.
     """
     network = models.load("efficientnet_lite0")
-    units = Units.of(network.model)
     known = {photo.name: photo for photo in pss.data.photographs()}
     images = torch.stack([network.preprocess(_view(known[name].image, how)) for name, _, how in _VIEWS])
     said = models.predict(network.model, images).argmax(dim=1).tolist()
     fits = {photo.name: (photo.label, *photo.also) for photo in known.values()}
     wrong = [i for i, (name, _, _) in enumerate(_VIEWS) if said[i] not in fits[name]][:count]
+    labels = torch.tensor([known[_VIEWS[i][0]].label for i in wrong])
     crops = models.reference_set(network)
-    other = torch.stack([crops[i][0] for i in range(3 * retain)])
-    right = (models.predict(network.model, other).argmax(dim=1) == crops.labels[: 3 * retain]).nonzero()[:retain, 0]
-    return Collection(
-        "photographs",
-        network.model,
-        units,
-        images[wrong],
-        torch.tensor([known[_VIEWS[i][0]].label for i in wrong]),
-        [f"{_VIEWS[i][0]}-{i}" for i in wrong],
-        [_VIEWS[i][1] for i in wrong],
-        models.reference(network, units, progress=False),
-        models.reference(network, units, scale_free=True, progress=False),
-        network.classes,
-        network.to_image,
-        (other[right], crops.labels[right]),
-        elsewhere=(K,),
-    )
+    others = torch.stack([crops[i][0] for i in range(3 * retain)]), crops.labels[: 3 * retain]
+    ids, views = [f"{_VIEWS[i][0]}-{i}" for i in wrong], [_VIEWS[i][1] for i in wrong]
+    return _collection("photographs", network, images[wrong], labels, ids, views, others, retain, elsewhere=(K,))
+
+
+def _collection(name, network, images, labels, ids, views, others, retain, **more) -> Collection:
+    """What is usual for the network, and of the others the first that it has right, beside the images."""
+    units, (x, y) = Units.of(network.model), others
+    right = (models.predict(network.model, x).argmax(dim=1) == y).nonzero()[:retain, 0]
+    plain, free = (models.reference(network, units, scale_free=free, progress=False) for free in (False, True))
+    return Collection(name, network, units, images, labels, ids, views, plain, free, (x[right], y[right]), **more)
 
 
 def _view(picture: Image.Image, how: tuple[float, ...]) -> Image.Image:
@@ -171,7 +169,8 @@ def _view(picture: Image.Image, how: tuple[float, ...]) -> Image.Image:
 def pack(values: np.ndarray) -> dict[str, Any]:
     """Numbers in 8 bits each, evenly spaced from the smallest to the largest; what is not finite is missing.
 
-    `unpack` returns them to within half a step, ``(high - low) / 508``: on a chart 250 pixels high half a pixel.
+    ``low + step * level`` is right to within half a step, ``(high - low) / 508``: on a chart 250 pixels high half a
+    pixel.
     """
     finite = np.isfinite(values)
     low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
@@ -181,21 +180,13 @@ def pack(values: np.ndarray) -> dict[str, Any]:
     return {"low": low, "step": step, "data": base64.b64encode(levels.tobytes()).decode()}
 
 
-def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """Numbers that `pack` kept, NaN where missing."""
-    levels = np.frombuffer(base64.b64decode(packed["data"]), np.uint8).astype(float)
-    return np.where(levels == LEVELS, np.nan, packed["low"] + packed["step"] * levels)
-
-
-def height(profile: Tensor, method: str, plain: Reference, scale_free: Reference) -> np.ndarray:
-    """What the chart draws of a profile (U,): asinh of z, -log10 p (at most `RARE`), or log10 of the saliency."""
-    if method == "zscore":
-        return np.arcsinh(plain.zscore(profile[None])[0].double().numpy())
+def height(profile: Tensor, method: str, reference: Reference) -> np.ndarray:
+    """What the chart draws of a profile (1, U): asinh of z or gain, -log10 p (up to `RARE`), log10 of saliency."""
+    if method in ("zscore", "gain"):
+        return np.arcsinh((reference.zscore(profile) if method == "zscore" else profile)[0].double().numpy())
     if method == "raw":
-        return np.log10(profile.double().where(profile > 0, torch.nan).numpy())
-    reference = scale_free if method == "scale_free_pot" else plain
-    log_p = reference.log_tail_probability(profile[None])[0]
-    return (-log_p / math.log(10)).clamp(0, RARE).numpy()
+        return np.log10(profile[0].double().where(profile[0] > 0, torch.nan).numpy())
+    return (-reference.log_tail_probability(profile)[0] / math.log(10)).clamp(0, RARE).numpy()
 
 
 def describe(collection: Collection, position: int) -> dict[str, Any]:
@@ -212,13 +203,13 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     """
     c = collection
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
-    profile = pss.profile(c.model, image, label, c.units)
-    tops = torch.cat([_top(profile, method, c) for method in METHODS])  # (methods, K)
+    profiles = c.profiles(position)
+    tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
     curves = {
-        e: repair.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
+        e: editing.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
     }
-    steps = repair.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
+    steps = editing.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
     steps = dict(zip(tops.unique().tolist(), steps, strict=True))
     before = models.predict(c.model, image).softmax(dim=1)[0]
     predicted = int(before.argmax())
@@ -227,35 +218,30 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profile), c.plain.n).sum()),
-        "picture": picture(_pixels(c.to_image(image[0]))),
-        "heights": {method: pack(height(profile[0], method, c.plain, c.scale_free)) for method in HEIGHTS},
+        "significant": int(fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
+        "picture": picture(c.pixels(image[0])),
+        "heights": {method: pack(height(profiles[method], method, c.reference(method))) for method in HEIGHTS},
         "methods": {},
     }
     for row, (method, top) in enumerate(zip(METHODS, tops, strict=True)):
         own = {edit: curve[curve["image"] == row] for edit, curve in curves.items()}
         found["methods"][method] = {
-            **_table(profile, top, c.scale_free if method == "scale_free_pot" else c.plain),
+            **_table(profiles, method, top, c),
             "map": _map(image, label, method, top, c),
             **{edit: _curve(curve) | _elsewhere(edit, top, steps, c) for edit, curve in own.items()},
         }
     return found
 
 
-def _top(profile: Tensor, method: str, c: Collection) -> Tensor:
-    """Ids of the first K units, (1, K)."""
-    if method == "scale_free_pot":
-        return rank(profile, c.scale_free, "pot", K, c.units)
-    return rank(profile, c.plain, method, K, c.units)
-
-
-def _table(profile: Tensor, top: Tensor, reference: Reference) -> dict[str, list]:
-    log_p = reference.log_tail_probability(profile)[0, top] / math.log(10)
+def _table(profiles: dict[str, Tensor], method: str, top: Tensor, c: Collection) -> dict[str, list]:
+    """The first units by a ranking: z-score and tail probability of their gradient, and what is ranked."""
+    gradient, reference = profiles["zscore"], c.reference(method)
+    log_p = reference.log_tail_probability(gradient)[0, top] / math.log(10)
     return {
         "top": top.tolist(),
-        "z": _short(reference.zscore(profile)[0, top]),
+        "z": _short(reference.zscore(gradient)[0, top]),
         "log10_p": [None if math.isinf(p) else p for p in _short(log_p)],  # None: beyond the end of a bounded tail
-        "saliency": _short(profile[0, top]),
+        "saliency": _short(profiles[method][0, top]),
     }
 
 
@@ -269,21 +255,21 @@ def _curve(curve: pd.DataFrame) -> dict[str, list]:
 
 def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
     """Share of the retain images that stay right after the first edits."""
-    own = [[steps[u] for u in top.tolist()]] if edit == "finetune" else None
-    tables = [
-        repair.side_effects(c.model, c.units, top[None], *c.retain, edit, own and [own[0][:k]], k, progress=False)
-        for k in c.elsewhere
-    ]
-    return {"still_right": _short([table["still_right"][0] for table in tables])}
+    shares = []
+    for k in c.elsewhere:
+        own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
+        table = editing.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
+        shares.append(table["still_right"][0])
+    return {"still_right": _short(shares)}
 
 
 def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) -> str:
     """The input-space map over the darkened image, coloured as in `pss.plots.overlay`."""
-    standard = {"scale_free_pot": "pot", "layer_matched_random": "pot"}.get(method, method)
-    reference = c.scale_free if method == "scale_free_pot" else c.plain
-    raw = input_saliency(c.model, image, label, c.units, reference, boost=BOOST, method=standard, ids=top[:MAP_UNITS])
+    standard = {"scale_free_pot": "pot", "layer_matched_random": "pot", "gain": "zscore"}.get(method, method)
+    which = {"boost": BOOST, "method": standard, "ids": top[:MAP_UNITS]}
+    raw = input_saliency(c.model, image, label, c.units, c.reference(method), **which)
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
-    grey = 0.6 * _pixels(c.to_image(image[0])).mean(axis=2, keepdims=True) / 255
+    grey = 0.6 * c.pixels(image[0]).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
     return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
 
@@ -322,7 +308,7 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
             ],
             "colors": colors,
             "units": len(c.units),
-            "classes": {i: c.classes[i] for i in sorted(used)},
+            "classes": {i: c.network.classes[i] for i in sorted(used)},
             "reference": c.plain.n,
             "retain": len(c.retain[1]),
             "elsewhere": c.elsewhere,
@@ -333,12 +319,12 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
                     "label": d["label"],
                     "predicted": d["predicted"],
                     "view": c.views[i],
-                    "thumbnail": d["picture"] if len(d["picture"]) < 3000 else picture(_pixels(c.to_image(x)), 64),
+                    "thumbnail": d["picture"] if len(d["picture"]) < 3000 else picture(c.pixels(x), 64),
                 }
                 for i, (d, x) in enumerate(zip(of_images, c.images, strict=True))
             ],
         }
-    colors = {method: plots.METHOD_COLORS[method] for method in METHODS}
+    colors = {method: COLORS[method] for method in METHODS}
     options = {"k": K, "map_units": MAP_UNITS, "boost": BOOST, "rare": RARE}
     return {"version": pss.__version__, "methods": colors, **options, "sets": sets}
 
@@ -408,9 +394,10 @@ def widget(collection: Collection | None = None) -> Any:
 
     c = digits() if collection is None else collection
     said = models.predict(c.model, c.images).argmax(dim=1).tolist()
-    names = [f"{c.classes[y]}, read as {c.classes[p]} ({n})" for y, p, n in zip(c.labels, said, c.ids, strict=True)]
+    classes = c.network.classes
+    names = [f"{classes[y]}, read as {classes[p]} ({n})" for y, p, n in zip(c.labels, said, c.ids, strict=True)]
     image = ipywidgets.Dropdown(options=list(zip(names, range(len(names)), strict=True)), description="image")
-    method = ipywidgets.Dropdown(options=[(plots.METHOD_LABELS[m], m) for m in METHODS], description="ranking")
+    method = ipywidgets.Dropdown(options=[(LABELS[m], m) for m in METHODS], description="ranking")
     edit = ipywidgets.RadioButtons(options=[("fine-tune", "finetune"), ("prune", "prune")], description="edit")
     k = ipywidgets.IntSlider(10, 1, K, description="filters", continuous_update=False)
     box = ipywidgets.VBox([image, method, edit, k, ipywidgets.HTML(), ipywidgets.Image(format="png")])
@@ -429,16 +416,17 @@ def widget(collection: Collection | None = None) -> Any:
 def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tuple[str, bytes]:
     """What the widget shows: HTML with the table of the edited units, and the picture of `pss.plots.story`."""
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
-    profile = pss.profile(c.model, image, label, c.units)
-    top = _top(profile, method, c)[0, :k]
-    steps = repair.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
+    profiles = c.profiles(position)
+    top = c.top(profiles, method)[0, :k]
+    steps = editing.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
     before = models.predict(c.model, image).softmax(dim=1)[0]
-    with repair.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
+    with editing.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
         after = models.predict(c.model, image).softmax(dim=1)[0]
     y = int(label)
-    text = f"<p>confidence in {c.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"
-    table = pd.DataFrame({"filter": [c.units.name(u) for u in top.tolist()], **_table(profile, top, c.plain)})
-    figure = plots.story(c.to_image(image[0]), c.plain.zscore(profile)[0], c.units, top, before, after, y)
+    text = f"<p>confidence in {c.network.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"
+    table = pd.DataFrame({"filter": [c.units.name(u) for u in top.tolist()], **_table(profiles, method, top, c)})
+    unusual = c.plain.zscore(profiles["zscore"])[0]
+    figure = plots.story(c.network.to_image(image[0]), unusual, c.units, top, before, after, y)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     plt.close(figure)
@@ -451,11 +439,6 @@ def _write_script(path: Path, name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def read_script(path: Path | str) -> dict[str, Any]:
-    """The JSON inside a file that `write` wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8").split(", ", 1)[1].removesuffix(");\n"))
-
-
 def _copy_bokeh(folder: Path) -> list[Path]:
     """The plotting library and its licence, from the Python package."""
     import bokeh
@@ -463,8 +446,7 @@ def _copy_bokeh(folder: Path) -> list[Path]:
     package = Path(bokeh.__file__).parent
     files = [package / "server" / "static" / "js" / f"{name}.min.js" for name in ("bokeh", "bokeh-api")]
     folder.mkdir(parents=True, exist_ok=True)
-    licence = [p for p in (package / "LICENSE.txt",) if p.exists()]
-    return [Path(shutil.copyfile(file, folder / file.name)) for file in [*files, *licence]]
+    return [Path(shutil.copyfile(file, folder / file.name)) for file in [*files, *package.glob("LICENSE.txt")]]
 
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from pss.profiles import profile_dataset
 from pss.units import Units
 
+_PASSED_ON = ["loss", "signed", "of", "batch_size", "workers", "on_error", "preprocessing", "data_name", "rebuild"]
+
 
 def _call(reference: list[str]) -> Any:
     """Call ``package.module:callable`` with ``key=value`` arguments; values are JSON, otherwise text."""
@@ -74,24 +76,11 @@ def main(chosen: argparse.Namespace) -> None:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         model = _call(chosen.model).to(device)
-        store = profile_dataset(
-            model,
-            _call(chosen.data),
-            Units.of(model, chosen.units),
-            chosen.out,
-            loss=chosen.loss,
-            signed=chosen.signed,
-            of=chosen.of,
-            batch_size=chosen.batch_size,
-            workers=chosen.workers,
-            on_error=chosen.on_error,
-            progress=not chosen.quiet,
-            preprocessing=chosen.preprocessing,
-            data_name=chosen.data_name,
-            rebuild=chosen.rebuild,
-            # left out where it is the default: a manifest that does not name it is of the same job
-            **({} if chosen.precision == "fp32" else {"precision": chosen.precision}),
-        )
+        how = {name: getattr(chosen, name) for name in _PASSED_ON}
+        if chosen.precision != "fp32":  # the default is left out: a manifest that does not name it is of the same job
+            how["precision"] = chosen.precision
+        units = Units.of(model, chosen.units)
+        store = profile_dataset(model, _call(chosen.data), units, chosen.out, progress=not chosen.quiet, **how)
         if not distributed or dist.get_rank() == 0:
             print(store)
             for index, reason in store.skipped.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,9 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.pages import sentence
 from pss.models import misclassified
-from pss.profiles import profile_dataset
 from pss.reference import MIN_IMAGES, Reference
 from pss.storage.fingerprints import name_of
 from pss.storage.folder import ProfileStore
-from pss.storage.places import cache_folder
 from pss.units import Units
 
 SAVED = (".safetensors", ".pth", ".pt")
@@ -101,9 +100,20 @@ def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     return Reading(str(getattr(images, "name", "images")), len(rows), len(rows) - len(wrong), len(network.classes))
 
 
-def pictures(network: models.Network, source: str, count: int | None = None, seed: int = 0) -> Dataset:
-    """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many."""
+def pictures(
+    network: models.Network,
+    source: str,
+    count: int | None = None,
+    seed: int = 0,
+    missing: str = "a folder with folders",
+) -> Dataset:
+    """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many.
+
+    Where none are named and none built in fit, a ValueError says what is missing.
+    """
     if not source:
+        if not has_built_in(network):
+            raise ValueError(f"no built-in images fit {network.name}: give {missing} of pictures per class")
         return models.reference_set(network, "", count, seed)
     every = models.reference_set(network, source)
     return every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
@@ -146,7 +156,7 @@ class Usual:
         readings = {reading.name: reading for reading in (self.reading, own) if reading is not None}
         told = [sentence("prepared", how=prepared(network))]
         told += [reading.told() for reading in readings.values()] or [sentence("accuracy unknown")]
-        return [*told, self.told, *([] if is_known(network) else [_cached()])]
+        return [*told, self.told, *kept(network)]
 
 
 def usual(
@@ -184,44 +194,87 @@ def usual(
     """
     reference, tree = (str(Path(place).expanduser().absolute()) if place else "" for place in (reference, tree))
     source = reference or tree
-    if not source and not has_built_in(network):
-        raise ValueError(
-            f"no built-in images fit {network.name}, so what is usual for it is not known: give reference, a folder "
-            "with a folder of pictures per class (of its training images, if you have them), or data_root"
-        )
     if Path(source).suffix in SAVED:
-        found = _saved(network, units, source, loss, signed)
+        advice = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
+        found = read_saved(network, units, source, advice, loss, signed)
         return Usual(found, sentence("usual saved", name=Path(source).name, n=found.n or "?"), None, torch.empty(0))
-    how = {"preprocessing": str(name_of(network.preprocess)), "loss": loss, "signed": signed}
-    how["cache"] = cache_folder(own=not is_known(network))
-    images = pictures(network, source, count)
-    store = profile_dataset(network.model, images, units, progress=False, **how)
-    name = Path(source).name or "built-in images"
+    kind = "named" if reference else "tree" if tree else "built in"
+    images = pictures(
+        network, source, count, missing="reference, best of its training images, or data_root, with folders"
+    )
+    return fit_usual(network, units, images, kind, explained, allow_chance, loss=loss, signed=signed)
+
+
+def fit_usual(
+    network: models.Network,
+    units: Units,
+    images: Dataset,
+    kind: str,
+    explained: tuple[Tensor, int] | None = None,
+    allow_chance: bool = False,
+    misread: bool = False,
+    level: float = 0.90,
+    scale_free: bool = False,
+    parameter: str = "reference",
+    **how: Any,
+) -> Usual:
+    """What is usual on images, of which the misread ones and the explained one are left out.
+
+    Parameters
+    ----------
+    kind : {"named", "tree", "built in"}
+        Why these images.
+    explained, allow_chance
+        As in `usual`.
+    misread : bool
+        Keep the misread images, as both papers do.
+    level, scale_free
+        As in `pss.Reference.fit`.
+    parameter : str
+        What takes such images, for messages.
+    **how
+        Passed on to `pss.profile_dataset`.
+
+    Raises
+    ------
+    ValueError
+        If too few images are left, or the network reads no better than chance.
+    """
+    store = models.profiles_of(network, units, images, **{"progress": False} | how)
+    name = str(getattr(images, "name", "images")) if kind != "built in" else "built-in images"
     wrong, itself = store.misclassified, _rows_of(store, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
     right = len(told) - len(np.intersect1d(wrong, told))
     reading = Reading(name, len(told), right, len(network.classes)).check(network, allow_chance)
-    out = np.union1d([] if reading.near_chance else wrong, itself).astype(int)
+    out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
     numbers = {"name": name, "n": len(store), "wrong": len(wrong), "itself": len(itself), "left": len(store) - len(out)}
     if numbers["left"] < MIN_IMAGES:
         raise ValueError(
             f"{numbers['left']} images of {name} are left to say what is usual: of {len(store)} {len(wrong)} are "
-            f"misread and {len(itself)} is the explained one; {MIN_IMAGES} are needed: give reference, a folder with "
+            f"misread and {len(itself)} is the explained one; {MIN_IMAGES} are needed: give {parameter}, a folder with "
             "more of them (training images, if you have them), or a larger reference_count"
         )
-    found = Reference.fit(store.without(out), provenance={"left_out": str(len(out))})
-    kind = "chance" if reading.near_chance else "named" if reference else "tree" if tree else "built in"
+    made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
+    found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)
+    said = sentence("usual chance" if reading.near_chance else f"usual {kind}", **numbers)
     others = np.setdiff1d(wrong, itself)[:_SHOWN]
-    return Usual(found, sentence(f"usual {kind}", **numbers), reading, torch.from_numpy(store.profiles[others]))
+    return Usual(found, said, reading, torch.from_numpy(store.profiles[others]))
 
 
-def _saved(network: models.Network, units: Units, source: str, loss: str, signed: bool) -> Reference:
-    """Read a saved reference; where it is of something else, say how the right one is made."""
+def read_saved(
+    network: models.Network,
+    units: Units,
+    file: str | Path,
+    advice: str,
+    loss: Any = "cross_entropy",
+    signed: bool = False,
+    **made_of: Any,
+) -> Reference:
+    """Read a saved reference; where it is of something else, advise how the right one is made."""
     try:
-        return models.reference(network, units, source, loss=loss, signed=signed)
+        return models.reference(network, units, file, loss=loss, signed=signed).check(units, **made_of)
     except ValueError as error:
-        made = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
-        raise ValueError(f"reference {source}: {error}: {made}") from error
+        raise ValueError(f"reference {file}: {error}: {advice}") from error
 
 
 def _rows_of(store: ProfileStore, explained: tuple[Tensor, int] | None) -> np.ndarray:
@@ -234,14 +287,10 @@ def _rows_of(store: ProfileStore, explained: tuple[Tensor, int] | None) -> np.nd
     return rows[close]
 
 
-def is_known(network: models.Network) -> bool:
-    """Whether it is one of `pss.models.names`, and not the user's own."""
-    return network.name in models.names()
-
-
-def _cached() -> tuple[str, str]:
-    """Where profiles of the user's own networks are kept, and how large they are by now."""
-    folder = cache_folder(own=True) / "profiles"
+def kept(network: models.Network) -> list[tuple[str, str]]:
+    """Where what is made of a user's own network is kept, and how large that is by now; nothing for another one."""
+    folder = models.cache_of(network)
+    if not models.is_own(network) or not folder.is_dir():
+        return []
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    place = str(folder).replace(str(Path.home()), "~", 1)
-    return sentence("cached", folder=place, size=size / 1e6)
+    return [sentence("cached", folder=str(folder).replace(str(Path.home()), "~", 1), size=size / 1e6)]

@@ -87,19 +87,16 @@ class Sweep:
 
         A result with the name of another column is called ``results.<name>``.
         """
-        return pd.DataFrame(self._rows())
-
-    def _rows(self) -> list[dict[str, Any]]:
         rows = []
         for run in self.runs:
             record = run.record() or {"status": "not run", "seconds": None, "error": "", "results": {}}
             row = {"run": run.folder.name, **{name: record[name] for name in _FIXED[1:]}} | run.shown
             rows.append(row | {f"results.{n}" if n in row else n: v for n, v in record["results"].items()})
-        return rows
+        return pd.DataFrame(rows, dtype=object)  # whole numbers stay whole beside empty cells
 
     def write_summary(self) -> None:
         """Write ``summary.csv`` and ``index.html`` to the folder of the runs."""
-        table = pd.DataFrame(self._rows(), dtype=object)  # whole numbers stay whole beside empty cells
+        table = self.summary()
         plain = table.map(lambda v: json.dumps(v) if isinstance(v, (list, dict)) else v)
         write_whole(self.out / "summary.csv", plain.to_csv(index=False, lineterminator="\n"))
         write_whole(self.out / "index.html", index_page(self.title, table, self.out))
@@ -357,7 +354,7 @@ def run_sweep(
                 write_now()
     finally:
         write()
-    return sweep.summary()
+    return sweep.summary().infer_objects()
 
 
 def _outcomes(runs: Sequence[Run], lead: int, workers: Parallel) -> Iterator[tuple[str, str]]:
@@ -422,7 +419,7 @@ def run_one(run: Run, caller: Path | None = None) -> tuple[str, str]:
         "pss": __version__,
         "source": source_hash(),
     }
-    write_whole(run.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+    write_whole(run.folder / "run.json", record)
     return run.folder.name, error
 
 

@@ -5,25 +5,3 @@ from pss.data.folders import folder, open_set, preprocess, torchvision_set
 from pss.data.image_set import MEAN, STD, ImageSet
 from pss.data.pictures import MAX_PIXELS, Photograph, photographs, read_image
 from pss.storage.places import cache_folder
-
-__all__ = [
-    "DIGITS",
-    "MAX_PIXELS",
-    "MEAN",
-    "SETS",
-    "SIZE",
-    "SPLITS",
-    "STD",
-    "ImageSet",
-    "Photograph",
-    "cache_folder",
-    "digits",
-    "folder",
-    "load",
-    "mnist",
-    "open_set",
-    "photographs",
-    "preprocess",
-    "read_image",
-    "torchvision_set",
-]

@@ -7,7 +7,13 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+
+def shape_of(value: Any) -> Any:
+    """Shape of a tensor, or what else it is, for a message."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_known(what: str, value: Any, known: Collection[str]) -> None:
@@ -60,3 +66,47 @@ def check_ids(ids: Sequence | np.ndarray | Tensor, count: int, dims: int = 2, le
     if len(twice := ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]):
         raise ValueError(f"unit {twice[0]} is given twice in one ranking: each is edited once")
     return ids
+
+
+def check_images(model: nn.Module, images: Tensor, labels: Tensor, what: str = "images") -> None:
+    """Refuse a batch that a model cannot take, or that would give no numbers.
+
+    Raises
+    ------
+    ValueError
+        If images or labels are no tensors of one length on the model's device and of its type, or an image is not
+        finite.
+    """
+    if not isinstance(images, Tensor) or images.dim() < 2 or images.numel() == 0:
+        expected = "a tensor of shape (B, ...) with B >= 1, as (B, 3, 224, 224)"
+        raise ValueError(f"{what} are {shape_of(images)}: expected {expected}")
+    if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
+        expected = "a tensor with one label per image (of one image images[None])"
+        raise ValueError(f"labels are {shape_of(labels)} for {what} {tuple(images.shape)}: expected {expected}")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"{type(model).__name__} has no parameters")
+    for which, tensor in ((what, images), ("labels", labels)):
+        if tensor.device != parameter.device:
+            raise ValueError(f"{which} are on {tensor.device}, the model on {parameter.device}: move one to the other")
+    if images.is_floating_point() or images.dtype in (torch.uint8, torch.bool):  # other integers may be tokens
+        if images.dtype != parameter.dtype:
+            raise ValueError(f"{what} are {images.dtype}, the model {parameter.dtype}: convert one to the other")
+        finite = torch.isfinite(images).flatten(1).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"{what} {(~finite).nonzero()[:, 0].tolist()} hold NaN or infinite values")
+
+
+def check_labels(labels: Tensor, outputs: Tensor) -> None:
+    """Refuse outputs that are no logits (B, C), and labels that are no classes of them."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        made = "have them made by pss.models.logits_of(model, select)"
+        raise ValueError(
+            f"outputs are {shape_of(outputs)}: expected logits (B, C) with C >= 2; {made}, or for a profile give a "
+            "loss (outputs, labels) -> (B,)"
+        )
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError(f"labels are {labels.dtype} of shape {shape_of(labels)}: expected class numbers, int64 (B,)")
+    classes = outputs.shape[1]
+    if len(outside := labels[(labels < 0) | (labels >= classes)]):
+        raise ValueError(f"label {int(outside[0])} is outside 0..{classes - 1} of this model")

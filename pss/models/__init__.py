@@ -5,31 +5,6 @@ from pss.models.loading import load, names
 from pss.models.networks import Network, Preprocessing, logits_of
 from pss.models.predictions import accuracy, evaluate, misclassified, predict
 from pss.models.resnet import EPOCHS, WIDTH, digits, resnet18, train
-from pss.models.usual import PhotographCrops, reference, reference_set
+from pss.models.usual import PhotographCrops, cache_of, is_own, preprocessing_of, profiles_of, reference, reference_set
 from pss.models.weights import load_weights, read_record, save_weights
 from pss.storage.fingerprints import fingerprint
-
-__all__ = [
-    "EPOCHS",
-    "WIDTH",
-    "Network",
-    "PhotographCrops",
-    "Preprocessing",
-    "accuracy",
-    "digits",
-    "evaluate",
-    "fingerprint",
-    "keep_freed_memory",
-    "load",
-    "load_weights",
-    "logits_of",
-    "misclassified",
-    "names",
-    "predict",
-    "read_record",
-    "reference",
-    "reference_set",
-    "resnet18",
-    "save_weights",
-    "train",
-]

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from pss import data
 from pss.data.vision import torchvision
+from pss.engine.checks import shape_of
 from pss.models.networks import Network, Preprocessing, near_to
 from pss.models.resnet import digits, resnet18
 from pss.models.weights import load_weights
@@ -303,9 +304,8 @@ def _checked(network: Network) -> Network:
             f"a YAML file (see pss.models) which size it needs and whether it is grey; it says: {failed}"
         ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"{network.name} gives {shape} for one picture: expected logits of shape (1, classes), "
+            f"{network.name} gives {shape_of(outputs)} for one picture: expected logits of shape (1, classes), "
             "as pss.models.logits_of makes them"
         )
     classes = network.classes or tuple(str(i) for i in range(outputs.shape[1]))

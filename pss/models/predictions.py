@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pss import data
-from pss.engine.checks import check_positive
+from pss.engine.checks import check_labels, check_positive
 from pss.engine.state import preserved
-from pss.saliency import check_labels
 
 
 def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256) -> torch.Tensor:
@@ -37,7 +38,9 @@ def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 
     return _outputs(model, images, batch_size)[0]
 
 
-def _outputs(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256):
+def _outputs(
+    model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits, and the labels if a data set was given, from one pass over it."""
     if len(images) == 0:
         raise ValueError("no images to predict: expected at least one")
@@ -78,24 +81,32 @@ def misclassified(model: nn.Module, dataset: Dataset) -> pd.DataFrame:
     ValueError
         If a label is not the number of a class of the model, or the model gives something else than logits.
     """
-    logits, labels = (tensor.cpu() for tensor in _outputs(model, dataset))
+    table = answers(*_outputs(model, dataset), ids_of(dataset, range(len(dataset))))
+    return table[table["label"] != table["predicted"]]
+
+
+def answers(logits: torch.Tensor, labels: torch.Tensor, ids: Sequence[str]) -> pd.DataFrame:
+    """What a model says of each image: the columns of `misclassified`, which raises alike."""
+    logits, labels = logits.cpu(), labels.cpu()
     check_labels(labels, logits)
-    if (bad := logits.isnan().any(dim=1)).any():
-        raise ValueError(f"the outputs are NaN for images {bad.nonzero()[:10, 0].tolist()}: no class is predicted")
     probabilities = logits.double().softmax(dim=1)
+    bad = ~probabilities.isfinite().all(dim=1)  # one class at minus infinity is none of them
+    if bad.any():  # the largest of NaN is a class too, and would count as read rightly or wrongly
+        names = ", ".join(ids[i] for i in bad.nonzero()[:10, 0])
+        raise ValueError(
+            f"the model's outputs for {int(bad.sum())} images ({names}) are NaN or infinite, which is no class: "
+            "expected numbers. Mend these images, how they are prepared, or the weights, or leave the images out"
+        )
     confidence, predicted = probabilities.max(dim=1)
-    wrong = (predicted != labels).nonzero()[:, 0].numpy()
-    ids = getattr(dataset, "ids", range(len(labels)))
-    return pd.DataFrame(
-        {
-            "id": [str(ids[i]) for i in wrong],
-            "label": labels[wrong].numpy(),
-            "predicted": predicted[wrong].numpy(),
-            "confidence": confidence[wrong].numpy(),
-            "label_confidence": probabilities[wrong, labels[wrong]].numpy(),
-        },
-        index=wrong,
-    )
+    own = probabilities.gather(1, labels[:, None])[:, 0]
+    columns = {"label": labels, "predicted": predicted, "confidence": confidence, "label_confidence": own}
+    return pd.DataFrame({"id": ids, **{name: values.numpy() for name, values in columns.items()}})
+
+
+def ids_of(dataset: Dataset, positions: Iterable[int]) -> list[str]:
+    """Names of images of a data set: its own ``ids``, or else their positions."""
+    ids = getattr(dataset, "ids", range(len(dataset)))
+    return [str(ids[int(at)]) for at in positions]
 
 
 def accuracy(model: nn.Module, dataset: Dataset) -> float:

@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 
 from pss import data
 from pss.engine.checks import check_count, check_positive
-from pss.models.loading import imagenet
+from pss.models.loading import imagenet, names
 from pss.models.networks import Network
 from pss.models.predictions import predict
 from pss.profiles import profile_dataset
 from pss.reference import Reference
 from pss.storage.digests import digest
 from pss.storage.fingerprints import name_of
+from pss.storage.folder import ProfileStore
+from pss.storage.places import cache_folder
 from pss.units import Units
 
 _CROPS = 300
@@ -117,11 +119,29 @@ def reference(
                 stacklevel=2,
             )
         return found
-    images = reference_set(network, source, count, seed)
-    store = profile_dataset(
-        network.model, images, units, progress=progress, preprocessing=str(name_of(network.preprocess)), **how
-    )
+    store = profiles_of(network, units, reference_set(network, source, count, seed), progress=progress, **how)
     return Reference.fit(store, level=level, scale_free=scale_free)
+
+
+def profiles_of(network: Network, units: Units, images: Dataset, **how: Any) -> ProfileStore:
+    """`pss.profile_dataset` of images that the network prepared; of the users' own networks in the users' cache."""
+    how.setdefault("cache", cache_of(network))
+    return profile_dataset(network.model, images, units, preprocessing=preprocessing_of(network, images), **how)
+
+
+def preprocessing_of(network: Network, images: Dataset) -> str:
+    """Text that names how a data set's pictures are prepared; empty for images in memory, which are as they are."""
+    return "" if hasattr(images, "images") else str(name_of(network.preprocess))
+
+
+def cache_of(network: Network) -> Path:
+    """Folder where what is made of this network is kept; see `pss.data.cache_folder`."""
+    return cache_folder(own=is_own(network))
+
+
+def is_own(network: Network) -> bool:
+    """Whether it is a user's own, and not one of `names`."""
+    return network.name not in names()
 
 
 class PhotographCrops(Dataset):
@@ -186,18 +206,18 @@ class PhotographCrops(Dataset):
 
 def _tree(network: Network, root: Path) -> Dataset:
     """A tree of pictures by class; folders are named by class names or numbers, or there is one for every class."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     wanted = [f"{i} {name}" for i, name in enumerate(network.classes)]  # no folder has such a name
     try:
-        for name in names:
+        for name in folders:
             wanted[network.label(name)] = name
     except ValueError as error:
-        if len(names) != len(network.classes):
+        if len(folders) != len(network.classes):
             raise ValueError(
                 f"{root}: {error}. Expected folders named by classes of {network.name} or by their numbers, or "
-                f"{len(network.classes)} folders in the order of the classes; there are {len(names)}"
+                f"{len(network.classes)} folders in the order of the classes; there are {len(folders)}"
             ) from error
-        wanted = names
+        wanted = folders
     tree = data.folder(root, network.preprocess, wanted)
     tree.classes = list(network.classes)
     return tree

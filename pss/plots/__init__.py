@@ -3,7 +3,6 @@
 from pss.plots.figures import (
     METHOD_COLORS,
     METHOD_LABELS,
-    STYLE,
     confidence_bars,
     difference_bars,
     edit_lines,
@@ -23,27 +22,3 @@ from pss.plots.figures import (
     top_confidences,
     use_style,
 )
-
-__all__ = [
-    "METHOD_COLORS",
-    "METHOD_LABELS",
-    "STYLE",
-    "confidence_bars",
-    "difference_bars",
-    "edit_lines",
-    "edit_panels",
-    "image_row",
-    "method_curves",
-    "overlay",
-    "overlay_grid",
-    "plain",
-    "profile_by_layer",
-    "render_map",
-    "say",
-    "show",
-    "stage_bars",
-    "stage_colors",
-    "story",
-    "top_confidences",
-    "use_style",
-]

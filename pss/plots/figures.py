@@ -249,7 +249,7 @@ def difference_bars(table: pd.DataFrame, by: str, ax: Axes | None = None) -> Axe
     return ax
 
 
-def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int = 5) -> Figure:
+def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = ()) -> Figure:
     """Three panels of `method_curves`, wrong confidence, true confidence and share corrected, with one legend.
 
     Parameters
@@ -258,8 +258,6 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
         From `pss.statistics.summarize`, with a column ``method``.
     bands : sequence of str
         Methods whose confidence interval is drawn; more than two or three hide the lines.
-    columns : int
-        Of the legend.
     """
     figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.7), sharex=True)
     labels = {
@@ -279,7 +277,7 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = (), columns: int =
             if line.get_label() in (METHOD_LABELS["abs_zscore"], METHOD_LABELS["ratio"]):
                 line.set_linestyle((0, (2, 2)))  # often on top of another line, which then shows through
         ax.axhline(0, color="black", lw=0.8, zorder=0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=columns, loc="outside upper center")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside upper center")
     return figure
 
 
@@ -287,8 +285,6 @@ def confidence_bars(
     before: Tensor,
     after: Tensor,
     label: int,
-    classes: Sequence[str] = (),
-    horizontal: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Confidence in every class before and after an edit, (C,) each; the true class is named in green.
@@ -296,20 +292,15 @@ def confidence_bars(
     The class predicted before is named in orange if it was wrong.
     """
     ax = ax or plt.subplots(figsize=(3.4, 3))[1]
-    at, names = np.arange(len(before)), list(classes) or [str(c) for c in range(len(before))]
-    draw = ax.barh if horizontal else ax.bar
-    draw(at - 0.2, before.numpy(), 0.4, color="#B8B8B8", label="before")
-    draw(at + 0.2, after.numpy(), 0.4, color="#0072B2", label="after")
-    axis = ax.yaxis if horizontal else ax.xaxis
-    axis.set_ticks(at, names)
-    axis.grid(False)
+    at = np.arange(len(before))
+    ax.barh(at - 0.2, before.numpy(), 0.4, color="#B8B8B8", label="before")
+    ax.barh(at + 0.2, after.numpy(), 0.4, color="#0072B2", label="after")
+    ax.set_yticks(at)
+    ax.yaxis.grid(False)
     for place, color in ((int(before.argmax()), "#D55E00"), (int(label), "#00795A")):
-        axis.get_ticklabels()[place].set(color=color, fontweight="bold")
-    if horizontal:
-        ax.invert_yaxis()
-        ax.set(xlabel="confidence", xlim=(0, 1))
-    else:
-        ax.set(ylabel="confidence", ylim=(0, 1))
+        ax.get_yticklabels()[place].set(color=color, fontweight="bold")
+    ax.invert_yaxis()
+    ax.set(xlabel="confidence", xlim=(0, 1))
     ax.legend(loc="best")
     return ax
 

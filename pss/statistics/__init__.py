@@ -1,10 +1,7 @@
-"""What a statistician asks: do tails follow the model, and how sure is a mean over images."""
+"""What a statistician asks: do tails follow the model, which units are significant, how sure is a mean over images."""
 
-from pss.statistics.curves import agreement, bootstrap, paired_difference, summarize
+from pss.statistics.curves import agreement, bootstrap, interval, paired_difference, share_interval, summarize
 from pss.statistics.tails import (
-    AndersonDarling,
-    MeanExcess,
-    ThresholdStability,
     anderson_darling,
     calibration,
     hill,
@@ -13,20 +10,4 @@ from pss.statistics.tails import (
     qq,
     threshold_stability,
 )
-
-__all__ = [
-    "AndersonDarling",
-    "MeanExcess",
-    "ThresholdStability",
-    "agreement",
-    "anderson_darling",
-    "bootstrap",
-    "calibration",
-    "hill",
-    "likelihood_ratio",
-    "mean_excess",
-    "paired_difference",
-    "qq",
-    "summarize",
-    "threshold_stability",
-]
+from pss.statistics.tops import fdr_significant, stage_shares

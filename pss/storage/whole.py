@@ -1,15 +1,15 @@
-"""Files that are whole or absent; loads no torch, which the workers of a sweep do without."""
+"""The one writer of files, whole or not at all; loads no torch, which the workers of a sweep do without."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 _ABANDONED = 3600.0  # seconds after which an unfinished file is that of a process that was killed
 
@@ -27,18 +27,17 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
-def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+def write_whole(path: Path, content: str | bytes | dict[str, Any]) -> None:
     """Write a file whole or not at all: beside its place first, then moved there.
 
-    The content is text, bytes, or a function that gets the open file.
+    The content is text, bytes, or names and plain values, which are written as JSON.
     """
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     unfinished = beside(path)
     try:
         with unfinished.open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # or else a power failure may leave an empty file of the right name
         os.replace(unfinished, path)

@@ -19,6 +19,7 @@
         pot: "POT",
         scale_free_pot: "POT, scale-free",
         raw: "raw saliency",
+        gain: "gain of the margin",
         layer_matched_random: "random, layers as POT",
       },
       count: "Filters to edit, k",
@@ -43,12 +44,13 @@
         scale_free_pot:
           "Each dot is a filter, in the order of the network: its tail probability once every profile is divided by its own mean, rarer upwards. Rings: the first k.",
         raw: "Each dot is a filter, in the order of the network: its saliency; exact zeros are not drawn. Rings: the first k.",
+        gain: "Each dot is a filter, in the order of the network: what it contributes to the margin of the class read over the true one, on an asinh axis. Rings: the first k.",
         layer_matched_random:
           "Tail probabilities as for POT. Rings: random filters, as many in every layer as the first k by POT. One draw.",
       },
       profileAlt: (k, stages) => `Profile of all filters, coloured by stage. The first ${k} lie in ${stages}. The table below names them.`,
       units: "filter, in the order of the network",
-      axes: { zscore: "z-score", pot: "tail probability p", scale_free_pot: "tail probability p", raw: "saliency", layer_matched_random: "tail probability p" },
+      axes: { zscore: "z-score", pot: "tail probability p", scale_free_pot: "tail probability p", raw: "saliency", gain: "gain", layer_matched_random: "tail probability p" },
       repair: "What repair does",
       repairNote:
         "Thick: the chosen ranking; thin: the others. Solid: confidence in the true class; dashed: in the class first predicted. The grey line marks k.",
@@ -82,6 +84,7 @@
         pot: "POT",
         scale_free_pot: "スケールフリーのPOT",
         raw: "生の顕著性",
+        gain: "マージンのゲイン",
         layer_matched_random: "無作為（層の内訳はPOTと同じ）",
       },
       count: "編集するフィルタ数 k",
@@ -104,11 +107,12 @@
         pot: "点の一つ一つがフィルタで，ネットワークの順に並ぶ．縦軸は当てはめた裾による裾確率で，上ほど珍しい．丸印は上位k個を示す．",
         scale_free_pot: "点の一つ一つがフィルタで，ネットワークの順に並ぶ．縦軸は，プロファイルをそれ自身の平均で割ってから求めた裾確率で，上ほど珍しい．丸印は上位k個を示す．",
         raw: "点の一つ一つがフィルタで，ネットワークの順に並ぶ．縦軸は顕著性．値が0のフィルタは描いていない．丸印は上位k個を示す．",
+        gain: "点の一つ一つがフィルタで，ネットワークの順に並ぶ．縦軸は，予測クラスと正解クラスのロジットの差にそのフィルタが寄与する量（asinh軸）．丸印は上位k個を示す．",
         layer_matched_random: "縦軸はPOTと同じ裾確率．丸印は，層毎の個数をPOTの上位k個に揃えて無作為に1回選んだフィルタである．",
       },
       profileAlt: (k, stages) => `全フィルタのプロファイル．色はステージを表す．上位${k}個は${stages}にある．フィルタの名前は下の表に示す．`,
       units: "フィルタ（ネットワークの順）",
-      axes: { zscore: "z得点", pot: "裾確率 p", scale_free_pot: "裾確率 p", raw: "顕著性", layer_matched_random: "裾確率 p" },
+      axes: { zscore: "z得点", pot: "裾確率 p", scale_free_pot: "裾確率 p", raw: "顕著性", gain: "ゲイン", layer_matched_random: "裾確率 p" },
       repair: "補正の効果",
       repairNote: "太線は選んだ順位付け，細線はそのほか．実線は正解クラス，破線は最初に予測したクラスの確信度．灰色の縦線がkを示す．",
       edits: { finetune: "1ステップのファインチューニング", prune: "枝刈り" },
@@ -301,8 +305,9 @@
 
   function ticks(method, low, high) {
     const at = new Map();
-    if (method === "zscore") {
-      for (const v of [-1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000, 1e4, 1e5, 1e6]) at.set(Math.asinh(v), String(v).replace("-", "−"));
+    const plain = { "zscore": [-1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000, 1e4, 1e5, 1e6], "gain": [-30, -10, -3, -1, -0.3, 0, 0.3, 1, 3, 10, 30] }[method];
+    if (plain) {
+      for (const v of plain) at.set(Math.asinh(v), String(v).replace("-", "−"));
     } else if (method === "raw") {
       const step = Math.max(1, Math.ceil((high - low) / 7));
       for (let v = Math.ceil(low); v <= high; v += step) at.set(v, `10${superscript(v)}`);
@@ -325,7 +330,7 @@
         color.push(set.colors[stage]);
         name.push(`${T.filter(layer, unit - start)}, ${stage}`);
         const h = heights[unit];
-        value.push(method === "zscore" ? `z ≈ ${short(Math.sinh(h))}` : method === "raw" ? `≈ ${short(10 ** h)}` : `p ≈ ${short(10 ** -h)}`);
+        value.push(method === "zscore" ? `z ≈ ${short(Math.sinh(h))}` : method === "gain" ? `≈ ${short(Math.sinh(h))}` : method === "raw" ? `≈ ${short(10 ** h)}` : `p ≈ ${short(10 ** -h)}`);
       }
     });
     charts.dots.data = { x, y, color, name, value };
@@ -430,7 +435,8 @@
   function showTables(own) {
     const { k } = state;
     document.getElementById("pss-top-title").textContent = T.top(k);
-    fill("pss-top", T.columns, own.top.slice(0, k).map((unit, i) => {
+    const ranked = state.method === "gain" ? T.axes.gain : T.columns.at(-1);
+    fill("pss-top", [...T.columns.slice(0, -1), ranked], own.top.slice(0, k).map((unit, i) => {
       const { layer, stage, number } = locate(unit);
       return [i + 1, T.filter(layer, number), layer, stage, short(own.z[i]), before(own.log10_p[i]), short(own.saliency[i])];
     }));

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pss.correction import Curvature, gain_jacobian, margins, shifted, smallest, smallest_correction, unit_maps
-from pss.engine import growing as _variants
+from pss.engine import growing
 from pss.units import UnitGroup, Units
 
 
@@ -272,9 +272,9 @@ def test_views_by_the_size_that_the_batch_had_are_carried(net, count):
     sized = Sized().double().eval()
     assert torch.equal(sized(x), model(x))
     steps = [torch.randn(2, 2, 3, 3).double(), torch.randn(1, 6, 3, 3).double()]
-    changes = {sized.one.weight: [_variants.Change(0, 1, 3, steps[0])]}
-    changes[sized.two.weight] = [_variants.Change(count - 1, 2, 5, steps[1])]
-    found = _variants.forward(sized, x[:count], changes, 3)
+    changes = {sized.one.weight: [growing.Change(0, 1, 3, steps[0])]}
+    changes[sized.two.weight] = [growing.Change(count - 1, 2, 5, steps[1])]
+    found = growing.forward(sized, x[:count], changes, 3)
     for image in range(count):
         for k in range(3):
             delta = {"one.weight": torch.zeros(6, 2, 3, 3).double(), "two.weight": torch.zeros(6, 6, 3, 3).double()}
@@ -392,27 +392,6 @@ def test_guard_and_mistakes_never_overlap(net):
         smallest_correction(*args, both)
     with pytest.raises(ValueError, match="2 of the retain images are among the usual images"):
         smallest_correction(model, x, y, units, retain=(retain, labels), usual=retain[3:5])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": 0}, "k = 0"),
-        ({"k": 13}, "k = 13"),
-        ({"through": "walls"}, "through='walls'"),
-        ({"through": "gains"}, "needs usual="),
-        ({"retain": None}, "no retain images"),
-        ({"max_relative_step": 0}, "max_relative_step must be"),
-        ({"image_ids": "aabcde"}, "6 different ids"),
-        ({"tolerance": float("nan")}, "tolerance must be"),
-    ],
-)
-def test_says_what_is_wrong(net, change, message):
-    model, x, y, retain = net
-    units = Units.of(model)
-    options = {"rankings": rows_in_order(x, units), "k": 2, "retain": retain} | change
-    with pytest.raises(ValueError, match=message):
-        through_weights(model, x, y, units, progress=False, **options)
 
 
 def test_right_images_are_refused(net):

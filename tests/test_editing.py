@@ -8,17 +8,15 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import OwnConvolution, models
 from scipy import stats
+from state import state_of, unsettled
 from torch import nn
 
 import pss.editing
-from pss.data.vision import torchvision
 from pss.editing import edit_curve, edit_curves, edited, side_effects, unit_steps
 from pss.saliency import parameter_saliency
 from pss.units import UnitGroup, Units
-
-models = torchvision.models
-
 
 # ------------------------------------------------------------------------------------------------ models
 
@@ -82,11 +80,7 @@ class Up(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.up, self.head = (
-            nn.Conv2d(3, 4, 3),
-            nn.ConvTranspose2d(4, 6, 2, groups=2),
-            nn.Linear(6, 5),
-        )
+        self.conv, self.up, self.head = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(6, 5)
 
     def forward(self, x):
         return self.head(self.up(self.conv(x).tanh()).mean((2, 3)))
@@ -104,30 +98,15 @@ class Mixing(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().amax((2, 3)))
 
 
-class _Hidden(torch.autograd.Function):
+class Hidden(nn.Module):
     """A convolution with a backward pass of its own."""
 
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return (
-            torch.nn.grad.conv2d_input(x.shape, weight, grad),
-            torch.nn.grad.conv2d_weight(x, weight.shape, grad),
-        )
-
-
-class Hidden(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 5)
 
     def forward(self, x):
-        return self.head(_Hidden.apply(x, self.conv.weight).tanh().mean((2, 3)))
+        return self.head(OwnConvolution.apply(x, self.conv.weight).tanh().mean((2, 3)))
 
 
 class Secret(Chain):
@@ -188,12 +167,15 @@ def batch(count=2, size=16, seed=1):
     return torch.randn(count, 3, size, size, generator=g, dtype=torch.float64), torch.arange(count) % 5
 
 
-def rankings(units, count=2, k=8, seed=2):
-    g = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(len(units), generator=g)[:k] for _ in range(count)])
+def case(make, count=2, size=16, kind="filters", k=8):
+    """Model, images, labels, a ranking for each image, and units."""
+    model = build(make, size)
+    units, generator = Units.of(model, kind), torch.Generator().manual_seed(2)
+    ids = torch.stack([torch.randperm(len(units), generator=generator)[:k] for _ in range(count)])
+    return model, *batch(count, size), ids, units
 
 
-def copying_loop(model, images, labels, ids, units, edit, lr):
+def copying_loop(model, images, labels, ids, units, edit="finetune", lr=0.5):
     """The second source: a copy of the model for every edit, the gradient from plain autograd. (B, K + 1, C)."""
     results = []
     for image, label, own in zip(images, labels, ids, strict=True):
@@ -230,35 +212,6 @@ def assert_same_curves(curves, logits, labels, rel=1e-9):
     assert curves["k"].tolist() == list(range(variants)) * count
 
 
-def state(model):
-    """Everything that a call must leave as it was."""
-    return (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        [(p.requires_grad, p.grad) for p in model.parameters()],
-        [m.training for m in model.modules()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
-    )
-
-
-def assert_untouched(model, before):
-    weights, *rest = before
-    now, *rest_now = state(model)
-    assert all(torch.equal(now[name], weights[name]) for name in weights)
-    assert [r for r, _ in rest[0]] == [r for r, _ in rest_now[0]]
-    assert all(g is h for (_, g), (_, h) in zip(rest[0], rest_now[0], strict=True))
-    assert rest[1:] == rest_now[1:]
-
-
-def unusual(model):
-    """A state of requires_grad, .grad and training that a careless call would not restore."""
-    model.train()
-    parameters = list(model.parameters())
-    parameters[0].requires_grad_(False)
-    parameters[-1].grad = torch.ones_like(parameters[-1])
-    next(model.children()).eval()
-    return model
-
-
 # ------------------------------------------------------------------------- curves against the copying loop
 
 CARRIED = [
@@ -274,31 +227,35 @@ CARRIED = [
 ALONE = [(Up, 16, "filters"), (Hidden, 16, "filters"), (vit, 16, "heads"), (vit, 16, "all")]
 
 
-@pytest.mark.parametrize("edit", ["finetune", "prune"])
+def assert_copying(given, edit="finetune", lr=0.5, rel=1e-9, expected=None, **options):
+    """Curves of a case equal the copying loop's."""
+    expected = copying_loop(*given, edit, lr) if expected is None else expected
+    curves = edit_curves(*given, edit, lr=lr, progress=False, **options)
+    assert_same_curves(curves, expected, given[2], rel)
+    return curves
+
+
+both_edits = pytest.mark.parametrize("edit", ["finetune", "prune"])
+
+
+@both_edits
 @pytest.mark.parametrize(
     ("make", "size", "kind", "strategy"), [(*c, "variants") for c in CARRIED] + [(*c, "auto") for c in ALONE]
 )
 def test_curves_equal_the_copying_loop(make, size, kind, strategy, edit):
-    model = build(make, size)
-    units = Units.of(model, kind)
-    (images, labels), ids = batch(3, size), rankings(units, 3)
-    expected = copying_loop(model, images, labels, ids, units, edit, 0.5)
+    given = case(make, 3, size, kind)
+    expected = copying_loop(*given, edit)
     assert (expected[:, 0] - expected[:, -1]).abs().max() > 1e-6, "the edits must do something"
-    before = state(unusual(model))
-    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, strategy=strategy, progress=False)
-    assert_same_curves(curves, expected, labels)
-    assert_untouched(model, before)
+    before = state_of(unsettled(given[0]))
+    assert_copying(given, edit, expected=expected, strategy=strategy)
+    assert state_of(given[0]) == before
 
 
-@pytest.mark.parametrize("edit", ["finetune", "prune"])
+@both_edits
 def test_branches_of_different_rows_meet(edit):
-    model = build(Branches)
-    units = Units.of(model)
-    images, labels = batch(3)
-    ids = rankings(units, 3, k=18)
-    assert {units.name(u).partition("[")[0] for u in ids.flatten().tolist()} >= {"left", "right", "unused"}
-    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5, strategy="variants")
-    assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
+    given = case(Branches, 3, k=18)
+    assert {given[4].name(u).partition("[")[0] for u in given[3].flatten().tolist()} >= {"left", "right", "unused"}
+    assert_copying(given, edit, strategy="variants")
 
 
 @pytest.mark.parametrize(
@@ -312,17 +269,14 @@ def test_branches_of_different_rows_meet(edit):
     ],
 )
 def test_auto_falls_back_and_says_so(make, why, caplog):
-    model = build(make)
-    units = Units.of(model, "heads" if make is vit else "filters")
-    (images, labels), ids = batch(2), torch.arange(len(units) - 4, len(units)).expand(2, 4)
-    expected = copying_loop(model, images, labels, ids, units, "prune", 0.0)
+    model, images, labels, _, units = case(make, kind="heads" if make is vit else "filters", k=4)
+    given = model, images, labels, torch.arange(len(units) - 4, len(units)).expand(2, 4), units
     with caplog.at_level(logging.INFO, logger="pss.engine.edits"):
-        curves = edit_curves(model, images, labels, ids, units, "prune")
-    assert_same_curves(curves, expected, labels)
+        assert_copying(given, "prune")
     assert "in place" in caplog.text
     assert why in caplog.text
     with pytest.raises(RuntimeError):
-        edit_curves(model, images, labels, ids, units, "prune", strategy="variants")
+        edit_curves(*given, "prune", strategy="variants")
 
 
 class Threshold(Chain):
@@ -334,24 +288,16 @@ class Threshold(Chain):
 
 
 @pytest.mark.parametrize("make", [Mixing, Threshold])
-@pytest.mark.parametrize("edit", ["prune", "finetune"])
+@both_edits
 def test_images_do_not_see_each_other(make, edit):
     """Neither in the logits, nor in the gradients of which the steps are made."""
-    model = build(make)
-    units = Units.of(model)
-    images, labels = batch(4)
-    ids = rankings(units, 4)
-    curves = edit_curves(model, images, labels, ids, units, edit, lr=0.5)
-    assert_same_curves(curves, copying_loop(model, images, labels, ids, units, edit, 0.5), labels)
+    assert_copying(case(make, 4), edit)
 
 
 @pytest.mark.parametrize("strategy", ["variants", "in_place"])
 def test_gradients_also_in_inference_mode(strategy):
-    model = build(Chain)
-    units = Units.of(model)
-    images, labels = batch(2)
-    ids = rankings(units, 2)
-    expected = edit_curves(model, images, labels, ids, units, lr=0.5, strategy=strategy)
+    model, images, labels, ids, units = given = case(Chain)
+    expected = edit_curves(*given, lr=0.5, strategy=strategy)
     with torch.inference_mode():
         got = edit_curves(model, images.clone(), labels.clone(), ids, units, lr=0.5, strategy=strategy)
         steps = unit_steps(model, images.clone(), labels.clone(), units, ids, strategy=strategy)
@@ -360,53 +306,40 @@ def test_gradients_also_in_inference_mode(strategy):
 
 
 def test_the_log_names_the_growing_batch(caplog):
-    model = build(Chain)
-    units = Units.of(model)
     with caplog.at_level(logging.INFO, logger="pss.engine.edits"):
-        edit_curves(model, *batch(2), rankings(units), units)
+        edit_curves(*case(Chain))
     assert [r.message for r in caplog.records] == ["all edits of up to 2 images in one pass"]
 
 
 def test_unused_units_change_nothing():
-    model = build(Branches)
-    units = Units.of(model)
+    model, images, labels, _, units = case(Branches, 1)
     ids = [u for u in range(len(units)) if units.name(u).startswith("unused")]
-    images, labels = batch(1)
     for edit in ("prune", "finetune"):
         curve = edit_curve(model, images[0], 0, ids, units, edit, strategy="variants")
         assert (curve["confidence_true"] == curve["confidence_true"][0]).all()
-    assert all(not step.any() for step in unit_steps(model, images, labels, units, [ids])[0])
+    for how in ({"lr": 1.0}, {"step_norm": 1.0}):
+        assert all(not step.any() for step in unit_steps(model, images, labels, units, [ids], **how)[0])
 
 
 def test_own_units_of_several_rows():
     """Units of two neighbouring rows of a linear layer, beginning at row 1."""
-    model = build(Chain)
-    units = Units.of(model, lambda m: [UnitGroup("head.weight", (5, 12), 2, rows=2, offset=1, label="pair")])
-    images, labels = batch(2)
-    ids = torch.tensor([[1, 0], [0, 1]])
-    expected = copying_loop(model, images, labels, ids, units, "finetune", 0.5)
-    assert_same_curves(edit_curves(model, images, labels, ids, units, lr=0.5, strategy="variants"), expected, labels)
+    kind = lambda m: [UnitGroup("head.weight", (5, 12), 2, rows=2, offset=1, label="pair")]  # noqa: E731
+    assert_copying(case(Chain, kind=kind), strategy="variants")
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    model = build(Chain)
-    units = Units.of(model)
-    (images, labels), ids = batch(5), rankings(units, 5)
-    whole = edit_curves(model, images, labels, ids, units, lr=0.5)
+    model, images, *_ = given = case(Chain, 5)
+    whole, sizes = edit_curves(*given, lr=0.5), []
     monkeypatch.setattr(pss.editing, "_CHUNK", 2 * images[0].numel() * 9)
-    assert [s.start for s in pss.editing._chunks(images, 9)] == [0, 2, 4]
-    pd.testing.assert_frame_equal(whole, edit_curves(model, images, labels, ids, units, lr=0.5), rtol=1e-12)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    pd.testing.assert_frame_equal(whole, edit_curves(*given, lr=0.5), rtol=1e-12)
+    assert set(sizes) == {1, 2}
 
 
-def test_float32_stays_within_rounding():
-    model = build(resnet, 32).float()
-    units = Units.of(model)
-    images, labels = batch(2, 32)
-    ids = rankings(units, 2, k=25)
-    for edit in ("prune", "finetune"):
-        curves = edit_curves(model, images.float(), labels, ids, units, edit, lr=0.1, strategy="variants")
-        expected = copying_loop(model, images.float(), labels, ids, units, edit, 0.1)
-        assert_same_curves(curves, expected, labels, rel=1e-4)
+@both_edits
+def test_float32_stays_within_rounding(edit):
+    model, images, *rest = case(resnet, 2, 32, k=25)
+    assert_copying((model.float(), images.float(), *rest), edit, 0.1, rel=1e-4, strategy="variants")
 
 
 # ---------------------------------------------------------------------------------------------- by hand
@@ -457,11 +390,9 @@ def test_curve_by_hand(strategy):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "logit", "logit_difference", lambda z, y: z.square().sum(1)])
 def test_steps_equal_per_sample_gradients(loss):
-    model = build(Chain)
-    units = Units.of(model)
-    (images, labels), ids = batch(3), rankings(units, 3)
+    model, images, labels, ids, units = case(Chain, 3)
     gradients = parameter_saliency(model, images, labels, loss, signed=True)
-    before = state(unusual(model))
+    before = state_of(unsettled(model))
     for strategy in ("variants", "in_place"):
         steps = unit_steps(model, images, labels, units, ids, loss, lr=0.25, strategy=strategy)
         equal = unit_steps(model, images, labels, units, ids, loss, step_norm=0.25, strategy=strategy)
@@ -473,23 +404,25 @@ def test_steps_equal_per_sample_gradients(loss):
                 torch.testing.assert_close(steps[i][n], -0.25 * g, rtol=1e-9, atol=1e-15)
                 torch.testing.assert_close(equal[i][n].norm(), torch.tensor(0.25, dtype=torch.float64))
                 torch.testing.assert_close(equal[i][n], -0.25 * g / g.norm(), rtol=1e-9, atol=1e-12)
-    assert_untouched(model, before)
+    assert state_of(model) == before
 
 
-def test_equal_norm_leaves_units_without_gradient_and_survives_tiny_ones():
-    step = pss.editing._step
-    assert not step(torch.zeros(3), 1e-3, 0.5).any()
-    torch.testing.assert_close(step(torch.tensor([3e-30, -4e-30]), 1e-3, 0.5), torch.tensor([-0.3, 0.4]))
+def test_equal_norm_survives_tiny_gradients():
+    """Whose squares are nothing in float32."""
+    model, x = linear().float(), torch.tensor([[3.0, -4.0]])
+    steps = unit_steps(
+        model, x, torch.tensor([0]), Units.of(model, "rows"), [[1, 0]], lambda z, y: 1e-30 * z[:, 0], step_norm=0.5
+    )
+    assert not steps[0][0].any()
+    torch.testing.assert_close(steps[0][1].flatten(), torch.tensor([-0.3, 0.4]))
 
 
 # ------------------------------------------------------------------------------------------ undone edits
 
 
 def test_edited_edits_and_undoes():
-    model = unusual(build(Chain))
-    units = Units.of(model, "all")
-    images, _ = batch()
-    before = state(model)
+    model, images, *_, units = case(Chain, kind="all")
+    before = state_of(unsettled(model))
     ids = [0, 9, 25, 33]
     steps = [torch.full_like(units.view(model, u), 1e-3) for u in ids]
     for arguments in ({}, {"edit": "finetune", "steps": steps}):
@@ -501,101 +434,61 @@ def test_edited_edits_and_undoes():
             assert inside is model
             assert not any(m.training for m in model.modules())
             assert torch.equal(model(images), reference(images))
-        assert_untouched(model, before)
+        assert state_of(model) == before
         with pytest.raises(KeyError), edited(model, units, ids, **arguments):
             raise KeyError("halfway")
-        assert_untouched(model, before)
-
-
-def test_undone_after_a_step_that_does_not_fit():
-    model = build(Chain)
-    units = Units.of(model)
-    before = state(model)
-    good, bad = torch.ones_like(units.view(model, 0)), torch.ones(2)
-    with (
-        pytest.raises(ValueError, match="a step of shape"),
-        edited(model, units, [0, 1], "finetune", [good, bad]),
-    ):
-        pass
-    assert_untouched(model, before)
+        assert state_of(model) == before
 
 
 @pytest.mark.parametrize("strategy", ["auto", "in_place"])
 def test_undone_when_the_model_raises_halfway(strategy):
     class Tired(Chain):
-        calls = 0
-
         def forward(self, x):
-            self.calls += 1
-            if self.calls > 4:
+            calls.append(x)
+            if len(calls) > 4:
                 raise RuntimeError("tired")
             return super().forward(x)
 
-    model = unusual(build(Tired))
-    model.calls = 3 if strategy == "auto" else 0
-    units = Units.of(model)
-    before = state(model)
+    calls = []
+    model, *given = case(Tired)
+    before, calls = state_of(unsettled(model)), [None] * 3 if strategy == "auto" else []
     with pytest.raises(RuntimeError, match="tired"):
-        edit_curves(model, *batch(), rankings(units), units, "prune", strategy=strategy)
-    assert_untouched(model, before)
+        edit_curves(model, *given, "prune", strategy=strategy)
+    assert state_of(model) == before
 
 
-def test_a_graph_of_the_caller_survives():
-    model = build(Chain)
-    units = Units.of(model)
-    (images, labels), ids = batch(), rankings(units)
+def test_a_graph_of_the_caller_survives_and_nothing_is_marked():
+    model, images, labels, *_ = given = case(Chain)
     loss = F.cross_entropy(model(images), labels)
-    edit_curves(model, images, labels, ids, units, strategy="in_place")
+    for strategy in ("variants", "in_place"):
+        edit_curves(*given, strategy=strategy)
     loss.backward()
     assert model.one.weight.grad.abs().sum() > 0
-
-
-def test_images_are_not_marked():
-    model = build(Chain)
-    units = Units.of(model)
-    images, labels = batch()
-    edit_curves(model, images, labels, rankings(units), units, strategy="variants")
-    assert not vars(images)
-    assert not any(vars(t) for t in [*model.parameters(), *model.buffers()])
-
-
-# ------------------------------------------------------------------------------------------------- errors
+    assert not any(vars(t) for t in [images, *model.parameters(), *model.buffers()])
 
 
 # --------------------------------------------------------------------------------------------- side_effects
 
 
-@pytest.mark.parametrize("edit", ["prune", "finetune"])
-def test_collateral_by_brute_force(edit):
-    model = unusual(build(Chain))
-    units = Units.of(model)
-    (images, labels), ids = batch(2), rankings(units, 2, k=6)
+@both_edits
+def test_side_effects_by_brute_force(edit, monkeypatch):
+    monkeypatch.setattr("pss.editing.RETAIN_BATCH", 7)  # of 20 images
+    model, images, labels, ids, units = case(Chain, k=5)
+    unsettled(model)
     retain, retain_labels = batch(20, seed=9)
     with torch.no_grad():  # some right, some wrong
         right = copy.deepcopy(model).eval()(retain).argmax(1)
     retain_labels = torch.where(torch.arange(20) < 13, right, (right + 1) % 5)
     steps = unit_steps(model, images, labels, units, ids, step_norm=1.0) if edit == "finetune" else None
-    before = state(model)
-    table = side_effects(
-        model,
-        units,
-        ids,
-        retain,
-        retain_labels,
-        edit,
-        steps,
-        k=5,
-        image_ids=["a", "b"],
-        batch_size=7,
-        progress=False,
-    )
-    assert_untouched(model, before)
+    before, how = state_of(model), {"image_ids": ["a", "b"], "progress": False}
+    table = side_effects(model, units, ids, retain, retain_labels, edit, steps, **how)
+    assert state_of(model) == before
     assert table["image"].tolist() == ["a", "b"]
     for q in range(2):
         variant = copy.deepcopy(model).eval()
         with torch.no_grad():
             old = variant(retain)
-            for n, unit in enumerate(ids[q, :5].tolist()):
+            for n, unit in enumerate(ids[q].tolist()):
                 view = units.view(variant, unit)
                 view.copy_(torch.zeros(()) if steps is None else view + steps[q][n])
             new = variant(retain)
@@ -611,10 +504,8 @@ def test_collateral_by_brute_force(edit):
         assert row["kl_worst"] > 0
 
 
-def test_collateral_without_right_or_wrong_images_is_nan():
-    model = build(Chain)
-    units = Units.of(model)
-    images, _ = batch(3)
+def test_side_effects_without_right_or_wrong_images_are_nan():
+    model, images, *_, units = case(Chain, 3)
     with torch.no_grad():
         right = model(images).argmax(1)
     all_right = side_effects(model, units, [[0]], images, right).iloc[0]

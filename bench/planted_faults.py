@@ -1,0 +1,163 @@
+"""Planted faults: break one filter of a trained network, and see which ranking finds it.
+
+    python -m bench.planted_faults [--networks 0 1 2 …] [--per-stage 8] [--out data/experiments/planted_faults.csv]
+
+Seven kinds of fault in filters of every stage, drawn at random: the first eight of at most 40 that spoil three images.
+A spoiled image was read right by the healthy network and is read wrong by the broken one. References are of the healthy
+network and of ``mnist/reference``, spoiled images of ``mnist/test``, which share no digit. A row is one fault: of its
+first 24 spoiled images, or as many as there are, for each ranking in how many the broken filter is in their own first
+ten, and its place in the ranking of all together. The table is written as it goes: stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import pss
+from bench import tables
+from pss.engine.process import thread_count
+
+OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "planted_faults.csv"
+NETWORKS = (0, 1, 2)  # seeds; 3 is the one on which the way to combine quantities was chosen
+PER_STAGE, TRIES, IMAGES, FEWEST, TOP = 8, 40, 24, 3, 10
+LEVELS = (0.85, 0.90, 0.95)
+
+_FIRST = (0, 4, 5, 6, 7)  # which of the network's children is the first of each stage
+
+# What is done to a filter's weights w of deviation s, or to its place r in the normalization n behind it.
+KINDS: dict[str, Callable[[Tensor, nn.Module, int, Tensor, torch.Generator], object]] = {
+    "weights x10": lambda w, n, r, s, g: w.mul_(10),
+    "noise": lambda w, n, r, s, g: w.copy_(10 * s * torch.randn(w.shape, generator=g)),
+    "one weight": lambda w, n, r, s, g: w.view(-1)[int(torch.randint(w.numel(), (), generator=g))].add_(30 * s),
+    "gain x20": lambda w, n, r, s, g: n.weight[r].mul_(20),
+    "sign": lambda w, n, r, s, g: w.neg_(),
+    "zeroed": lambda w, n, r, s, g: w.zero_(),
+    "shift": lambda w, n, r, s, g: n.bias[r].add_(10),
+}
+
+
+class Network:
+    """A healthy network, what is usual in it, and what breaking one of its filters spoils."""
+
+    def __init__(self, seed: int = 0, model: nn.Module | None = None):
+        self.seed, self.model = seed, pss.models.digits(seed) if model is None else model
+        self.units = pss.Units.of(self.model)
+        names = [name for name, _ in self.model.named_modules()]
+        self.norms = [names[names.index(layer.name) + 1] for layer in self.units.layers]
+        self.test, usual = pss.data.mnist("test"), pss.data.mnist("reference")
+        self.right = pss.models.predict(self.model, self.test.images).argmax(1) == self.test.labels
+        heads = [nn.Sequential(*list(self.model.children())[:first]) for first in _FIRST]
+        self.entering = [
+            pss.models.predict(head, self.test.images) if len(head) else self.test.images for head in heads
+        ]
+        of = self.quantities(self.model, usual.images, usual.labels)
+        self.references = {(name, level): pss.Reference.fit(s, level) for name, s in of.items() for level in LEVELS}
+        for name in ("gradient", "gain"):
+            self.references[name, "free"] = pss.Reference.fit(of[name], scale_free=True)
+
+    def quantities(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Profiles (B, U) of everything that is ranked by."""
+        g, c = pss.profile(model, images, labels, self.units, of=("gradient", "gain"), verify=False)
+        o = pss.profile(model, images, labels, self.units, of="output", signed=True, verify=False)
+        return {"gradient": g, "gain": c, "output": o, "activation": self._activation(model, images)}
+
+    def broken(self, kind: str, unit: int) -> nn.Module:
+        """A copy with this fault in this filter; the same one each time."""
+        model, (number, row) = copy.deepcopy(self.model), self.units.locate(unit)
+        w, norm = self.units.view(model, unit), model.get_submodule(self.norms[number])
+        generator = torch.Generator().manual_seed(100_000 * self.seed + unit)
+        with torch.no_grad():
+            deviation = model.get_parameter(self.units.layers[number].parameter).std()
+            KINDS[kind](w, norm, row, deviation, generator)
+        return model
+
+    def spoiled(self, kind: str, unit: int) -> Tensor:
+        """Places in the test set of the first images that were read right and are read wrong with this fault."""
+        stage, broken = self.units.stage_ids[unit], self.broken(kind, unit)
+        *tail, last = list(broken.children())[_FIRST[stage] :]  # what is before it is as it was
+        outputs = pss.models.predict(nn.Sequential(*tail, nn.Flatten(), last), self.entering[stage])
+        return (self.right & (outputs.argmax(1) != self.test.labels)).nonzero()[:IMAGES, 0]
+
+    def faults(self, kind: str, stage: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Filters of a stage in which this fault spoils images, and which images."""
+        ids = np.random.default_rng([self.seed, stage]).permutation(np.flatnonzero(self.units.stage_ids == stage))
+        tried = ((int(unit), self.spoiled(kind, int(unit))) for unit in ids[:TRIES])
+        return islice(((unit, at) for unit, at in tried if len(at) >= FEWEST), count)
+
+    @torch.no_grad()
+    def _activation(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Mean over positions of what is left of each normalization's output behind a ReLU; (B, U)."""
+        found: dict[str, Tensor] = {}
+        keep = lambda name: lambda module, inputs, out: found.update({name: out.relu().mean((2, 3))})  # noqa: E731
+        handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in self.norms]
+        model(images)
+        for handle in handles:
+            handle.remove()
+        return torch.cat([found[name] for name in self.norms], dim=1)
+
+
+# What every ranking looks at: quantities, each with its reference (a level, or scale-free), and the method.
+ONE = {"raw": (None, "raw"), "z": (0.90, "zscore"), "free z": ("free", "zscore"), "free POT": ("free", "pot")}
+ONE |= {f"POT {level:.2f}": (level, "pot") for level in LEVELS}
+RANKINGS: dict[str, tuple[list[tuple[str, float | str | None]], str]] = {
+    f"{of}, {how}": ([(of, usual)], method) for of in ("gradient", "gain") for how, (usual, method) in ONE.items()
+}
+RANKINGS |= {
+    "output, |z|": ([("output", 0.90)], "abs_zscore"),
+    "activation, z": ([("activation", 0.90)], "zscore"),
+    "activation, |z|": ([("activation", 0.90)], "abs_zscore"),
+    "gain and output, in turns": ([("gain", "free"), ("output", 0.90)], "abs_zscore"),
+}
+
+
+def look(network: Network, kind: str, unit: int, at: Tensor) -> dict[str, object]:
+    """A row: what every ranking makes of the images at these places, which this fault spoils."""
+    of = network.quantities(network.broken(kind, unit), network.test.images[at], network.test.labels[at])
+    row = {"network": network.seed, "kind": kind, "stage": network.units.stages[network.units.stage_ids[unit]]}
+    row |= {"unit": unit, "images": len(at)}
+    for name, (asked, method) in RANKINGS.items():
+        usual = [network.references.get(question) for question in asked]
+        table = pss.rank_together([of[quantity] for quantity, _ in asked], usual, method, TOP)
+        place = int(table.index[table["unit"] == unit][0])
+        row[f"{name}: place"] = place + 1
+        row[f"{name}: images"] = round(table["images"][place] * len(at))
+    return row
+
+
+def run(path: Path, networks: tuple[int, ...], per_stage: int) -> pd.DataFrame:
+    """All rows, those that are missing made and written one by one."""
+    there = tables.begin(path, "python -m bench.planted_faults", per_stage=per_stage, tries=TRIES)
+    done = {tuple(row) for row in there[["network", "kind", "unit"]].values.tolist()} if len(there) else set()
+    for seed in networks:
+        network = Network(seed)
+        for kind in KINDS:
+            for stage in range(len(network.units.stages)):
+                for unit, at in network.faults(kind, stage, per_stage):
+                    if (seed, kind, unit) not in done:
+                        tables.add(path, look(network, kind, unit, at))
+            print(f"network {seed}, {kind}: done", flush=True)
+    return tables.read(path)
+
+
+def main() -> None:
+    """Make or finish the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS, help="seeds (default: %(default)s)")
+    parser.add_argument("--per-stage", type=int, default=PER_STAGE, help="filters a stage and kind of fault")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    with thread_count(1):
+        run(options.out, tuple(options.networks), options.per_stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -276,7 +276,7 @@ def _layer_matched_random(q: Question) -> Tensor:
 _FREE = ("reference", "scale_free")
 RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "zscore": Ranking("z-score", "#0072B2", _zscore, differentiable=True),
-    "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: _zscore(q).abs(), differentiable=True),
+    "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: q.reference.abs_zscore(q.profiles), differentiable=True),
     "pot": Ranking("POT (GPD)", "#D55E00", _pot, tail="gpd", differentiable=True),
     "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
     "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),

@@ -223,6 +223,8 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
         return (g * patches.sum(2, keepdim=True)).sum(1)
     if positions == 1:  # the gradient is an outer product
         return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
+    if samples * rows * columns <= _block(g):
+        return torch.bmm(g.mT, patches).abs_().sum(2)
     if columns > 2048 and positions > 64 and not g.is_cuda:  # wide and low blocks are slow to multiply
         return sum(sums_of_products(part, g, signed) for part in patches.split(768, 2))
     many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size

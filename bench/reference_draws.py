@@ -32,7 +32,7 @@ from pss.engine.process import thread_count
 from pss.storage.cache import cached
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "reference_draws.csv"
-NETWORKS, TRAINED, DRAWS, LEVELS = tuple(range(5)), 2500, 4, (0.90, 0.80, 0.95, 0.97)
+NETWORKS, TRAINED, DRAWS, LEVELS = tuple(range(4)), 2500, 4, (0.90, 0.80, 0.95, 0.97)
 SETS, MISTAKES, TOP, Q = ("digits", "svhn_like", "mnist_m", "noise"), 120, 25, 0.05
 QUANTITIES, TAILS, RANKED = ("gradient", "gain", "output"), ("gpd", "exponential"), ("zscore", "pot")
 

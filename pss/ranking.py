@@ -69,11 +69,11 @@ def rank(
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
-    Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went wrong,
-    of ``of="gain"`` with a scale-free reference and ``of="output", signed=True``, by ``abs_zscore``. It finds nearly all
-    planted faults (the mean activation behind a ReLU finds as many), rankings of the gradient less than half, and ``pot``
-    fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin (``of="gain", signed=True,
-    loss="logit_difference"``). Which to fine-tune: at equal damage none is told apart from random units.
+    Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went
+    wrong, of ``of="gain"`` with a scale-free reference and ``of="output", signed=True``, by ``abs_zscore``. It finds
+    nearly all planted faults, as the mean activation behind a ReLU does; rankings of the gradient find less than half,
+    ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin (``of="gain",
+    signed=True, loss="logit_difference"``). Which to fine-tune: at equal damage none is told apart from random units.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ def _layer_matched_random(q: Question) -> Tensor:
 _FREE = ("reference", "scale_free")
 RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "zscore": Ranking("z-score", "#0072B2", _zscore, differentiable=True),
-    "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: _zscore(q).abs(), differentiable=True),
+    "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: q.reference.abs_zscore(q.profiles), differentiable=True),
     "pot": Ranking("POT (GPD)", "#D55E00", _pot, tail="gpd", differentiable=True),
     "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
     "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),

@@ -332,8 +332,8 @@ def _heads(model: nn.Module) -> Iterable[UnitGroup]:
         log.warning("heads left out of %s; %s", type(model).__name__, said)
     if doubted:
         log.warning(
-            "rows of %s in %d layers are taken for queries of all heads, then keys, then values, which could not be seen: "
-            "set head_first=False where it is so, True where q, k and v of one head lie together",
+            "rows of %s in %d layers are taken for queries of all heads, then keys, then values, "
+            "which could not be seen: set head_first=False where it is so, True where those of one head lie together",
             doubted[0],
             len(doubted),
         )

@@ -25,7 +25,9 @@ _JOBS = min(4, cpu_count())  # a run takes a gigabyte or two
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Give the parser the options of ``run`` or of ``sweep``."""
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    parser.add_argument("--jobs", type=int, default=_JOBS, help="runs at a time, sharing the processors (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=_JOBS, help="runs at a time, sharing the processors (default: %(default)s)"
+    )
     if command == "run":
         parser.add_argument("notebooks", nargs="+", help="notebooks, or folders with NN_*.ipynb")
         parser.add_argument("--out", type=Path, help="folder of the runs (default: runs)")

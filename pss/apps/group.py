@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from pss import models
 from pss.apps.explain import Case, readable, with_evidence
 from pss.apps.pages import no_patch, sentence
-from pss.apps.reading import Reading, Usual, pictures, usual
+from pss.apps.reading import Reading, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -32,6 +32,7 @@ from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
 from pss.plots.figures import image_row
 from pss.ranking import RANKINGS, rank, rank_together
+from pss.reference import Reference
 from pss.saliency import profile
 from pss.units import Units
 
@@ -126,26 +127,52 @@ def find(
         If nothing is misread, or as `pss.apps.reading.usual`.
     """
     tree = str(Path(tree).expanduser().absolute())
-    found: Usual = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
-    every = pictures(network, tree)
+    found = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
+    return gather(network, units, pictures(network, tree), found.reference, method, k, loss, signed, tree)
+
+
+def gather(
+    network: models.Network,
+    units: Units,
+    images: Dataset,
+    reference: Reference,
+    method: str = "zscore",
+    k: int = 10,
+    loss: str = "cross_entropy",
+    signed: bool = False,
+    tree: str = "",
+) -> Group:
+    """Put those of the mistakes together that are alike, of any images, as `find` does of a folder.
+
+    Parameters
+    ----------
+    images : Dataset
+        Map-style, of (image, label).
+    reference : Reference
+        Of the same units, loss and sign.
+
+    Raises
+    ------
+    ValueError
+        If nothing is misread.
+    """
+    every, name = images, str(getattr(images, "name", "the images"))
     wrong = misclassified(network.model, every)
-    reading = Reading(str(every.name), len(every), len(every) - len(wrong), len(network.classes))
+    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes))
     if not len(wrong):
-        raise ValueError(
-            f"none of the {len(every)} images of {every.name} is misread: give index, to explain one anyway"
-        )
+        raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
     right = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong.index))[:_REST]
-    images, labels = _in_memory(Subset(every, rows.tolist()))
-    s = profile(network.model, images, labels, units, loss, signed)
-    gains = profile(network.model, images, labels, units, "logit_difference", signed=True, of="gain")
+    x, y = _in_memory(Subset(every, rows.tolist()))
+    s = profile(network.model, x, y, units, loss, signed)
+    gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
     table["cluster"] = _clusters(gains)
-    top = rank(s, found.reference, ranking, min(k, len(units)))
-    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (images[:0], labels[:0])
-    return Group(table, images, labels, top, gains, rest, reading, tree, str(every.name))
+    top = rank(s, reference, ranking, min(k, len(units)))
+    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (x[:0], y[:0])
+    return Group(table, x, y, top, gains, rest, reading, tree, name)
 
 
 def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,7 @@ class Convolution:
 
     def _gradient(self, x: Tensor, g: Tensor) -> Tensor:
         like = x.new_empty(()).expand(self.shape)  # only its shape is read
-        if (
-            x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous()
-        ):  # oneDNN copies what is not laid out as x
+        if x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous():  # else oneDNN copies it
             like = torch.empty_like(like, memory_format=torch.channels_last)
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, mask)[1]

@@ -24,10 +24,11 @@ from scipy.stats import binomtest
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "mutants"
 SLOW = ("zoo", "fast_path", "difficulty", "weight_gradient", "smooth", "made_of", "general")
+NOT_SLOW = " and ".join(f"not {name}" for name in SLOW)
 # The tests of each file, and (by -k of pytest) which are too slow for hundreds of changes where others see the same.
 TESTS = {
     "units": (("units",), ""),
-    "ranking": (("ranking",), ""),
+    "ranking": (("ranking", "gain"), NOT_SLOW),
     "reference": (("reference", "statistics"), ""),
     "evt": (("evt", "statistics"), ""),
     "neighbors": (("neighbors",), ""),
@@ -35,16 +36,17 @@ TESTS = {
     "editing": (("editing", "one_image"), "not lambda and not vgg"),
     "correction": (("correction", "one_image"), ""),
     "patches": (("patches",), ""),
-    "saliency": (("saliency", "gain"), f"not {' and not '.join(SLOW)}"),
+    "saliency": (("saliency", "gain"), NOT_SLOW),
     "profiles": (("profiles",), "not killed and not ranks and not begin_at_once"),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show
 # What survived, was read, and changes no result: the new line of the change, and why.
 READ = {
-    r"\bstrict=False": "zip of what is as long",
+    r"\bstrict=(False|None)": "zip of what is as long",
     r"\.to\(None\)|\barange\(.*, \)": "where a tensor lies: only a GPU tells (test_cuda.py)",
     r"\bcheck_\w+\(.*(XX|\"[A-Z]+\")|said = .*>= 3|PARAMETRIZATIONS": "a word of an error or warning",
-    r"map_blocks\(.*, \)$": "how much memory is taken",
+    r"map_blocks\(.*, \)$|max\(2, chunk_elements": "how much memory is taken",
+    r"theta \* s >= -0\.5|t\.abs\(\) (>= 2|<= 1e-20)": "evt: two ways that agree there, or one number only",
     r"clamp\(0, \)|left\[\+1\]": "reference: above the threshold is no empirical tail, and below it no excess",
     r"cosine\.sort\(descending=True, stable=True\)": "neighbors: the last dimension is the default",
     r"leave_parametrized=None": "patches: as false as False",

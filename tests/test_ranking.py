@@ -146,6 +146,7 @@ def test_randomness_comes_from_the_generator(method, profiles, units):
         return rank(profiles[:3], None, method, 10, units, *generator, match="raw")
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert len(draw(1).unique(dim=0)) == 3  # each image has its own
     assert torch.equal(draw(), draw(0))
     source = torch.Generator().manual_seed(1)
     first, second = draw(source), draw(source)  # it goes on

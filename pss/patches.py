@@ -5,6 +5,8 @@ and names the rest. A part of the retain images takes no part in the fit: the pa
 bound of the damage to these allows, step by step from no change on, so that the bound holds where it stops (fixed
 sequence testing; Bates et al. 2021, arXiv 2101.02703, choose a parameter in this way).
 
+A patch from few mistakes of one cause need not hold for images that nobody has shown. `transplants` makes more of them.
+
 In production, a patch is put on the weights, which stay as they are below it:
 
 >>> patch = pss.Patch.load(path)
@@ -340,7 +342,7 @@ def transplants(
     (images, labels), table
         The images made, with the labels of their carriers. For each mistake ``top``, ``left``, ``height``, ``width`` of
         the part, the ``share`` of the carriers tried that it turns, and how many images were ``made``: none where no
-        part turns half of them, as for mistakes whose cause is the whole digit.
+        part turns half of them. A part of three quarters may bring the object itself along, and then the label is wrong.
 
     Raises
     ------

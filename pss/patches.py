@@ -342,7 +342,7 @@ def transplants(
     (images, labels), table
         The images made, with the labels of their carriers. For each mistake ``top``, ``left``, ``height``, ``width`` of
         the part, the ``share`` of the carriers tried that it turns, and how many images were ``made``: none where no
-        part turns half of them. A part of three quarters may bring the object itself along, and then the label is wrong.
+        part turns half of them. A part of three quarters may carry the object along, and then the label is wrong.
 
     Raises
     ------

@@ -24,7 +24,8 @@ run: $(RUN)  ## execute the tutorials on the built-in data into runs/
 
 test: $(TEST) lint  ## lint, unit tests, notebook contract, every notebook executed and compared
 	@$(PY) -m pytest -n 2 --dist loadscope --cov=pss --cov-report=term:skip-covered --cov-fail-under=90 tests
-	@$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 \
+		$(PY) -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 # Every test of reliability, whether `make test` runs it too or not.
 FAULTS := $(addprefix tests/test_,faults.py bad_input.py untrusted.py no_trace.py guards.py statistics.py reproducible.py)
@@ -37,9 +38,10 @@ test-zoo: $(TEST)  ## profiles of architectures of timm and transformers against
 	@$(PY) -m pytest -n 2 --dist worksteal -m zoo tests/test_architectures.py
 
 FILES ?=
-test-mutants: $(TEST)  ## change one thing at a time in the core and count what its tests see; hours, FILES=pss/ranking.py for one
+SAMPLE ?=
+test-mutants: $(TEST)  ## change one thing at a time in the core and count what its tests see; hours, SAMPLE=50 FILES=pss/ranking.py less
 	@$(INSTALL) --editable ".[test,mutants]"
-	@$(PY) .ci/mutants.py $(FILES)
+	@$(PY) .ci/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(FILES)
 
 # Older builds of torch bring gigabytes where there is no index of CPU builds: these stay as in constraints.txt.
 KEEP ?= torch torchvision

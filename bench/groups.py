@@ -24,7 +24,7 @@ from bench.planted_faults import IMAGES, KINDS, Network
 from pss.engine.process import thread_count
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "groups.csv"
-NETWORKS, SETS, EACH, MARKED, CORNER, EPOCHS = (0, 1, 2), ("digits", "svhn_like", "mnist_m", "noise"), 8, 7, 4, 4
+NETWORKS, SETS, EACH, MARKED, CORNER, EPOCHS = (0, 1, 2), ("digits", "svhn_like", "mnist_m", "noise"), 6, 7, 4, 3
 
 Group = tuple[str, Network, nn.Module, Tensor, Tensor]  # its sort, its references, who reads it, images and labels
 
@@ -47,9 +47,9 @@ def healthy(network: Network) -> Iterator[Group]:
 
 
 def broken(network: Network) -> Iterator[Group]:
-    """Images that a planted fault spoils: of every kind, in every stage, one."""
+    """Images that a planted fault spoils: one of every kind in each of the three stages in the middle."""
     for kind in KINDS:
-        for stage in range(len(network.units.stages)):
+        for stage in (1, 2, 3):
             for unit, at in network.faults(kind, stage, 1):
                 model = network.broken(kind, unit)
                 yield f"broken, {kind}", network, model, network.test.images[at], network.test.labels[at]

@@ -53,8 +53,11 @@ def unit_maps(units: Units) -> dict[str, Tensor]:
         kept = {0, group.dim} if group.groups > 1 else {group.dim}
         shape = [size if dim in kept else 1 for dim, size in enumerate(group.shape)]
         of = maps.setdefault(group.parameter, torch.full(shape, len(units)))
-        for j in range(group.count):
-            of[group.index(j)] = start + j
+        ids = start + torch.arange(group.count)
+        if group.groups > 1:
+            of[:] = ids.reshape(group.groups, 1, -1).expand(-1, group.shape[0] // group.groups, -1).reshape(of.shape)
+        else:
+            of.view(-1)[torch.from_numpy(group.slices).flatten()] = ids.repeat_interleave(group.rows)
     return maps
 
 

@@ -66,7 +66,7 @@ from pss.units import UnitGroup, Units
 Images = tuple[Tensor, Tensor]
 _Stack = parametrize.ParametrizationList
 LEVEL = 0.95  # of the upper bound of the damage
-_PRICES = 40  # tried, each 1.4 times the one before: the damage goes with the square
+_PRICES = 40  # tried, each at least 1.4 times the one before
 _STEPS = 3  # Newton steps at each price
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
@@ -537,17 +537,20 @@ def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bo
     Goes on until all mistakes have the margin, or beyond the budget some more are corrected (or all that can be).
     """
     path, before, (images, labels) = [], logits_of(fit.model, held), fit.mistakes
-    for price in tqdm(fit.least_price() * 2.0 ** (np.arange(_PRICES) / 2), unit="price", delay=2, disable=not progress):
-        fit.improve(float(price))
+    price = fit.least_price()
+    for _ in tqdm(range(_PRICES), unit="price", delay=2, disable=not progress):
+        fit.improve(price)
         with fit.edited(fit.steps):
             lead, kl = rival_margins(fit.model, images, labels)[:, 0], divergences(before, logits_of(fit.model, held))
         right, upper = lead > 0, upper_bound(kl)
-        point = {"price": float(price), "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
+        point = {"price": price, "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
         path.append(point | {"steps": fit.steps, "left": tuple((~right).nonzero()[:, 0].tolist())})
         more = point["corrected"] > max((p["corrected"] for p in path if p["kl_upper"] <= budget), default=0)
         enough = right.all() or (more and not to_the_end)
         if (upper > budget and enough) or (lead > 0.99 * fit.margin).all():
             break
+        towards = (budget / 2 / max(upper, 1e-9)) ** 0.5  # half the budget, since the damage goes with the square
+        price *= 2**0.5 if right.any() else float(np.clip(towards, 2**0.5, 4))
     return path
 
 

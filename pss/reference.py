@@ -119,7 +119,8 @@ class Reference:
             Quantile taken as the threshold, inside (0, 1).
         scale_free : bool
             Divide each profile by its own mean over units first. Most of the heavy tail is one number per image,
-            its overall gradient size; this takes it out.
+            its overall gradient size; this takes it out, and references of other images then rank much the same units
+            first (notebook 04). It leaves little that is significant: the tails are light.
         max_bytes : int
             Size of a block; memory in use stays within a few times this.
         provenance : mapping of str to str, optional

@@ -63,6 +63,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def flip(content: bytes, bit: int) -> bytes:
+    """The same with one bit flipped."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 # --- the kinds --------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ import pss
 from pss import data, evt, models, patches, plots, profiles, statistics
 from pss import editing as repair
 from pss.apps import execution, parameters, sweep
+from pss.input_space import gain_map
 from pss.reference import Reference
 from pss.storage.folder import ProfileStore
 from pss.units import UnitGroup, Units
@@ -441,6 +442,8 @@ CASES = {
     "map of ids and random": (lambda w: heat(w, ids=[1], random=True), ValueError, r"both say which units to boost: give one"),
     "map of too much noise": (lambda w: heat(w, noise_share=2), ValueError, r"noise_share = 2: expected at least 1, and a share in 0\.\.1"),
     "map of no copies": (lambda w: heat(w, noise_iters=0), ValueError, r"noise_iters = 0.*expected at least 1"),
+    "map of a list": (lambda w: heat(w, images=w.x.tolist()), ValueError, r"images are list: expected a tensor \(B, C, H, W\)"),
+    "gain map with other units": (lambda w: gain_map(w.wide, w.x, w.y, w.units), ValueError, r"the units are not of this model"),
     "map of a matrix": (lambda w: heat(w, images=w.x[0, 0]), ValueError, r"images are \(8, 8\): expected a tensor \(B, C, H, W\), or one image"),
     "map of one image with two labels": (lambda w: heat(w, images=w.x[0], labels=[0, 1]), ValueError, r"labels are \(2,\) for images \(1, 3, 8, 8\)"),
     "map of fewer labels": (lambda w: heat(w, labels=w.y[:2]), ValueError, r"labels are \(2,\) for images \(6, 3, 8, 8\)"),

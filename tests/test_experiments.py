@@ -69,7 +69,8 @@ def test_a_correction_cost_made_anew_is_the_one_that_is_kept(task):
         names = list(old.columns[4:])
         new = np.array([row[name] for name in names])
         ratio = np.abs(np.log(new / old[names].to_numpy()[0]))
-        assert np.median(ratio) < 1e-3 and ratio.max() < 0.2, (row["direction"], ratio)  # a step is known to 5%
+        assert np.median(ratio) < 1e-3, row["direction"]
+        assert (ratio < 0.2).mean() >= 0.9, (row["direction"], ratio)  # a step is known to 5%; draws may be others
 
 
 def test_what_is_measured_of_references_by_hand():

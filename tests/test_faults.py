@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, read_quietly
+from artefacts import BY_NAME, KINDS, SHOWN, Kind, contents, flip, read_quietly
 from kills import UNFINISHED, die_before, ended, forked, killed_after
 from networks import make_data
 from test_profiles import ARGUMENTS, Faulty
@@ -437,9 +437,7 @@ def flipped(original: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     """One bit, anywhere; as often in the header, where a flip does most, as in the rest."""
     for number in range(FLIPS):
         bit = rng.randrange(8 * (min(len(original), 2048) if number % 2 else len(original)))
-        damaged = bytearray(original)
-        damaged[bit // 8] ^= 1 << bit % 8
-        yield f"bit {bit}", bytes(damaged)
+        yield f"bit {bit}", flip(original, bit)
 
 
 def torn(original: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:

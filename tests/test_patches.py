@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from artefacts import flip
 from networks import Skip
 from state import state_of
 from torch import nn
@@ -224,7 +225,7 @@ def test_damaged_or_other_files_are_refused(patch, tmp_path):
         path.write_bytes(part)
         with pytest.raises(ValueError, match="damaged"):
             Patch.load(path)
-    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    path.write_bytes(flip(whole, -160))
     with pytest.raises(ValueError, match="checksum differs"):
         Patch.load(path)
     pss.models.save_weights(Skip(), path)

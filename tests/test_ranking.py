@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pss.ranking import RANKINGS, fdr_significant, rank, score, stage_shares
+from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
+from pss.statistics import fdr_significant, stage_shares
 from pss.units import Units
 
 
@@ -145,6 +146,7 @@ def test_randomness_comes_from_the_generator(method, profiles, units):
         return rank(profiles[:3], None, method, 10, units, *generator, match="raw")
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert len(draw(1).unique(dim=0)) == 3  # each image has its own
     assert torch.equal(draw(), draw(0))
     source = torch.Generator().manual_seed(1)
     first, second = draw(source), draw(source)  # it goes on

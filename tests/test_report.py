@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +12,7 @@ from served import Page, is_safe
 
 import pss
 from pss import models, patches
-from pss.apps import experiment, explain, reading
+from pss.apps import experiment, explain, group, reading
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 
@@ -171,6 +172,28 @@ def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
     assert ids.tolist() == gains.topk(3).indices.tolist() and (gains[ids] > 0).all()
 
 
+def test_mistakes_are_alike_if_the_same_units_add_to_their_margins():
+    """However much; the largest cluster is the first, and what is like no two others belongs to none."""
+    gains = torch.tensor([[1, 0.1], [-5, 0.2], [-1, 0], [1, -0.1], [3, 0], [9, 0.2], [-2, -0.2], [0, -1], [0, 0]])
+    assert group._clusters(gains).tolist() == [1, 2, 2, 1, 1, 1, 2, 0, 0]
+
+
+def test_a_group_of_images_in_memory():
+    network, some = models.load("digits"), pss.data.digits("test").subset(range(120))
+    units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
+    usual = models.reference(network, units, count=60, progress=False)
+    found = group.gather(network, units, some, usual, k=5)
+    assert found.table["id"].tolist() == wrong["id"].tolist() and len(found.rest[0]) == 120 - len(wrong)
+    expected = pss.rank(pss.profile(network.model, found.images, found.labels, units), usual, "zscore", 5)
+    assert torch.equal(found.top, expected) and found.reading.right == 120 - len(wrong)
+    shared, clusters = group.shared(found, units, 3), group.clusters(found, network, units)
+    assert shared["mistakes"].is_monotonic_decreasing and shared["mistakes"][0] <= len(wrong)
+    assert clusters["images"].sum() == (found.table["cluster"] > 0).sum() and clusters["images"].min() >= 3
+    assert len(group.contact_sheet(found, network, 1).axes) == min(8, clusters["images"][0])
+    with pytest.raises(ValueError, match="none of the 60 images of digits is misread"):
+        group.gather(network, units, some.subset(np.setdiff1d(np.arange(120), wrong.index)[:60]), usual)
+
+
 def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
     """Of a single image whose units all stand out, or none, it does."""
     case = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it")
@@ -178,9 +201,9 @@ def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
     for significant in (True, False):
         table = pd.DataFrame({"significant": [significant] * 3})
         given = (case, 0, table, known, pss.Patch("0" * 64), "", 0.1, 1e-3)
-        alone, group = (explain.what_next(*given, group=asked) for asked in (None, [("look", "見る")]))
+        alone, all_ = (explain.what_next(*given, group=asked) for asked in (None, [("look", "見る")]))
         assert "without index" in alone[-1][0] and "0.1 would" in str(alone)
-        assert group[0] == ("look", "見る") and "without index" not in str(group) and "more reference" in str(group)
+        assert all_[0] == ("look", "見る") and "without index" not in str(all_) and "more reference" in str(all_)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from test_evt import sample
 
 import pss
 from pss import evt, statistics
-from pss.ranking import fdr_significant
 from pss.reference import Reference
+from pss.statistics import fdr_significant
 from pss.storage.folder import blocks
 
 slow = [HealthCheck.too_slow]  # a busy machine is no fault

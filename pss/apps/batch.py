@@ -13,17 +13,21 @@ import logging
 import sys
 from pathlib import Path
 
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
 from pss.apps.execution import raised, refresh
 from pss.apps.sweep import Sweep, find_notebooks, read_sweep, run_sweep, single_runs
 
+_JOBS = min(4, cpu_count())  # a run takes a gigabyte or two
+
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Give the parser the options of ``run`` or of ``sweep``."""
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the processors (default: 2)")
+    parser.add_argument(
+        "--jobs", type=int, default=_JOBS, help="runs at a time, sharing the processors (default: %(default)s)"
+    )
     if command == "run":
         parser.add_argument("notebooks", nargs="+", help="notebooks, or folders with NN_*.ipynb")
         parser.add_argument("--out", type=Path, help="folder of the runs (default: runs)")

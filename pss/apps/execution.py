@@ -22,6 +22,10 @@ from pss.storage.whole import write_whole
 
 KERNEL = "python3"
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
+_OFFLINE = """<script>addEventListener("load", () => window.MathJax || document.body.insertAdjacentHTML("afterbegin",
+  "<p><em>Formulas stay as TeX, because MathJax could not be fetched; make site has pages that need no network. · \
+  MathJaxを取得できないので，数式はTeXのままである．make siteで作るページはネットワークなしで読める．</em></p>"))
+</script>"""
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 
 
@@ -119,7 +123,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
 def _keep(beside: Path, output: Path) -> list[Path]:
     """Put the executed notebook in its place, and beside it as a page that a browser opens, and its figures."""
     write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
-    write_whole(output.with_suffix(".html"), HTMLExporter().from_filename(str(output))[0])
+    page = HTMLExporter().from_filename(str(output))[0].replace("</body>", f"{_OFFLINE}</body>")
+    write_whole(output.with_suffix(".html"), page)
     return write_figures(output)
 
 

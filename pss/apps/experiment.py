@@ -39,10 +39,10 @@ from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models.predictions import answers, ids_of, predict
-from pss.ranking import RANKINGS, rank, stage_shares
+from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import Loss, loss_name, profile
-from pss.statistics import paired_difference
+from pss.statistics import paired_difference, stage_shares
 from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of_data
 from pss.storage.whole import write_whole

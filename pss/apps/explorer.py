@@ -33,8 +33,9 @@ from pss import editing, models
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
-from pss.ranking import fdr_significant, rank
+from pss.ranking import rank
 from pss.reference import Reference
+from pss.statistics import fdr_significant
 from pss.storage.digests import digest
 from pss.storage.fingerprints import fingerprint
 from pss.storage.places import cache_folder

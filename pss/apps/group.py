@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from pss import models
 from pss.apps.explain import Case, readable, with_evidence
 from pss.apps.pages import no_patch, sentence
-from pss.apps.reading import Reading, Usual, pictures, usual
+from pss.apps.reading import Reading, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -32,10 +32,12 @@ from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
 from pss.plots.figures import image_row
 from pss.ranking import RANKINGS, rank, rank_together
+from pss.reference import Reference
 from pss.saliency import profile
 from pss.units import Units
 
 ALIKE = 0.5  # mean cosine similarity of the members of a cluster, at least
+WORTH = 0.5  # of the mistakes held out that a patch must repair to be recommended, at least
 _LEAST = 3  # images that make a cluster
 _MOST = 200  # mistakes that are looked at
 _SHEETS = 4  # clusters whose pictures are shown, and that a patch is fitted to
@@ -51,7 +53,7 @@ class Group:
     ----------
     table : DataFrame
         One row a mistake: ``id``, ``label``, ``predicted``, ``confidence``, ``cluster`` (from 1, the largest first; 0
-        for an image that is like no two others).
+        for an image that is like no two others): by what their units add to the margins.
     images : Tensor, shape (M, C, H, W)
     labels : Tensor of int, shape (M,)
     top : Tensor of int, shape (M, k)
@@ -125,26 +127,52 @@ def find(
         If nothing is misread, or as `pss.apps.reading.usual`.
     """
     tree = str(Path(tree).expanduser().absolute())
-    found: Usual = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
-    every = pictures(network, tree)
+    found = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
+    return gather(network, units, pictures(network, tree), found.reference, method, k, loss, signed, tree)
+
+
+def gather(
+    network: models.Network,
+    units: Units,
+    images: Dataset,
+    reference: Reference,
+    method: str = "zscore",
+    k: int = 10,
+    loss: str = "cross_entropy",
+    signed: bool = False,
+    tree: str = "",
+) -> Group:
+    """Put those of the mistakes together that are alike, of any images, as `find` does of a folder.
+
+    Parameters
+    ----------
+    images : Dataset
+        Map-style, of (image, label).
+    reference : Reference
+        Of the same units, loss and sign.
+
+    Raises
+    ------
+    ValueError
+        If nothing is misread.
+    """
+    every, name = images, str(getattr(images, "name", "the images"))
     wrong = misclassified(network.model, every)
-    reading = Reading(str(every.name), len(every), len(every) - len(wrong), len(network.classes))
+    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes))
     if not len(wrong):
-        raise ValueError(
-            f"none of the {len(every)} images of {every.name} is misread: give index, to explain one anyway"
-        )
+        raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
     right = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong.index))[:_REST]
-    images, labels = _in_memory(Subset(every, rows.tolist()))
-    s = profile(network.model, images, labels, units, loss, signed)
+    x, y = _in_memory(Subset(every, rows.tolist()))
+    s = profile(network.model, x, y, units, loss, signed)
+    gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
-    table["cluster"] = _clusters(s, found)
-    top = rank(s, found.reference, ranking, min(k, len(units)))
-    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (images[:0], labels[:0])
-    gains = profile(network.model, images, labels, units, "logit_difference", signed=True, of="gain")
-    return Group(table, images, labels, top, gains, rest, reading, tree, str(every.name))
+    table["cluster"] = _clusters(gains)
+    top = rank(s, reference, ranking, min(k, len(units)))
+    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (x[:0], y[:0])
+    return Group(table, x, y, top, gains, rest, reading, tree, name)
 
 
 def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
@@ -152,12 +180,15 @@ def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
 
 
-def _clusters(profiles: Tensor, found: Usual) -> np.ndarray:
-    """Number of the cluster of each profile, (M,), by average linkage of `pss.nearest`'s similarities."""
-    count = len(profiles)
+def _clusters(gains: Tensor) -> np.ndarray:
+    """Number of the cluster of each mistake, (M,), by average linkage of `pss.nearest`'s similarities.
+
+    Of what the units add to the margins, (M, U): by the size of their gradients all confident mistakes are alike.
+    """
+    count = len(gains)
     if count < _LEAST:
         return np.zeros(count, int)
-    ids, similarity = nearest(profiles, reference=found.reference, k=count - 1)
+    ids, similarity = nearest(gains, method="raw", k=count - 1)
     apart = torch.zeros(count, count, dtype=torch.float64).scatter_(1, ids, 1 - similarity.double())
     apart = ((apart + apart.T) / 2).clamp(min=0).numpy()
     raw = fcluster(linkage(squareform(apart, checks=False), "average"), 1 - ALIKE, "distance")
@@ -318,20 +349,25 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     if max(own[right], gain[right]) <= other[right]:
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
-    report.keep("mistakes.csv", lambda file: group.table.to_csv(file, index=False))
+    report.keep("mistakes.csv", group.table.to_csv(index=False))
     opening = [group.reading.told(), sentence("group", **numbers), verdict]
     summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
     summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
-    best, advice = verdict, [sentence("next look")] if len(found) else [sentence("next alike")]
+    best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
     for cluster, patch in patches(group, network, units, budget).items():
         told = _told(cluster, patch)
         report.say(*told)
         opening.append(told)
         if len(patch.gains):
             en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
-            best = told if best is verdict else best
-            advice.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
+            share = patch.evidence.set_index("part")["accuracy_after"]["mistakes held out"]
+            best, most = (told, share) if share > most else (best, most)
+            if share >= WORTH:
+                advice.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
             report.table(readable(patch.evidence), en, ja)
             patch.save(report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
+        elif len(would := patch.tried.query("corrected > 0")):
+            dearest = would.loc[would["corrected"].idxmax()]
+            advice.append(sentence("next budget", cluster=cluster, budget=1.05 * dearest["kl_upper"]))
     return summary | {"opening": opening, "next": advice, "verdict": best}

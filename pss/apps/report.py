@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -103,9 +102,12 @@ class Report:
         show(figure, alt, ja=ja)
         plt.close(figure)
 
-    def keep(self, name: str, content: str | bytes | Callable[[BinaryIO], object]) -> Path:
-        """Write a file into the folder, whole or not at all, and list it."""
+    def keep(self, name: str, content: str | bytes | dict[str, Any] | Callable[[BinaryIO], object]) -> Path:
+        """Write a file into the folder, whole or not at all, and list it; the content, or what a function writes."""
         path = self.folder / name
+        if callable(content):
+            content(file := io.BytesIO())
+            content = file.getvalue()
         write_whole(path, content)
         if name not in self.files:
             self.files.append(name)
@@ -116,7 +118,7 @@ class Report:
 
         A ``verdict`` among them is what the command line prints when the run has ended.
         """
-        return self.keep("summary.json", json.dumps(values, ensure_ascii=False, indent=1))
+        return self.keep("summary.json", values)
 
     def write(self) -> Path:
         """Write ``report.html``."""

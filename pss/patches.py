@@ -342,7 +342,7 @@ def transplants(
     (images, labels), table
         The images made, with the labels of their carriers. For each mistake ``top``, ``left``, ``height``, ``width`` of
         the part, the ``share`` of the carriers tried that it turns, and how many images were ``made``: none where no
-        part turns half of them. A part of three quarters may bring the object itself along, and then the label is wrong.
+        part turns half of them. A part of three quarters may carry the object along, and then the label is wrong.
 
     Raises
     ------
@@ -573,6 +573,9 @@ def upper_bound(values: Tensor) -> float:
 
     A few images carry most of the damage: on digits, of draws of 50 to 150 images, Student's bound was above the mean
     of all in 75% to 84% (at 99%: 82% to 90%), twice the bound in 94% to 99%.
+
+    On other networks and images (``bench/budget.py``) 83 of 83 patches kept to their budget: 95% interval 0.957 to 1. At
+    the median they used a third of it.
     """
     n = len(values)
     return 2 * float(values.mean() + stats.t.ppf(LEVEL, n - 1) * values.std() / n**0.5)

@@ -38,9 +38,10 @@ test-zoo: $(TEST)  ## profiles of architectures of timm and transformers against
 	@$(PY) -m pytest -n 2 --dist worksteal -m zoo tests/test_architectures.py
 
 FILES ?=
-test-mutants: $(TEST)  ## change one thing at a time in the core and count what its tests see; hours, FILES=pss/ranking.py for one
+SAMPLE ?=
+test-mutants: $(TEST)  ## change one thing at a time in the core and count what its tests see; hours, SAMPLE=50 FILES=pss/ranking.py less
 	@$(INSTALL) --editable ".[test,mutants]"
-	@$(PY) .ci/mutants.py $(FILES)
+	@$(PY) .ci/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(FILES)
 
 # Older builds of torch bring gigabytes where there is no index of CPU builds: these stay as in constraints.txt.
 KEEP ?= torch torchvision

@@ -6,13 +6,14 @@ A sample is the same each time, and part of every larger one; the share is print
 
 Each file has a folder of its own in runs/mutants, where mutmut works on copies. It can be stopped at any time and goes
 on where it was; functions that have changed are begun anew, and so is, where all was tried, what survived, which is
-listed in survivors.txt there. Texts of errors are left as they are, and so are functions with decorators, which mutmut
-cannot exchange.
+listed in survivors.txt there. What was read and changes no result is in `READ`. Texts of errors are left as they are,
+and so are functions with decorators, which mutmut cannot exchange.
 """
 
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -23,10 +24,11 @@ from scipy.stats import binomtest
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "mutants"
 SLOW = ("zoo", "fast_path", "difficulty", "weight_gradient", "smooth", "made_of", "general")
+NOT_SLOW = " and ".join(f"not {name}" for name in SLOW)
 # The tests of each file, and (by -k of pytest) which are too slow for hundreds of changes where others see the same.
 TESTS = {
     "units": (("units",), ""),
-    "ranking": (("ranking",), ""),
+    "ranking": (("ranking", "gain"), NOT_SLOW),
     "reference": (("reference", "statistics"), ""),
     "evt": (("evt", "statistics"), ""),
     "neighbors": (("neighbors",), ""),
@@ -34,10 +36,22 @@ TESTS = {
     "editing": (("editing", "one_image"), "not lambda and not vgg"),
     "correction": (("correction", "one_image"), ""),
     "patches": (("patches",), ""),
-    "saliency": (("saliency", "gain"), f"not {' and not '.join(SLOW)}"),
+    "saliency": (("saliency", "gain"), NOT_SLOW),
     "profiles": (("profiles",), "not killed and not ranks and not begin_at_once"),
 }
 KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; others: timeouts and crashes, which show
+# What survived, was read, and changes no result: the new line of the change, and why.
+READ = {
+    r"\bstrict=(False|None)": "zip of what is as long",
+    r"\.to\(None\)|\barange\(.*, \)": "where a tensor lies: only a GPU tells (test_cuda.py)",
+    r"\bcheck_\w+\(.*(XX|\"[A-Z]+\")|said = .*>= 3|PARAMETRIZATIONS": "a word of an error or warning",
+    r"map_blocks\(.*, \)$|max\(2, chunk_elements": "how much memory is taken",
+    r"theta \* s >= -0\.5|t\.abs\(\) (>= 2|<= 1e-20)": "evt: two ways that agree there, or one number only",
+    r"clamp\(0, \)|left\[\+1\]": "reference: above the threshold is no empirical tail, and below it no excess",
+    r"cosine\.sort\(descending=True, stable=True\)": "neighbors: the last dimension is the default",
+    r"leave_parametrized=None": "patches: as false as False",
+    r"np\.asarray\(values, \)": "units: a table's column of texts, by another type",
+}
 CONFIG = """
 [tool.mutmut]
 source_paths = ["pss"]
@@ -78,19 +92,30 @@ def drawn(names: list[str], size: int | None) -> list[str]:
     return random.Random(0).sample(sorted(names), len(names))[:size]
 
 
+def why_not(change: str) -> str:
+    """Why a change, as a diff, is known to change no result; nothing where it may."""
+    new = "\n".join(line for line in change.splitlines() if re.match(r"\+(?!\+\+)", line))
+    return next((why for pattern, why in READ.items() if re.search(pattern, new)), "")
+
+
 def report(file: Path, folder: Path, size: int | None) -> str:
-    """One line of counts; what survived goes into a file."""
+    """One line of counts; what survived goes into a file, first what was not read yet."""
     found = codes(file, folder)
     names = drawn(list(found), size)
     seen = Counter("left" if found[n] is None else "survived" if found[n] in SURVIVED else "killed" for n in names)
     show = lambda name: mutmut(folder, "show", name, capture_output=True, text=True).stdout  # noqa: E731
-    survivors = [show(name) for name in names if found[name] in SURVIVED]
-    (folder / "survivors.txt").write_text("\n".join(survivors), "utf-8")
+    survivors = [(why_not(change), change) for change in map(show, (n for n in names if found[n] in SURVIVED))]
+    lines = [f"{why and f'read: {why}'}\n{change}" for why, change in sorted(survivors)]
+    (folder / "survivors.txt").write_text("\n".join(lines), "utf-8")
     if not (done := seen["killed"] + seen["survived"]):
         return f"{file}: none of {len(found)} tried"
     low, high = binomtest(seen["killed"], done).proportion_ci(method="wilson")
-    share = f"{seen['killed'] / done:.1%} killed of {done} ({low:.1%} to {high:.1%})"
-    return f"{file}: {share}, {seen['survived']} survived, {seen['left']} not tried, {len(found)} in all"
+    read = sum(bool(why) for why, _ in survivors)
+    said = (
+        f"{file}: {seen['killed'] / done:.1%} killed of {done} ({low:.1%} to {high:.1%}), {seen['survived']} survived"
+    )
+    said += f", of which {read} change no result: {seen['killed'] / (done - read):.1%} of the others killed"
+    return f"{said}; {seen['left']} not tried, {len(found)} in all"
 
 
 def mutmut(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
@@ -101,8 +126,7 @@ def mutmut(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
 def run(file: Path, size: int | None) -> str:
     """Try what is left to try of a file."""
     folder = prepare(file)
-    if not codes(file, folder):
-        mutmut(folder, "run", "nothing", capture_output=True)  # makes the changes and stops: there is none of this name
+    mutmut(folder, "run", "nothing", capture_output=True)  # makes the changes and stops: there is none of this name
     found = codes(file, folder)
     names = drawn(list(found), size)
     # Where all was tried, what survived is tried again: there may be tests by now that see it.

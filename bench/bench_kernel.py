@@ -3,15 +3,17 @@
     python -m bench.bench_kernel [--device cuda] [--repeats 5] [--threads 2] [--models resnet50 vgg19 …]
 
 Random weights, random images. Repetitions take turns; times are medians, ratios the medians of those of each round. The
-loop over single images is timed on two of the batch and extrapolated. First profiles are of a copy of the network, of
-which nothing is known yet: they find where the batch is, and one image alone verifies them. On a GPU times are those of
-`torch.cuda.Event`, and the fast path is first checked there against the loop, in float64.
+loop over single images is timed on two of the batch and extrapolated, gradients of whole samples, by torch.func and, if
+it is installed, by Opacus, on up to eight. First profiles are of a copy of the network, of which nothing is known yet:
+they find where the batch is, and one image alone verifies them. On a GPU times are those of `torch.cuda.Event`, and the
+fast path is first checked there against the loop, in float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -62,6 +64,30 @@ def one_by_one(model: nn.Module, images: Tensor, labels: Tensor, units: pss.Unit
     return torch.cat(rows)
 
 
+def by_torch_func(model: nn.Module, images: Tensor, labels: Tensor, units: pss.Units) -> Tensor:
+    """Profiles from gradients of whole samples, by `torch.func`."""
+    parameters = {layer.parameter: model.get_parameter(layer.parameter).detach() for layer in units.layers}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (image[None],)), label[None])
+
+    whole = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, labels)
+    return units.reduce({name: gradients.abs_() for name, gradients in whole.items()})
+
+
+def by_opacus(model: nn.Module, images: Tensor, labels: Tensor, units: pss.Units) -> Tensor:
+    """Profiles from gradients of whole samples, by the hooks of Opacus' ``GradSampleModule``."""
+    from opacus import GradSampleModule
+
+    model = copy.deepcopy(model).requires_grad_(False)  # which leaves its marks
+    for module in model.modules():  # it looks at modules in training mode
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    weights = {layer.parameter: model.get_parameter(layer.parameter).requires_grad_() for layer in units.layers}
+    outputs = GradSampleModule(model, strict=False, loss_reduction="sum")(images)
+    F.cross_entropy(outputs, labels, reduction="sum").backward()
+    return units.reduce({name: weight.grad_sample.abs_() for name, weight in weights.items()})
+
+
 def plain_pass(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Forward and backward pass over the batch, as training does it: the sum of the gradients."""
     images = images.contiguous(memory_format=torch.channels_last)
@@ -102,6 +128,15 @@ def make(name: str, kind: str, pixels: int, batch: int, device: str = "cpu", dty
     return model.to(device, dtype), images, labels, pss.Units.of(model, kind)
 
 
+def rivals() -> dict[str, Callable[[nn.Module, Tensor, Tensor, pss.Units], Tensor]]:
+    """Other ways to gradients of each sample, by name."""
+    found = {"torch.func's gradients of whole samples": by_torch_func}
+    if importlib.util.find_spec("opacus"):
+        return found | {"Opacus' gradients of whole samples": by_opacus}
+    print("Opacus is not installed: its row is left out (pip install opacus)")
+    return found
+
+
 def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) -> pd.DataFrame:
     """Time `pss.profile`; ratio is the loop over single images / it, "of plain" it / a plain training pass.
 
@@ -117,11 +152,13 @@ def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) 
         if device == "cuda" and pixels == 224:
             images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
             batch *= 4
-        few = min(2, batch)
+        few, several = min(2, batch), min(8, batch)
         contestants = {
             "one image at a time": lambda m=model, x=images[:few], y=labels[:few], u=units: one_by_one(m, x, y, u),
             "forward and backward pass": lambda m=model, x=images, y=labels: plain_pass(m, x, y),
         }
+        for label, work in rivals().items() if name.startswith("resnet") else ():
+            contestants[label] = lambda m=model, x=images[:several], y=labels[:several], u=units, w=work: w(m, x, y, u)
         for label, options in OURS.items():
             if label != "profile, BatchNorm unfolded" or ("vit" not in name and "vgg" not in name):
                 contestants[label] = lambda m=model, x=images, y=labels, u=units, o=options: pss.profile(
@@ -133,6 +170,7 @@ def run(device: str = "cpu", repeats: int = 5, models: list[str] | None = None) 
             )
         times = in_turns(contestants, repeats, device)
         times["one image at a time"] *= batch / few
+        times[[label for label in times if label.endswith("of whole samples")]] *= batch / several
         for label in contestants:
             rows.append(
                 {

@@ -38,14 +38,14 @@ def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None
     partial = folder.partial_of(path)
     rng = np.random.default_rng(seed)
     scale = rng.lognormal(-7, 2, units).astype(np.float32)
-    with folder.Writer(partial, made_of) as writer:
+    with folder.writer(partial, made_of) as write:
         for start in range(0, samples, 256):
             count = min(256, samples - start)
             rows = rng.standard_exponential((count, units), np.float32)
             rows *= scale * rng.lognormal(0, 1.5, (count, 1)).astype(np.float32)
             _, records = folder.empty_rows(count, 0)
             records["status"] = folder.FINISHED
-            writer.write(start, rows, records)
+            write(start, rows, records)
     folder.finish(path)
 
 

@@ -1,6 +1,6 @@
 """Pruning: which ranking repairs a mistake with the fewest filters, and what that breaks elsewhere.
 
-    python -m bench.pruned_filters [--networks 0 1 2] [--images 40] [--out data/experiments/pruned_filters.csv]
+    python -m bench.pruned_filters [--networks 0 1 2] [--images 30] [--out data/experiments/pruned_filters.csv]
 
 Mistakes of the healthy networks on three shifted sets, each with its own ranking, of which the first 25 filters are set
 to zero one after the other. References are of ``mnist/reference``, which shares no digit with the generated sets. A row
@@ -24,7 +24,8 @@ from bench import tables
 from pss.engine.process import thread_count
 
 OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "pruned_filters.csv"
-NETWORKS, DOMAINS, IMAGES, RETAIN, EDITS = (0, 1, 2), ("digits", "svhn_like", "mnist_m"), 40, 100, 25
+NETWORKS, DOMAINS, IMAGES, RETAIN, EDITS = (0, 1, 2), ("digits", "svhn_like", "mnist_m"), 30, 100, 25
+Labelled = tuple[Tensor, Tensor]  # images and labels
 MARGIN = {"of": "gain", "signed": True, "loss": "logit_difference"}
 
 
@@ -41,7 +42,7 @@ class Network:
         self.output = pss.Reference.fit(profile(of="output", signed=True))
         self.spread = pss.Reference.fit(profile(**MARGIN)).std
 
-    def mistakes(self, domain: str, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def mistakes(self, domain: str, count: int) -> tuple[Labelled, Labelled]:
         """Misread images of a set with their labels, and images that are read right."""
         data, rng = pss.data.load(domain, "test"), np.random.default_rng(self.seed)
         right = (pss.models.predict(self.model, data.images).argmax(1) == data.labels).numpy()
@@ -67,7 +68,9 @@ class Network:
         return {name: pss.rank(*question, EDITS, generator=generator) for name, question in asked.items()}
 
 
-def look(network: Network, ids: Tensor, wrong: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor]) -> dict[str, float]:
+def look(
+    network: Network, ids: Tensor, wrong: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor]
+) -> dict[str, float]:
     """What pruning these filters does to the mistakes, and to the images that are to stay right."""
     model, units = network.model, network.units
     curves = pss.edit_curves(model, *wrong, ids, units, "prune", progress=False)
@@ -76,7 +79,8 @@ def look(network: Network, ids: Tensor, wrong: tuple[Tensor, Tensor], retain: tu
     kept = {1: pss.side_effects(model, units, ids[:, :1], *retain, progress=False)["still_right"].to_numpy()}
     needed = [kept[1][first == 1]]
     for k in np.unique(first[first > 1]):
-        effects = pss.side_effects(model, units, ids[torch.from_numpy(first == k)], *retain, k=int(k), progress=False)
+        chosen = ids[torch.from_numpy(first == k), : int(k)]
+        effects = pss.side_effects(model, units, chosen, *retain, progress=False)
         needed.append(effects["still_right"].to_numpy())
     needed = np.concatenate(needed)
     row = {"images": len(ids), "k = 1": corrected[:, 0].mean(), "k = 10": corrected[:, 9].mean()}

@@ -11,12 +11,13 @@ _OFFERED = {  # by each file, in reading order; imported when first used: `impor
     "saliency": ["parameter_saliency", "profile"],
     "profiles": ["ProfileStore", "profile_dataset"],
     "reference": ["Reference"],
-    "ranking": ["RANKINGS", "rank", "rank_together", "fdr_significant", "stage_shares"],
+    "ranking": ["RANKINGS", "rank", "rank_together"],
     "editing": ["edit_curve", "edit_curves", "edited", "side_effects"],
     "correction": ["smallest_correction"],
     "patches": ["Patch", "fit_patch"],
     "input_space": ["input_saliency"],
     "neighbors": ["nearest"],
+    "statistics": ["fdr_significant", "stage_shares"],
 }
 _HOMES = {name: home for home, names in _OFFERED.items() for name in names}
 _MODULES = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]

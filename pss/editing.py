@@ -1,4 +1,4 @@
-r"""Repairing a mistake through a few units: pruning and one-step fine-tuning, always undone.
+r"""Editing units to repair a mistake: pruning and one-step fine-tuning, always undone.
 
 Both papers judge a ranking by editing its first :math:`k` units, one after the other, and watching the
 confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; Wang and Sato 2023, section 4):
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from pss.engine.checks import check_ids, check_known, check_labels, check_positive
 from pss.engine.edits import EditRunner, Place, add_steps, restored
-from pss.engine.state import preserved
+from pss.engine.state import preserved, savable
+from pss.engine.strategies import ready
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.units import Units, check_units
 
@@ -120,8 +121,8 @@ def unit_steps(
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
     runner, result = _runner(model, units, loss, strategy), []
-    with _ready(model):
-        images, labels = _plain(images), _plain(labels)
+    with ready(model, images):
+        images, labels = savable(images), savable(labels)
         for part in _chunks(images, 1):
             result += runner.gradients(images[part], labels[part], ids[part])
     return [[_step(g, lr, step_norm) for g in own] for own in result]
@@ -214,8 +215,8 @@ def edit_curves(
     check_batch(model, images, labels, units, ids)
     image_ids = _distinct(image_ids, len(images))
     runner, frames = _runner(model, units, loss, strategy), []
-    with _ready(model), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
-        images, labels = _plain(images), _plain(labels)
+    with ready(model, images), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
+        images, labels = savable(images), savable(labels)
         for part in _chunks(images, ids.shape[1] + 1):
             x, y, own = images[part], labels[part], ids[part]
             if edit == "prune":
@@ -235,18 +236,6 @@ def _distinct(image_ids: Sequence | None, count: int) -> np.ndarray:
     if len(image_ids) != count or len(set(image_ids.tolist())) != count:
         raise ValueError(f"image_ids must be {count} different ids, one per image")
     return image_ids
-
-
-@contextmanager
-def _ready(model: nn.Module) -> Iterator[None]:
-    """The model preserved, and gradients possible also where the caller is in inference mode."""
-    with torch.inference_mode(False), preserved(model):
-        yield
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that autograd may save of one made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _place(units: Units, unit: int) -> Place:

@@ -11,13 +11,13 @@ which is ``scipy.stats.genpareto(c=xi, scale=scale)``. (Wang and Sato's text swa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pss.engine.likelihood import chunk_elements, count, covariance, maximize
+from pss.engine.likelihood import chunk_elements, fit_rows
 
 REASONS = (
     "fitted",
@@ -63,11 +63,6 @@ class GPDFit:
     def fitted(self) -> Tensor:
         """True where the row was fitted."""
         return self.reason == 0
-
-    @classmethod
-    def cat(cls, fits: list[GPDFit]) -> GPDFit:
-        """Join the fits of successive blocks of rows."""
-        return cls(**{f.name: torch.cat([getattr(fit, f.name) for fit in fits]) for f in fields(cls)})
 
 
 # --- the distribution -------------------------------------------------------------------------------------------------
@@ -170,62 +165,10 @@ def fit_gpd(excesses, min_excesses: int = 10) -> GPDFit:
     x = _as_tensor(excesses)
     if x.ndim not in (1, 2) or x.numel() == 0:
         raise ValueError(f"excesses have shape {tuple(x.shape)}; expected (rows, excesses) or (excesses,), not empty")
-    if x.ndim == 1:
-        fit = fit_gpd(x[None], min_excesses)
-        return GPDFit(**{f.name: getattr(fit, f.name)[0] for f in fields(fit)})
-    rows = max(1, chunk_elements(x.device) // x.shape[1])
-    return GPDFit.cat([_fit_chunk(chunk, min_excesses) for chunk in x.split(rows)])
-
-
-def _fit_chunk(raw: Tensor, min_excesses: int) -> GPDFit:
-    x, n = _pack(raw)
-    mean, top = x.sum(1) / n.clamp(min=1), x.amax(1)
-    reason = torch.zeros_like(n, dtype=torch.uint8)
-    reason[_distinct(x, min_excesses) < min_excesses] = 2
-    reason[n < min_excesses] = 1
-    reason[~mean.isfinite()] = 4
-    xi, scale, loglik, var_xi, var_scale, cov = (torch.full_like(mean, torch.nan) for _ in range(6))
-    (rows,) = (reason == 0).nonzero(as_tuple=True)
-    if len(rows):
-        good = slice(None) if len(rows) == len(x) else rows  # a slice does not copy
-        found = maximize(x.div_(mean[:, None])[good], n[good], top[good] / mean[good])
-        theta, s = found[:2]  # of excesses / mean
-        xi[rows], scale[rows] = theta * s, s * mean[rows]
-        loglik[rows] = -n[rows] * (scale[rows].log() + theta * s + 1)
-        found = torch.where(theta * s > -0.5, found, torch.nan)
-        var_xi[rows], var_scale[rows], cov[rows] = covariance(found[0], found[1], found[2], found[3], n[rows])
-        reason[rows[theta.isnan()]] = 3
-        (none,) = (reason == 3).nonzero(as_tuple=True)
-        smallest = torch.where(x[none] > 0, x[none], torch.inf).amin(1)
-        reason[none[x[none].amax(1) > 1e16 * smallest]] = 5
-    return GPDFit(xi, scale, loglik, n.long(), var_xi.sqrt(), var_scale.sqrt() * mean, cov * mean, reason)
-
-
-def _pack(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Excesses as float64 with zeros for padding (log(1 + theta 0) = 0), a multiple of 8 wide, and their number."""
-    x = raw.to(torch.float64).nan_to_num(0.0, posinf=torch.inf).clamp_(min=0)
-    if x.amin() > 0:  # the usual case; counting is slower than fitting is
-        n = torch.full_like(x[:, 0], x.shape[1])
-    else:
-        n = count(x)
-        if n.max() < x.shape[1] // 2:
-            x = x.topk(max(1, int(n.max())), dim=1).values
-    if x.shape[1] % 8:
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    return x, n
-
-
-def _distinct(x: Tensor, enough: int) -> Tensor:
-    """Count the distinct excesses of each row; a row that shows `enough` of them in a sample is not counted out."""
-
-    def distinct_of(y: Tensor) -> Tensor:
-        y = y.sort(1).values
-        return (y[:, 1:] > y[:, :-1]).sum(1) + (y[:, 0] > 0)
-
-    distinct = distinct_of(x[:, :: max(1, x.shape[1] // 32)])
-    (few,) = (distinct < enough).nonzero(as_tuple=True)
-    distinct[few] = distinct_of(x[few])
-    return distinct
+    size = max(1, chunk_elements(x.device) // x.shape[-1])
+    parts = [fit_rows(rows, min_excesses) for rows in torch.atleast_2d(x).split(size)]
+    columns = [torch.cat(values) for values in zip(*parts, strict=True)]
+    return GPDFit(*(columns if x.ndim == 2 else [values[0] for values in columns]))
 
 
 def float64(a) -> Tensor:

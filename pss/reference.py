@@ -1,4 +1,4 @@
-r"""What is usual for each unit, measured on a validation set, and how unusual a new profile is.
+r"""What is usual for each unit on a validation set, and how unusual a new profile is: z-score, tail probability.
 
 Two standards are offered side by side. The z-score :math:`\hat s = (\bar s - \mu) / \sigma` (Levin et al. 2022,
 section 2.1) measures distance in deviations. Peaks over threshold (Wang and Sato 2023, section 3) fits a generalized
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import pss
 from pss import evt
-from pss.engine.checks import check_share, shape_of
+from pss.engine.checks import check_known, check_share, shape_of
 from pss.saliency import loss_name
 from pss.storage.fingerprints import fingerprint
 from pss.storage.folder import map_blocks
@@ -119,7 +119,8 @@ class Reference:
             Quantile taken as the threshold, inside (0, 1).
         scale_free : bool
             Divide each profile by its own mean over units first. Most of the heavy tail is one number per image,
-            its overall gradient size; this takes it out.
+            its overall gradient size; this takes it out, and references of other images then rank much the same units
+            first (notebook 04). It leaves little that is significant: the tails are light.
         max_bytes : int
             Size of a block; memory in use stays within a few times this.
         provenance : mapping of str to str, optional
@@ -208,8 +209,7 @@ class Reference:
     def _tail(self, profiles: Tensor, tail: str, above_threshold: Callable[..., Tensor]) -> Tensor:
         if self.threshold is None:
             raise ValueError("this reference has no tail, only mean and deviation: rank by 'zscore', or fit one")
-        if tail not in ("gpd", "exponential"):
-            raise ValueError(f"unknown tail {tail!r}: expected 'gpd' or 'exponential'")
+        check_known("tail", tail, ("gpd", "exponential"))
         s = self._prepare(profiles)
         here = {name: tensor.to(s.device) for name, tensor in self._tensors().items()}
         excess, dead = s - here["threshold"], self.dead.to(s.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pss.engine.checks import check_images, check_labels
 from pss.engine.recorder import Options
+from pss.engine.state import savable
 from pss.engine.strategies import Part, Task, compute, known_of, ready, whole_gradients
 from pss.engine.verification import verified
 from pss.storage.fingerprints import name_of
@@ -245,8 +246,7 @@ def _profiles(
     parts = []
     with ready(model, images):
         known = known_of(task, images)
-        labels = labels.clone() if labels.is_inference() else labels  # otherwise autograd may not save them
-        for chunk in zip(_laid_out(images).split(size), labels.split(size), strict=True):
+        for chunk in zip(_laid_out(images).split(size), savable(labels).split(size), strict=True):
             part = compute(task, *chunk, known)
             compares = verify and "output" not in options.of  # of which a gradient knows nothing
             if compares and (verify_again or not known.verified) and known.ways != ("loop",):
@@ -308,8 +308,7 @@ def _images_at_once(images: Tensor) -> int:
 
 def _laid_out(images: Tensor) -> Tensor:
     """Channels last where it pays: on a CPU. A copy if autograd may not save the images."""
-    images = images.detach()
-    images = images.clone() if images.is_inference() else images
+    images = savable(images.detach())
     channels_last = images.dim() == 4 and not images.is_cuda
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 

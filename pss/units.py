@@ -311,11 +311,13 @@ def _all(model: nn.Module) -> Iterable[UnitGroup]:
 def _heads(model: nn.Module) -> Iterable[UnitGroup]:
     """Heads of every attention module; the log says which are left out, because their layout is not known."""
     prefixes = {f"{name}." if name else "": module for name, module in model.named_modules()}
-    listed, unknown = {}, {}
+    listed, unknown, doubted = {}, {}, []
     for prefix, module in prefixes.items():
+        doubts: list[str] = []
         try:
-            if layers := [UnitGroup(prefix + name, *place) for name, *place in heads_of(module)]:
+            if layers := [UnitGroup(prefix + name, *place) for name, *place in heads_of(module, doubts)]:
                 listed[prefix] = layers
+                doubted += [prefix + name for name in doubts]
         except ValueError as error:
             unknown[prefix] = str(error)
     seen = [*listed, *unknown]
@@ -328,6 +330,13 @@ def _heads(model: nn.Module) -> Iterable[UnitGroup]:
         if not listed:
             raise ValueError(f"the heads of {type(model).__name__} are not known; {said}")
         log.warning("heads left out of %s; %s", type(model).__name__, said)
+    if doubted:
+        log.warning(
+            "rows of %s in %d layers are taken for queries of all heads, then keys, then values, "
+            "which could not be seen: set head_first=False where it is so, True where those of one head lie together",
+            doubted[0],
+            len(doubted),
+        )
     return chain.from_iterable(listed.values())
 
 

@@ -54,13 +54,20 @@ class Kind:
                 value = np.asarray(value)
                 total.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
             else:
-                total.update(json.dumps(value, sort_keys=True).encode())
+                total.update(json.dumps(value, sort_keys=True, default=str).encode())
         return total.hexdigest()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder, by path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    """The same with one bit flipped."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 # --- the kinds --------------------------------------------------------------------------------------------------------

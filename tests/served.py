@@ -1,9 +1,11 @@
-"""A browser, and a folder over http, for the tests of pages."""
+"""A browser, a folder over http, and what a page holds, for the tests of pages."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -46,3 +48,35 @@ def chromium() -> Iterator:
         running = play.chromium.launch(executable_path=path, args=QUIET)
         yield running
         running.close()
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self.texts = [], "", defaultdict(list)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+        if self.tags and data.strip():
+            self.texts[self.tags[-1][0]].append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def is_inert(page: Page) -> bool:
+    """No element that runs or fetches, and no handler."""
+    handlers = any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    return not handlers and not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+
+
+def is_safe(page: Page) -> bool:
+    """Also nothing fetched: pictures inside, links within the page."""
+    inside = all(a["src"].startswith("data:image/png;base64,") and a["alt"] for a in page.named("img"))
+    return inside and all(a["href"].startswith("#") for a in page.named("a")) and is_inert(page)

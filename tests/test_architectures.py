@@ -41,7 +41,7 @@ TIMM = """
     vit_relpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 volo_d1_224 xception41 xcit_nano_12_p16_224
 """
 SIZES = {"crossvit_9_240": 120, "efficientformer_l1": 224, "halonet26t": 256, "inception_v3": 96, "inception_v4": 96}
-SIZES |= {"convmixer_768_32": 28}
+SIZES |= {"convmixer_768_32": 28}  # of which depth and width cannot be said
 OPTIONS = {"beit_base_patch16_224": {"depth": 2}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SMALL_IMAGES = SMALL | {"image_size": 64}

@@ -31,6 +31,7 @@ import pss
 from pss import data, evt, models, patches, plots, profiles, statistics
 from pss import editing as repair
 from pss.apps import execution, parameters, sweep
+from pss.input_space import gain_map
 from pss.reference import Reference
 from pss.storage.folder import ProfileStore
 from pss.units import UnitGroup, Units
@@ -272,7 +273,7 @@ CASES = {
     "unknown precision": (lambda w: saliency(w, precision="fp16"), ValueError, r"unknown option 'fp16': expected one of .*'bf16'"),
     "parameter saliency of a wrong label": (lambda w: pss.parameter_saliency(w.model, w.x, w.y + 3), ValueError, r"label \d is outside 0\.\.2"),
     # --- profiles of a data set
-    "profiles, unknown on_error": (lambda w: dataset(w, on_error="ignore"), ValueError, r"unknown on_error 'ignore': expected 'raise' or 'skip'"),
+    "profiles, unknown on_error": (lambda w: dataset(w, on_error="ignore"), ValueError, r"unknown on_error 'ignore': expected one of raise, skip"),
     "profiles, batch of 0": (lambda w: dataset(w, batch_size=0), ValueError, r"batch_size 0 must be at least 1"),
     "profiles of an empty set": (lambda w: dataset(w, Items()), ValueError, r"the data set has no items"),
     "profiles of an endless set": (lambda w: dataset(w, Endless()), ValueError, r"no length.*expected a map-style data set"),
@@ -313,7 +314,7 @@ CASES = {
     "reference of weights": (lambda w: Reference.load(w.tmp / "weights.safetensors"), ValueError, r"weights.safetensors is no reference of pss"),
     "z-scores of other units": (lambda w: w.reference.zscore(w.s[:, :7]), ValueError, r"\(40, 7\) do not fit this reference of 8 units: .*same units"),
     "z-scores of integers": (lambda w: w.reference.zscore(w.s.int()), ValueError, r"profiles are torch.int32: expected floating-point"),
-    "unknown tail": (lambda w: w.reference.tail_score(w.s, "normal"), ValueError, r"unknown tail 'normal': expected 'gpd' or 'exponential'"),
+    "unknown tail": (lambda w: w.reference.tail_score(w.s, "normal"), ValueError, r"unknown tail 'normal': expected one of gpd, exponential"),
     # --- ranking
     **{
         f"rank {k}": (lambda w, k=k: pss.rank(w.s, w.plain, k=k), ValueError, rf"k = {k} is outside 1\.\.8, the number of units")
@@ -441,6 +442,8 @@ CASES = {
     "map of ids and random": (lambda w: heat(w, ids=[1], random=True), ValueError, r"both say which units to boost: give one"),
     "map of too much noise": (lambda w: heat(w, noise_share=2), ValueError, r"noise_share = 2: expected at least 1, and a share in 0\.\.1"),
     "map of no copies": (lambda w: heat(w, noise_iters=0), ValueError, r"noise_iters = 0.*expected at least 1"),
+    "map of a list": (lambda w: heat(w, images=w.x.tolist()), ValueError, r"images are list: expected a tensor \(B, C, H, W\)"),
+    "gain map with other units": (lambda w: gain_map(w.wide, w.x, w.y, w.units), ValueError, r"the units are not of this model"),
     "map of a matrix": (lambda w: heat(w, images=w.x[0, 0]), ValueError, r"images are \(8, 8\): expected a tensor \(B, C, H, W\), or one image"),
     "map of one image with two labels": (lambda w: heat(w, images=w.x[0], labels=[0, 1]), ValueError, r"labels are \(2,\) for images \(1, 3, 8, 8\)"),
     "map of fewer labels": (lambda w: heat(w, labels=w.y[:2]), ValueError, r"labels are \(2,\) for images \(6, 3, 8, 8\)"),
@@ -725,26 +728,6 @@ def test_columns_without_a_tail_are_reported_and_ranked():
             assert set(ids[0, -2:].tolist()) == {0, 1}, method  # the dead ones last
     for values in (reference.zscore(new), reference.tail_score(new), reference.ratio(new)):
         assert values.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        (np.full(20, np.nan), "too few excesses"),
-        (np.zeros(20), "too few excesses"),
-        (-np.ones(20), "too few excesses"),
-        (np.r_[np.arange(1.0, 10), np.zeros(11)], "too few excesses"),
-        (np.ones(20), "tied excesses"),
-        (np.r_[np.arange(1.0, 20), np.inf], "infinite excesses"),
-        (10.0 ** np.linspace(-30, 0, 20), "more than 16 decades"),
-        (10.0 ** np.linspace(-200, 100, 500), "more than 16 decades"),
-        (1 - np.linspace(0, 1, 20) ** 9, "no interior maximum"),
-    ],
-)
-def test_rows_that_cannot_be_fitted_say_why(row, why):
-    fit = evt.fit_gpd(row)
-    assert evt.REASONS[fit.reason] == why
-    assert fit.xi.isnan() and fit.scale.isnan() and not fit.fitted
 
 
 def test_an_edit_that_overflows_predicts_no_class(w):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pss.correction import Curvature, gain_jacobian, margins, shifted, smallest, smallest_correction, unit_maps
-from pss.engine import growing as _variants
+from pss.engine import growing
 from pss.units import UnitGroup, Units
 
 
@@ -272,9 +272,9 @@ def test_views_by_the_size_that_the_batch_had_are_carried(net, count):
     sized = Sized().double().eval()
     assert torch.equal(sized(x), model(x))
     steps = [torch.randn(2, 2, 3, 3).double(), torch.randn(1, 6, 3, 3).double()]
-    changes = {sized.one.weight: [_variants.Change(0, 1, 3, steps[0])]}
-    changes[sized.two.weight] = [_variants.Change(count - 1, 2, 5, steps[1])]
-    found = _variants.forward(sized, x[:count], changes, 3)
+    changes = {sized.one.weight: [growing.Change(0, 1, 3, steps[0])]}
+    changes[sized.two.weight] = [growing.Change(count - 1, 2, 5, steps[1])]
+    found = growing.forward(sized, x[:count], changes, 3)
     for image in range(count):
         for k in range(3):
             delta = {"one.weight": torch.zeros(6, 2, 3, 3).double(), "two.weight": torch.zeros(6, 6, 3, 3).double()}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pss import evt, statistics
+from pss.engine import likelihood
 
 
 def sample(xi, shape, seed=0, scale=1.0):
@@ -102,11 +103,9 @@ def test_global_interior_maximum_of_awkward_samples(kind, n):
 
 @pytest.mark.parametrize("start", [-50.0, -9.0, 0.0, 5.0, 84.0])
 def test_long_rows_do_not_depend_on_the_start(start, monkeypatch):
-    from pss.engine import likelihood as _gpd
-
     x = np.stack([sample(xi, 500, seed=2) for xi in (-0.4, 0.0, 0.5, 1.5)])
     expected = evt.fit_gpd(x)
-    monkeypatch.setattr(_gpd, "_start", lambda x, n, top: torch.full_like(n, start))
+    monkeypatch.setattr(likelihood, "_start", lambda x, n, top: torch.full_like(n, start))
     got = evt.fit_gpd(x)
     torch.testing.assert_close(got.xi, expected.xi, rtol=0, atol=1e-7)
 
@@ -169,13 +168,11 @@ def test_continuous_through_zero():
 
 def test_profile_through_zero_against_mpmath():
     """The series and the direct formula, at both sides of their border and at zero itself."""
-    from pss.engine import likelihood as _gpd
-
     x = sample(0.0, 40, seed=2)
     x /= x.mean()
     n, top = torch.tensor([40.0], dtype=torch.float64), torch.tensor([x.max()])
     v = torch.tensor([[-0.05, -0.0203, -0.0201, -1e-5, 0.0, 1e-9, 0.0197, 0.0199, 0.05]], dtype=torch.float64)
-    theta, s, s1, *_, l1, _ = (p[0].numpy() for p in _gpd._profile(torch.from_numpy(x)[None], n, top, v))
+    theta, s, s1, *_, l1, _ = (p[0].numpy() for p in likelihood._profile(torch.from_numpy(x)[None], n, top, v))
     with mpmath.workdps(60):
 
         def scale(t):
@@ -200,6 +197,8 @@ NOT_FITTED = {
     "constant": (np.full(50, 0.3), "tied excesses"),
     "tied": (np.repeat([1.0, 2.0, 5.0], 40), "tied excesses"),
     "infinite": (np.append(sample(0.2, 50), np.inf), "infinite excesses"),
+    "far apart": (10.0 ** np.linspace(-30, 0, 20), "more than 16 decades"),
+    "many far apart": (10.0 ** np.linspace(-200, 100, 500), "more than 16 decades"),
     "rising density": (np.sqrt(np.linspace(0.01, 1, 100)), "no interior maximum"),
 }
 

@@ -113,7 +113,7 @@ def test_pictures_are_the_images(site, collection):
 
     written = read_script(site / "explorer" / "data" / f"digits-{collection.ids[0]}.js")
     opened = Image.open(BytesIO(base64.b64decode(written["picture"].split(",")[1])))
-    np.testing.assert_array_equal(np.asarray(opened), collection.to_image(collection.images[0]))
+    np.testing.assert_array_equal(np.asarray(opened), collection.pixels(collection.images[0]))
     size = Image.open(BytesIO(base64.b64decode(written["methods"]["zscore"]["map"].split(",")[1]))).size
     assert size == opened.size
 

@@ -30,7 +30,7 @@ from pss.reference import Reference
 
 pytestmark = pytest.mark.faults
 BAD, TRACE, UNTRUSTED = "tests/test_bad_input.py", "tests/test_no_trace.py", "tests/test_untrusted.py"
-PATCHES = "tests/test_patches.py"
+PATCHES, REPORT = "tests/test_patches.py", "tests/test_report.py"
 kept = []
 
 
@@ -151,7 +151,9 @@ GUARDS = {
         f"{UNTRUSTED}::test_index_of_a_sweep_escapes_names", "Environment", without(Environment, autoescape=False)
     ),
     "reports are escaped": Guard(
-        f"{UNTRUSTED}::test_report_escapes_names", "Environment", without(Environment, autoescape=False)
+        f"{REPORT}::test_names_are_text_whatever_they_hold",
+        "Environment",
+        without(Environment, autoescape=False),
     ),
     "checksums are compared": Guard(
         f"{PATCHES}::test_damaged_or_other_files_are_refused", "pss.storage.tensors.digest", lambda *parts: "as ever"

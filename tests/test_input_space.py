@@ -201,8 +201,8 @@ def test_the_map_of_gains_is_the_gradient_of_what_the_top_units_add_to_the_margi
         expected = (x * torch.autograd.grad(top, x)[0]).sum(dim=0).abs()
         torch.testing.assert_close(heat, expected.detach())
     assert torch.equal(gain_map(network, images[0], 0, units, k=3), found[0])
-    ids = gains(images[1].clone(), int(labels[1])).topk(3).indices
-    torch.testing.assert_close(gain_map(network, images[1:2], labels[1:2], units, ids=ids)[0], found[1])
+    ids = torch.stack([gains(x.clone(), int(y)).topk(3).indices for x, y in zip(images, labels, strict=True)])
+    torch.testing.assert_close(gain_map(network, images, labels, units, ids=ids), found)
     with pytest.raises(ValueError, match="k"):
         gain_map(network, images, labels, units, k=len(units) + 1)
 

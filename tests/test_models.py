@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from artefacts import flip
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -174,18 +175,12 @@ def test_damaged_cached_weights_are_trained_again_with_a_warning(quick):
     calls, cache = quick
     first = models.digits(seed=1)
     (path,) = cache.iterdir()
-    for content in (path.read_bytes()[:1000], _one_bit_changed(path.read_bytes())):
+    for content in (path.read_bytes()[:1000], flip(path.read_bytes(), -80)):
         path.write_bytes(content)
         with pytest.warns(UserWarning, match="is damaged"):
             again = models.digits(seed=1)
         assert models.fingerprint(again) == models.fingerprint(first)
     assert calls == [1, 1, 1]
-
-
-def _one_bit_changed(content):
-    changed = bytearray(content)
-    changed[-10] ^= 1
-    return bytes(changed)
 
 
 def test_command_trains_and_evaluates(tmp_path, monkeypatch, capsys, few):
@@ -277,7 +272,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path):
 def test_damaged_weights_are_noticed(tmp_path):
     path = tmp_path / "a.safetensors"
     models.save_weights(nn.Linear(2, 3), path)
-    path.write_bytes(_one_bit_changed(path.read_bytes()))
+    path.write_bytes(flip(path.read_bytes(), -80))
     with pytest.raises(ValueError, match="checksum"):
         models.load_weights(nn.Linear(2, 3), path)
 

@@ -5,11 +5,13 @@ import doctest
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from artefacts import flip
 from networks import Skip
 from state import state_of
 from torch import nn
@@ -18,7 +20,7 @@ from torch.nn.utils import parametrize
 import pss
 from pss.correction import unit_maps
 from pss.models import fingerprint
-from pss.patches import Patch, applied_to, bake, fit_patch, upper_bound
+from pss.patches import Patch, applied_to, bake, fit_patch, transplants, upper_bound
 from pss.units import Units
 
 
@@ -109,7 +111,7 @@ def test_patches_are_stacked_listed_and_removed_in_any_order(case, patch):
     second = fitted(case, slice(1, 3))
     before = state_of(model)
     second.apply(patch.apply(model))
-    assert [p._same(q) for p, q in zip(applied_to(model), (patch, second), strict=True)] == [True, True]
+    assert all(torch.equal(p.gains, q.gains) for p, q in zip(applied_to(model), (patch, second), strict=True))
     torch.testing.assert_close(model(x), by_hand(by_hand(case[0], patch), second)(x))
     patch.remove(model)
     assert not patch.is_applied(model) and second.is_applied(model)
@@ -223,7 +225,7 @@ def test_damaged_or_other_files_are_refused(patch, tmp_path):
         path.write_bytes(part)
         with pytest.raises(ValueError, match="damaged"):
             Patch.load(path)
-    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    path.write_bytes(flip(whole, -160))
     with pytest.raises(ValueError, match="checksum differs"):
         Patch.load(path)
     pss.models.save_weights(Skip(), path)
@@ -361,3 +363,70 @@ def test_the_bound_holds_for_divergences_that_a_few_images_carry():
     whole = torch.from_numpy(np.exp(rng.normal(-7, 2, 20_000)))  # skewness as of patches of digits
     draws = [whole[torch.from_numpy(rng.integers(len(whole), size=100))] for _ in range(400)]
     assert np.mean([upper_bound(draw) >= float(whole.mean()) for draw in draws]) > 0.93
+
+
+class Halves(nn.Module):
+    """Says which half of an image is brighter, unless one pixel is lit: then it says 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, x):
+        halves = [half.mean(dim=(1, 2, 3)) for half in x.split(x.shape[3] // 2, dim=3)]
+        return torch.stack([*halves, self.weight * (x[:, 0, 1, 9] - 1)], dim=1)
+
+
+def test_transplants_carry_the_part_that_is_to_blame_and_nothing_else():
+    model, generator = Halves(), torch.Generator().manual_seed(0)
+    images = torch.rand(40, 1, 16, 24, generator=generator)
+    labels = model(images).argmax(dim=1).detach()
+    lit, natural = images[:1].clone(), torch.rand(1, 1, 16, 24, generator=generator)
+    lit[:, 0, 1, 9] = 2.0
+    natural[..., :12] += 0.1  # the left half is brighter, whatever the label says: no part of it alone is to blame
+    mistakes = torch.cat([lit, natural]), torch.tensor([0, 1])
+    wrong = torch.where(torch.arange(40) < 30, labels, 1 - labels)  # the last ten are read wrongly
+    before = state_of(model)
+    (made, own), table = transplants(model, mistakes, (images, wrong), per_mistake=5, tries=10)
+    assert state_of(model) == before
+    first = table.iloc[0]
+    assert first[["height", "width", "share", "made"]].tolist() == [4, 6, 1.0, 5]
+    assert first["top"] <= 1 < first["top"] + 4 and first["left"] <= 9 < first["left"] + 6
+    part = (..., slice(int(first["top"]), int(first["top"]) + 4), slice(int(first["left"]), int(first["left"]) + 6))
+    assert (model(made[:5]).argmax(dim=1) == 2).all() and len(set(own[:5].tolist())) == 2
+    for image, label in zip(made[:5], own[:5], strict=True):
+        assert torch.equal(image[part], lit[0][part])
+        back = image.clone()
+        carrier = next(n for n in range(30) if (images[n] == image).float().mean() > 0.8)
+        back[part] = images[carrier][part]
+        assert torch.equal(back, images[carrier]) and label == labels[carrier]
+    again, _ = transplants(model, mistakes, (images, wrong), per_mistake=5, tries=10)
+    assert torch.equal(again[0], made)
+
+
+def test_no_transplant_where_no_part_turns_half_of_the_carriers():
+    images, labels = torch.zeros(6, 1, 8, 12), torch.ones(6, dtype=torch.long)
+    images[..., 6:] = 1  # the right half is brighter
+    mistake = torch.zeros(1, 1, 8, 12)
+    mistake[..., 0, 0] = 0.1  # read as 0: the rest of it is not in any part
+    (made, own), table = transplants(Halves(), (mistake, labels[:1]), (images, labels))
+    assert len(made) == len(own) == 0 and table["made"].tolist() == [0]
+    with pytest.raises(ValueError, match="of one size"):
+        transplants(Halves(), (mistake, labels[:1]), (images[..., 1:], labels))
+
+
+def test_the_kept_table_of_hidden_causes_says_how_it_was_made_and_is_whole():
+    path = Path(__file__).parents[1] / "data" / "experiments" / "hidden_causes.csv"
+    about = [line for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+    names = {line.strip("# ").split(":")[0] for line in about}
+    assert {"made by", "made on", "width", "epochs", "n_clean", "budget", "mask_steps"} <= names
+    table = pd.read_csv(path, comment="#")
+    assert not table.duplicated(["trigger", "seed", "complaints", "way"]).any()
+    five = table[table["complaints"] == 5]
+    ways = five.groupby(["trigger", "seed"])["way"].agg(frozenset)
+    assert len(set(ways)) == 1 and {"gains, transplants", "fine-pruning"} <= ways.iloc[0]
+    seeds = five.groupby("trigger")["seed"].agg(frozenset)  # every trigger with the same networks
+    assert len(seeds) == 3 and len(set(seeds)) == 1
+    assert ((table["attack"] + table["right"]) <= 1 + 1e-9).all() and table["clean"].between(0, 1).all()
+    counts = table[table["trigger"] == "white patch"].groupby("complaints")["seed"].agg(frozenset)
+    assert {1, 5, 10} <= set(counts.index)

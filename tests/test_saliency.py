@@ -47,6 +47,7 @@ GEOMETRIES = [  # channels, filters, kernel, stride, padding, dilation, groups, 
     (8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, (4, 4)),
     (8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, (10, 10)),
     (8, 12, (3, 5), (2, 1), (1, 2), (1, 1), 4, (9, 5)),
+    (2100, 3, (1, 1), (1, 1), (0, 0), (1, 1), 1, (9, 9)),
 ]
 
 
@@ -70,13 +71,15 @@ def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypa
             for i in range(5)
         ]
     )
-    torch.testing.assert_close(layer.gradients(x, g), expected)
-    expected = (expected if signed else expected.abs()).flatten(2).sum(2)
+    whole, expected = expected, (expected if signed else expected.abs()).flatten(2).sum(2)
     ways = {"contiguous": (x, g)}
     if x.dim() == 4:
         ways["channels last"] = tuple(t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     for a, b in ways.values():
         kept = a.clone(), b.clone()
+        torch.testing.assert_close(layer.gradients(a, b), whole)
+        single = layer.gradients(a.float(), b.float()).double()
+        torch.testing.assert_close(single, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
         torch.testing.assert_close(layer.row_sums(a, b, signed), expected)
         assert torch.equal(a, kept[0]) and torch.equal(b, kept[1])
 

@@ -320,6 +320,40 @@ def test_a_layout_that_is_met_either_way_must_be_said(name):
         assert units.layers[1].index(2)[0] == (slice(28, 32) if attention.head_first else slice(20, 24))
 
 
+class Unsaid(HeadFirst):
+    """Without an attribute that says how it is laid out."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.together = together
+        del self.head_first
+
+    def split(self, x, batch, length):
+        if self.together:
+            return self.qkv(x).reshape(batch, length, 3, 12).chunk(3, dim=3)
+        return self.qkv(x).reshape(batch, length, 3, 3, 4).unbind(2)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_layout_of_heads_that_no_attribute_says_is_seen(together, caplog):
+    """Rows that lie head by head were read as queries, then keys, then values, without a word."""
+    model = Attending(Unsaid(together)).eval()
+    before = {name: (value.clone(), value._version) for name, value in model.state_dict().items()}
+    units = Units.of(model, "heads")
+    assert not caplog.text
+    assert units.layers[1].index(2)[0] == (slice(28, 32) if together else slice(20, 24))
+    assert all(value.equal(before[n][0]) and value._version == before[n][1] for n, value in model.state_dict().items())
+
+
+def test_a_layout_of_heads_that_cannot_be_seen_is_not_taken_silently(caplog):
+    attention = Unsaid(False)
+    attention.forward = lambda x, height, width: x
+    units = Units.of(Attending(attention), "heads")
+    assert units.layers[1].index(2)[0] == slice(20, 24)
+    assert "attention.qkv.weight in 1 layers are taken for queries of all heads" in caplog.text
+    assert "set head_first" in caplog.text
+
+
 def test_heads_that_are_left_out_are_said(caplog):
     model = nn.ModuleList([Fused(), Strange(30, num_heads=3), nn.Bilinear(2, 2, 2)])
     model.num_heads = model[2].num_heads = 2  # the first is around heads that are known

@@ -10,7 +10,7 @@ from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Units, profile, profile_dataset
-from pss.engine import calls, kernels, recorder, strategies, verification
+from pss.engine import calls, kernels, locating, recorder, strategies, verification
 
 
 def unlinked(monkeypatch):
@@ -35,7 +35,7 @@ def unconjugated(monkeypatch):
 
 def trusting(monkeypatch):
     """Any first dimension as long as the batch is the batch."""
-    monkeypatch.setattr(recorder.Locator, "batches", lambda self: [None] * len(self.calls))
+    monkeypatch.setattr(locating.Locator, "batches", lambda self: [None] * len(self.calls))
     monkeypatch.setattr(recorder.Constants, "are_all", lambda *_: False)
 
 

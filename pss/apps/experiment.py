@@ -32,18 +32,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import pss
-from pss import editing as repair
-from pss import models
+from pss import editing, models
 from pss.apps.pages import sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, pictures, prepared, read_saved
 from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models.predictions import answers, ids_of, predict
-from pss.ranking import RANKINGS, rank, stage_shares
+from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import Loss, loss_name, profile
-from pss.statistics import paired_difference
+from pss.statistics import paired_difference, stage_shares
 from pss.storage.digests import digest, key_of
 from pss.storage.fingerprints import fingerprint, name_of_data
 from pss.storage.whole import write_whole
@@ -220,7 +219,7 @@ class Plan:
     """
 
     algo: Sequence[str] = tuple(PUBLISHED)
-    edits: Sequence[repair.Edit] = ("finetune",)
+    edits: Sequence[editing.Edit] = ("finetune",)
     filters: int = 25
     lr: float = 1e-3
     step_norm: float | None = None
@@ -242,7 +241,7 @@ class Plan:
             )
         check_count("filters", self.filters, len(units), "the number of units")
         for edit in self.edits:
-            check_known("edit", edit, repair.EDITS)
+            check_known("edit", edit, editing.EDITS)
         check_positive(lr=self.lr, step_norm=self.step_norm)
         methods = self.methods
         if twice := [name for name in methods if list(methods.values()).count(methods[name]) > 1]:
@@ -470,12 +469,14 @@ class Job:
             own.append(rank(row[None], reference, method, k, self.units, seed, match))
         return torch.cat(own)
 
-    def _edit(self, images: Tensor, labels: Tensor, names: np.ndarray, ranked: dict, edit: repair.Edit) -> pd.DataFrame:
+    def _edit(
+        self, images: Tensor, labels: Tensor, names: np.ndarray, ranked: dict, edit: editing.Edit
+    ) -> pd.DataFrame:
         """Curves of all rankings, made in one call."""
         times, ids, plan = len(ranked), torch.cat(list(ranked.values())), self.plan
         many = images.repeat(times, *[1] * (images.dim() - 1)), labels.repeat(times)
         how = {"lr": plan.lr, "step_norm": plan.step_norm, "loss": plan.loss, "progress": False}
-        curves = repair.edit_curves(self.model, *many, ids, self.units, edit, **how)
+        curves = editing.edit_curves(self.model, *many, ids, self.units, edit, **how)
         which = curves.pop("image").to_numpy()
         curves.insert(0, "image", names[which % len(names)])
         curves.insert(1, "algo", np.array(list(ranked))[which // len(names)])

@@ -24,9 +24,10 @@ from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
 from pss.patches import Patch, fit_patch
-from pss.ranking import RANKINGS, fdr_significant, rank
+from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
+from pss.statistics import fdr_significant
 from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 

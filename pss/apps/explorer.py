@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import editing as repair
-from pss import models
+from pss import editing, models
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
 from pss.plots import figures as plots
-from pss.ranking import fdr_significant, rank
+from pss.ranking import rank
 from pss.reference import Reference
+from pss.statistics import fdr_significant
 from pss.storage.digests import digest
 from pss.storage.fingerprints import fingerprint
 from pss.storage.places import cache_folder
@@ -76,9 +76,6 @@ class Collection:
     ids, views : sequence of B str
         Name of each image, and how it was cut (``whole``, ``cropped``, ``blurred``; empty where it was not).
     plain, scale_free : Reference
-    classes : sequence of str
-    to_image : callable
-        ``(C, H, W) -> (H, W, 3)``, in 0..1 or uint8.
     retain : pair of Tensor
         Images that the model has right, and their labels: what an edit breaks is counted there.
     learning_rate : float
@@ -88,7 +85,7 @@ class Collection:
     """
 
     name: str
-    model: nn.Module
+    network: models.Network
     units: Units
     images: Tensor
     labels: Tensor
@@ -96,11 +93,18 @@ class Collection:
     views: Sequence[str]
     plain: Reference
     scale_free: Reference
-    classes: Sequence[str]
-    to_image: Callable[[Tensor], np.ndarray]
     retain: tuple[Tensor, Tensor]
     learning_rate: float = 1e-3
     elsewhere: Sequence[int] = (1, 5, 10, 25)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network without what belongs to it."""
+        return self.network.model
+
+    def pixels(self, image: Tensor) -> np.ndarray:
+        """(C, H, W) to (H, W, 3), uint8."""
+        return _pixels(self.network.to_image(image))
 
     def reference(self, method: str) -> Reference:
         """What a ranking takes as usual."""
@@ -120,30 +124,13 @@ class Collection:
 
 def digits(count: int = 24, retain: int = 200) -> Collection:
     """Misclassified digits of the built-in test set, each true class in turn, the image of the tour first."""
-    model, data = models.digits(), pss.data.digits("test")
-    units = Units.of(model)
-    wrong = models.misclassified(model, data)
-    turn = (
-        wrong.groupby("label").cumcount().sort_values(kind="stable").index
-    )  # the first of each class, the second, ...
+    network, data = models.load("digits"), pss.data.digits("test")
+    wrong = models.misclassified(network.model, data)
+    turn = wrong.groupby("label").cumcount().sort_values(kind="stable").index  # the first of each class, the second, …
     chosen = [658, *turn.drop(658)][:count]
-    right = np.setdiff1d(np.arange(len(data)), wrong.index)
-    right = np.random.default_rng(0).choice(right, min(retain, len(right)), replace=False)
-    store = pss.profile_dataset(model, pss.data.mnist("validation"), units, progress=False)
-    return Collection(
-        "digits",
-        model,
-        units,
-        data.images[chosen],
-        data.labels[chosen],
-        [str(i) for i in chosen],
-        [""] * len(chosen),
-        Reference.fit(store),
-        Reference.fit(store, scale_free=True),
-        [str(c) for c in range(10)],
-        data.to_image,
-        (data.images[right], data.labels[right]),
-    )
+    others = data.subset(np.random.default_rng(0).permutation(len(data))[: 2 * retain]).tensors
+    images, labels, ids = data.images[chosen], data.labels[chosen], [str(i) for i in chosen]
+    return _collection("digits", network, images, labels, ids, [""] * len(ids), others, retain)
 
 
 def photographs(count: int = 8, retain: int = 12) -> Collection:
@@ -152,30 +139,24 @@ def photographs(count: int = 8, retain: int = 12) -> Collection:
     Its reference is measured on a few hundred crops of photographs: enough to show, too few to trust.
     """
     network = models.load("efficientnet_lite0")
-    units = Units.of(network.model)
     known = {photo.name: photo for photo in pss.data.photographs()}
     images = torch.stack([network.preprocess(_view(known[name].image, how)) for name, _, how in _VIEWS])
     said = models.predict(network.model, images).argmax(dim=1).tolist()
     fits = {photo.name: (photo.label, *photo.also) for photo in known.values()}
     wrong = [i for i, (name, _, _) in enumerate(_VIEWS) if said[i] not in fits[name]][:count]
+    labels = torch.tensor([known[_VIEWS[i][0]].label for i in wrong])
     crops = models.reference_set(network)
-    other = torch.stack([crops[i][0] for i in range(3 * retain)])
-    right = (models.predict(network.model, other).argmax(dim=1) == crops.labels[: 3 * retain]).nonzero()[:retain, 0]
-    return Collection(
-        "photographs",
-        network.model,
-        units,
-        images[wrong],
-        torch.tensor([known[_VIEWS[i][0]].label for i in wrong]),
-        [f"{_VIEWS[i][0]}-{i}" for i in wrong],
-        [_VIEWS[i][1] for i in wrong],
-        models.reference(network, units, progress=False),
-        models.reference(network, units, scale_free=True, progress=False),
-        network.classes,
-        network.to_image,
-        (other[right], crops.labels[right]),
-        elsewhere=(K,),
-    )
+    others = torch.stack([crops[i][0] for i in range(3 * retain)]), crops.labels[: 3 * retain]
+    ids, views = [f"{_VIEWS[i][0]}-{i}" for i in wrong], [_VIEWS[i][1] for i in wrong]
+    return _collection("photographs", network, images[wrong], labels, ids, views, others, retain, elsewhere=(K,))
+
+
+def _collection(name, network, images, labels, ids, views, others, retain, **more) -> Collection:
+    """What is usual for the network, and of the others the first that it has right, beside the images."""
+    units, (x, y) = Units.of(network.model), others
+    right = (models.predict(network.model, x).argmax(dim=1) == y).nonzero()[:retain, 0]
+    plain, free = (models.reference(network, units, scale_free=free, progress=False) for free in (False, True))
+    return Collection(name, network, units, images, labels, ids, views, plain, free, (x[right], y[right]), **more)
 
 
 def _view(picture: Image.Image, how: tuple[float, ...]) -> Image.Image:
@@ -226,9 +207,9 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
     curves = {
-        e: repair.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
+        e: editing.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
     }
-    steps = repair.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
+    steps = editing.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
     steps = dict(zip(tops.unique().tolist(), steps, strict=True))
     before = models.predict(c.model, image).softmax(dim=1)[0]
     predicted = int(before.argmax())
@@ -238,7 +219,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
         "significant": int(fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
-        "picture": picture(_pixels(c.to_image(image[0]))),
+        "picture": picture(c.pixels(image[0])),
         "heights": {method: pack(height(profiles[method], method, c.reference(method))) for method in HEIGHTS},
         "methods": {},
     }
@@ -277,7 +258,7 @@ def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) 
     shares = []
     for k in c.elsewhere:
         own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
-        table = repair.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
+        table = editing.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
         shares.append(table["still_right"][0])
     return {"still_right": _short(shares)}
 
@@ -288,7 +269,7 @@ def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) 
     which = {"boost": BOOST, "method": standard, "ids": top[:MAP_UNITS]}
     raw = input_saliency(c.model, image, label, c.units, c.reference(method), **which)
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
-    grey = 0.6 * _pixels(c.to_image(image[0])).mean(axis=2, keepdims=True) / 255
+    grey = 0.6 * c.pixels(image[0]).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
     return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
 
@@ -327,7 +308,7 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
             ],
             "colors": colors,
             "units": len(c.units),
-            "classes": {i: c.classes[i] for i in sorted(used)},
+            "classes": {i: c.network.classes[i] for i in sorted(used)},
             "reference": c.plain.n,
             "retain": len(c.retain[1]),
             "elsewhere": c.elsewhere,
@@ -338,7 +319,7 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
                     "label": d["label"],
                     "predicted": d["predicted"],
                     "view": c.views[i],
-                    "thumbnail": d["picture"] if len(d["picture"]) < 3000 else picture(_pixels(c.to_image(x)), 64),
+                    "thumbnail": d["picture"] if len(d["picture"]) < 3000 else picture(c.pixels(x), 64),
                 }
                 for i, (d, x) in enumerate(zip(of_images, c.images, strict=True))
             ],
@@ -413,7 +394,8 @@ def widget(collection: Collection | None = None) -> Any:
 
     c = digits() if collection is None else collection
     said = models.predict(c.model, c.images).argmax(dim=1).tolist()
-    names = [f"{c.classes[y]}, read as {c.classes[p]} ({n})" for y, p, n in zip(c.labels, said, c.ids, strict=True)]
+    classes = c.network.classes
+    names = [f"{classes[y]}, read as {classes[p]} ({n})" for y, p, n in zip(c.labels, said, c.ids, strict=True)]
     image = ipywidgets.Dropdown(options=list(zip(names, range(len(names)), strict=True)), description="image")
     method = ipywidgets.Dropdown(options=[(LABELS[m], m) for m in METHODS], description="ranking")
     edit = ipywidgets.RadioButtons(options=[("fine-tune", "finetune"), ("prune", "prune")], description="edit")
@@ -436,15 +418,15 @@ def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tupl
     image, label = c.images[position : position + 1], c.labels[position : position + 1]
     profiles = c.profiles(position)
     top = c.top(profiles, method)[0, :k]
-    steps = repair.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
+    steps = editing.unit_steps(c.model, image, label, c.units, top[None], lr=c.learning_rate)[0]
     before = models.predict(c.model, image).softmax(dim=1)[0]
-    with repair.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
+    with editing.edited(c.model, c.units, top, edit, steps if edit == "finetune" else None):
         after = models.predict(c.model, image).softmax(dim=1)[0]
     y = int(label)
-    text = f"<p>confidence in {c.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"
+    text = f"<p>confidence in {c.network.classes[y]}: {before[y]:.3f} before, {after[y]:.3f} after</p>"
     table = pd.DataFrame({"filter": [c.units.name(u) for u in top.tolist()], **_table(profiles, method, top, c)})
     unusual = c.plain.zscore(profiles["zscore"])[0]
-    figure = plots.story(c.to_image(image[0]), unusual, c.units, top, before, after, y)
+    figure = plots.story(c.network.to_image(image[0]), unusual, c.units, top, before, after, y)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     plt.close(figure)

@@ -16,7 +16,7 @@ from pss.data.builtin import SIZE, built_in_set, load, normalize, resize
 from pss.data.image_set import MEAN, STD, ImageSet, hash_arrays
 from pss.data.pictures import read_image
 from pss.data.vision import torchvision
-from pss.engine.checks import check_count, check_known
+from pss.engine.checks import check_known
 
 
 def preprocess(image: Image.Image) -> torch.Tensor:
@@ -25,7 +25,7 @@ def preprocess(image: Image.Image) -> torch.Tensor:
     return normalize(np.asarray(square)).contiguous()
 
 
-def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", count=None, seed: int = 0) -> ImageSet:
+def torchvision_set(name: str, root: str | os.PathLike, split: str = "test") -> ImageSet:
     """Read the full MNIST or SVHN from disk, with the preprocessing of the built-in sets. Nothing is downloaded.
 
     Parameters
@@ -35,22 +35,19 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", cou
         The folder to give to ``torchvision.datasets.MNIST`` or ``SVHN``.
     split : str
         ``train`` or ``test``, of SVHN also ``extra``.
-    count : int, optional
-        Take this many images at random. All of MNIST's 60,000 need 0.7 GB.
-    seed : int
-        Seed of that choice.
 
     Returns
     -------
     ImageSet
-        Images of shape (N, 3, 32, 32); ids hold each image's position in the full set.
+        Images of shape (N, 3, 32, 32); ids hold each image's position in the full set. All of MNIST's 60,000 need
+        0.7 GB: `open_set` takes some at random.
 
     Raises
     ------
     FileNotFoundError
         If the files are not there, or not whole.
     ValueError
-        If there is no such set or split, or it has fewer images than asked for.
+        If there is no such set or split.
     """
     splits = {"MNIST": ("train", "test"), "SVHN": ("train", "test", "extra")}
     check_known("set", name, splits)
@@ -64,14 +61,9 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test", cou
             f"{name}'s {split} files are not in {os.fspath(root)!r}, or not whole ({error}). Put them there yourself: "
             f"PSS downloads nothing; torchvision.datasets.{name}(root, download=True) fetches them once"
         ) from error
-    rows = np.arange(len(full))
-    if count is not None:
-        check_count("count", count, len(full), f"the number of images in {name}/{split}")
-        rows = np.random.default_rng(seed).permutation(len(full))[:count]
-    pixels = full.data[rows]
-    pixels = resize(pixels.numpy()) if name == "MNIST" else pixels.transpose(0, 2, 3, 1)
-    labels = np.asarray(full.targets if name == "MNIST" else full.labels)[rows]
-    return built_in_set(pixels, labels, name, split, rows)
+    pixels = resize(full.data.numpy()) if name == "MNIST" else full.data.transpose(0, 2, 3, 1)
+    labels = np.asarray(full.targets if name == "MNIST" else full.labels)
+    return built_in_set(pixels, labels, name, split, np.arange(len(full)))
 
 
 class _Folder(torchvision.datasets.ImageFolder):

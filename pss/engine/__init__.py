@@ -6,6 +6,7 @@ A batch goes through these files in this order::
       recorder      watches the forward pass; every call of a layer becomes
         calls       a LayerCall, or one that is deferred until it is known who asks for its output:
         folding     a BatchNorm, which is then computed within the convolution
+        hearing     which keeps its output where that is asked for
         constants   what depends on no image: standardized weights, tables of positions
       locating      where the batch is in each call's input: two more forward passes, once for each course
       recorder      runs the backward pass, in which each call is reduced by

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pss.engine.state import preserved
 
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 _SIZES = ("head_dim", "attention_head_size", "dim_head")
@@ -14,13 +19,15 @@ _WORDS = {"query": "q", "key": "k", "value": "v", "c_attn": "qkv", "query_key_va
 _DECORATION = re.compile(r"^(to_|w)(?=[qkv])|_(proj|lin|linear)$")
 
 
-def heads_of(module: nn.Module) -> Iterator[tuple]:
+def heads_of(module: nn.Module, doubts: list[str]) -> Iterator[tuple]:
     """Heads of the queries, the keys and the values of an attention module; nothing of any other module.
 
     Known are ``nn.MultiheadAttention``, and modules whose layers have the names that timm, torchvision and Hugging Face
     give them: one layer for all (``qkv``, ``c_attn``), or several (``query``, ``q_proj``, ``to_q``, ``kv``, …).
     The rows of one for all are q of every head, then k of every head, then v. Where the module has a ``key_dim``, or
-    ``head_first`` is set, they are q, k and v of one head, then of the next.
+    ``head_first`` is set, they are q, k and v of one head, then of the next. Without such an attribute the module is
+    run on random numbers, to see whose output a change of some rows moves. Names of layers of which that cannot be seen
+    are added to ``doubts``.
 
     Yields
     ------
@@ -42,8 +49,12 @@ def heads_of(module: nn.Module) -> Iterator[tuple]:
     sizes = _sizes(module, heads, total, next(weight.shape[1 - dim] for _, weight, dim in projections.values()))
     for parts, (name, weight, dim) in projections.items():
         head_first = getattr(module, "head_first", True if _number(module, "key_dim") else None)
-        if head_first is None and len(parts) > 1 and (weight.dim() > 2 or name.startswith("query")):  # either is met
-            raise ValueError(f"how the rows of {name} are laid out is not known: set head_first, True or False")
+        if head_first is None and len(parts) > 1 and heads > 1 and not isinstance(module, nn.MultiheadAttention):
+            if weight.dim() == 2:
+                head_first = _sees_head_first(module, name, weight, dim, [sizes[part] for part in parts], total[parts])
+            if head_first is None and (weight.dim() > 2 or name.startswith("query")):  # either is met
+                raise ValueError(f"how the rows of {name} are laid out is not known: set head_first, True or False")
+            doubts += [name] if head_first is None else []
         each = sum(sizes[part] for part in parts)
         count = total[parts] // each if parts in ("k", "v") else heads  # several queries may share a key and a value
         if total[parts] != count * each or heads % count:
@@ -56,6 +67,52 @@ def heads_of(module: nn.Module) -> Iterator[tuple]:
             offset, stride = (before, each) if head_first else (before * count, sizes[part])
             yield name, tuple(weight.shape), count, dim, sizes[part], offset, stride, part
             before += sizes[part]
+
+
+@torch.no_grad()
+def _sees_head_first(
+    module: nn.Module, name: str, weight: Tensor, dim: int, sizes: list[int], rows: int
+) -> bool | None:
+    """Whether a weight's rows are those of one head, then of the next; None where that is not seen.
+
+    Behind the rows for the first head lie those of the second for the same, or those of the first for something else:
+    which head's output moves when they change sign?
+    """
+    changed, width = weight.detach().clone(), rows // len(sizes)
+    changed.narrow(dim, sizes[0], min(sizes)).neg_()
+    inputs, windows = weight.shape[1 - dim], [b.shape[-1] for b in module.buffers() if b.dim() > 1]
+    for shape in [*((n,) for n in dict.fromkeys([4, *windows])), (8, 8), (7, 7)]:
+        x = torch.randn((1, *shape, inputs), generator=torch.Generator().manual_seed(0)).to(weight)
+        outputs = []
+        for values in (weight, changed):
+            try:
+                with preserved(module), _Projected(width) as seen:
+                    seen.keep(torch.func.functional_call(module, {name: values}, (x,)))
+            except Exception:  # whatever a module raises that takes something else
+                break
+            outputs.append(seen.inputs)
+        for before, after in zip(*outputs, strict=False) if len(outputs) == 2 else ():
+            if before.shape == after.shape and not before.equal(after):
+                heads = (before != after).flatten(0, -2).any(0).unflatten(0, (-1, sizes[-1])).any(1).nonzero()
+                return {(0,): True, (1,): False}.get(tuple(heads[:, 0].tolist()))
+    return None
+
+
+class _Projected(TorchFunctionMode):
+    """Inputs of linear layers and normalizations, and an output, that are as wide as all heads."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.inputs = width, []
+
+    def keep(self, x) -> None:
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] == self.width:
+            self.inputs.append(x.clone())
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        if function in (F.linear, F.layer_norm, torch.addmm):
+            self.keep(args[function is torch.addmm])
+        return function(*args, **(kwargs or {}))
 
 
 def _sizes(module: nn.Module, heads: int, total: dict[str, int], inputs: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from pss.engine.kernels import Convolution, Linear, Table
-from pss.engine.locating import BatchDimension
+
+if TYPE_CHECKING:
+    from pss.engine.locating import BatchDimension
 
 
 class Unsupported(RuntimeError):
@@ -23,14 +25,18 @@ class OwnGradients(Unsupported):
     """The network runs a backward pass within its forward pass."""
 
 
+class Keeper(Protocol):
+    """Who keeps the outputs of calls."""
+
+    keep: Callable[[LayerCall, Tensor], None]
+
+
 class Recorder(Protocol):
     """Who is told of calls, and of their gradients."""
 
     token: Tensor  # makes the outputs of layers require a gradient
     bf16: bool
-    keeps_outputs: bool
-    outputs_kept: dict[int, LayerCall]
-    hear: Callable[[LayerCall, Tensor], None]
+    kept: Keeper | None
     record: Callable[[LayerCall, Tensor], None]
     collect: Callable[[LayerCall, Tensor, Tensor], None]
     collect_products: Callable[[LayerCall, Tensor, Tensor], None]
@@ -78,10 +84,8 @@ class LayerCall:
     def compute(self, x: Tensor) -> Tensor:
         """Values of the output."""
         output = self.layer.forward(x, self.weight, self.bias)
-        if self.recorder.keeps_outputs:
-            self.kept, self.version = output.detach(), output._version  # no copy, and it sees what is written into it
-            self.recorder.outputs_kept[output.data_ptr()] = self
-            self.recorder.hear(self, output)
+        if self.recorder.kept is not None:
+            self.recorder.kept.keep(self, output)
         return output
 
     def products(self, x: Tensor, g: Tensor) -> Tensor:

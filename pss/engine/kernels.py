@@ -99,9 +99,7 @@ class Convolution:
 
     def _gradient(self, x: Tensor, g: Tensor) -> Tensor:
         like = x.new_empty(()).expand(self.shape)  # only its shape is read
-        if (
-            x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous()
-        ):  # oneDNN copies what is not laid out as x
+        if x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous():  # else oneDNN copies it
             like = torch.empty_like(like, memory_format=torch.channels_last)
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, like, None, *self._geometry, mask)[1]
@@ -225,16 +223,19 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
         return (g * patches.sum(2, keepdim=True)).sum(1)
     if positions == 1:  # the gradient is an outer product
         return (g.abs() * patches.abs().sum(2, keepdim=True))[:, 0]
+    if samples * rows * columns <= _block(g):
+        return torch.bmm(g.mT, patches).abs_().sum(2)
+    if columns > 2048 and positions > 64 and not g.is_cuda:  # wide and low blocks are slow to multiply
+        return sum(sums_of_products(part, g, signed) for part in patches.split(768, 2))
     many = max(1, _block(g) // (rows * columns))  # whole samples, or else parts of one, of like size
     few = math.ceil(rows / math.ceil(rows * columns / _block(g)))
     block = g.new_empty(min(many, samples), few, columns)
     sums = g.new_empty(samples, rows)
-    for b in range(0, samples, many):
-        for r in range(0, rows, few):
-            left, right = g[b : b + many, :, r : r + few].mT, patches[b : b + many]
-            out = block[: len(left), : left.shape[1]]
-            torch.bmm(left, right, out=out)
-            torch.sum(out.abs_(), 2, out=sums[b : b + many, r : r + few])
+    for left, right, out in zip(g.mT.split(many), patches.split(many), sums.split(many), strict=True):
+        for some, of_some in zip(left.split(few, 1), out.split(few, 1), strict=True):
+            gradients = block[: len(some), : some.shape[1]]
+            torch.bmm(some, right, out=gradients)
+            torch.sum(gradients.abs_(), 2, out=of_some)
     return sums
 
 

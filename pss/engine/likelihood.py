@@ -1,4 +1,4 @@
-r"""Interior maximum of the generalized Pareto likelihood, for many rows at once: the arithmetic of `pss.evt.fit_gpd`.
+r"""Generalized Pareto fits of many rows at once by maximum likelihood: the arithmetic of `pss.evt.fit_gpd`.
 
 With :math:`\theta = \xi/\beta` the best scale at given theta is the mean of :math:`\log(1 + \theta x)/\theta`, and what
 remains is one-dimensional (Grimshaw, Technometrics 35, 1993, section 2): the log-likelihood per excess is
@@ -26,6 +26,58 @@ SAMPLE = 128  # longer rows are started from a sample of this size, shorter ones
 def chunk_elements(device: torch.device) -> int:
     """Return how many float64 values to work on at once: what stays in a processor's cache, or fills a GPU."""
     return (1 << 26) if device.type == "cuda" else (1 << 20)
+
+
+def fit_rows(raw: Tensor, min_excesses: int) -> tuple[Tensor, ...]:
+    """Fit every row, (r, n) as `pss.evt.fit_gpd` takes them: the fields of `pss.evt.GPDFit`."""
+    x, n = _pack(raw)
+    mean, top = x.sum(1) / n.clamp(min=1), x.amax(1)
+    reason = torch.zeros_like(n, dtype=torch.uint8)
+    reason[_distinct(x, min_excesses) < min_excesses] = 2
+    reason[n < min_excesses] = 1
+    reason[~mean.isfinite()] = 4
+    xi, scale, loglik, var_xi, var_scale, cov = (torch.full_like(mean, torch.nan) for _ in range(6))
+    (rows,) = (reason == 0).nonzero(as_tuple=True)
+    if len(rows):
+        good = slice(None) if len(rows) == len(x) else rows  # a slice does not copy
+        found = maximize(x.div_(mean[:, None])[good], n[good], top[good] / mean[good])
+        theta, s = found[:2]  # of excesses / mean
+        xi[rows], scale[rows] = theta * s, s * mean[rows]
+        loglik[rows] = -n[rows] * (scale[rows].log() + theta * s + 1)
+        found = torch.where(theta * s > -0.5, found, torch.nan)
+        var_xi[rows], var_scale[rows], cov[rows] = covariance(found[0], found[1], found[2], found[3], n[rows])
+        reason[rows[theta.isnan()]] = 3
+        (none,) = (reason == 3).nonzero(as_tuple=True)
+        smallest = torch.where(x[none] > 0, x[none], torch.inf).amin(1)
+        reason[none[x[none].amax(1) > 1e16 * smallest]] = 5
+    return xi, scale, loglik, n.long(), var_xi.sqrt(), var_scale.sqrt() * mean, cov * mean, reason
+
+
+def _pack(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Excesses as float64 with zeros for padding (log(1 + theta 0) = 0), a multiple of 8 wide, and their number."""
+    x = raw.to(torch.float64).nan_to_num(0.0, posinf=torch.inf).clamp_(min=0)
+    if x.amin() > 0:  # the usual case; counting is slower than fitting is
+        n = torch.full_like(x[:, 0], x.shape[1])
+    else:
+        n = count(x)
+        if n.max() < x.shape[1] // 2:
+            x = x.topk(max(1, int(n.max())), dim=1).values
+    if x.shape[1] % 8:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+    return x, n
+
+
+def _distinct(x: Tensor, enough: int) -> Tensor:
+    """Count the distinct excesses of each row; a row that shows `enough` of them in a sample is not counted out."""
+
+    def distinct_of(y: Tensor) -> Tensor:
+        y = y.sort(1).values
+        return (y[:, 1:] > y[:, :-1]).sum(1) + (y[:, 0] > 0)
+
+    distinct = distinct_of(x[:, :: max(1, x.shape[1] // 32)])
+    (few,) = (distinct < enough).nonzero(as_tuple=True)
+    distinct[few] = distinct_of(x[few])
+    return distinct
 
 
 def count(x: Tensor) -> Tensor:

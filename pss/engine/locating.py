@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pss.engine.calls import LayerCall, Unsupported
+from pss.engine.kernels import Linear
+
+if TYPE_CHECKING:
+    from pss.engine.recorder import GradientRecorder
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,44 @@ def keeps_order(where: BatchDimension, x: Tensor, shifted: Tensor) -> bool:
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, which depends on the size of a batch."""
     return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max())
+
+
+class Locator:
+    """Finds the batch in the inputs of recorded calls, from two more forward passes.
+
+    The last sample alone shows which dimension grows with the batch, and what its rows must be; the batch with its
+    samples moved on by one place shows that rows follow samples. What fails either is no batch: a table as long as
+    one, or samples that the network has sorted.
+    """
+
+    def __init__(self, recorder: GradientRecorder):
+        self.calls, self.samples = list(recorder.calls), recorder.samples
+        self.found: list[BatchDimension | str] = []
+        self.moved = 0
+
+    def alone(self, number: int, call: LayerCall, x: Tensor) -> None:
+        """Visit a call of the last sample alone."""
+        dims = x.dim() - 1 if isinstance(call.layer, Linear) else 1
+        self.found.append(locate_batch(self._same(number, call), x, self.samples, dims))
+
+    def shifted(self, number: int, call: LayerCall, x: Tensor) -> None:
+        """Visit a call of the batch whose samples were moved on by one place."""
+        of_batch, where = self._same(number, call), self.found[number]
+        self.moved += 1
+        if not isinstance(where, str) and not keeps_order(where, of_batch, x):
+            self.found[number] = "a layer's input does not keep the order of the samples"
+
+    def batches(self) -> list[BatchDimension | str | None]:
+        """Where the batch is in each call: None where it is the first dimension, a reason where it is not known."""
+        if not len(self.found) == self.moved == len(self.calls):
+            raise Unsupported(_OTHER_COURSE)
+        plain = BatchDimension(0, self.samples, 1)
+        return [None if where == plain else where for where in self.found]
+
+    def _same(self, number: int, call: LayerCall) -> Tensor:
+        if number >= len(self.calls) or self.calls[number][0].name != call.name:
+            raise Unsupported(_OTHER_COURSE)
+        return self.calls[number][1]
+
+
+_OTHER_COURSE = "the network takes another course for one sample than for a batch, or for samples in another order"

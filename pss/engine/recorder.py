@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradients, Unsupported, computed
 from pss.engine.constants import Constants, parameters_of
 from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
+from pss.engine.hearing import FOLLOWED, KeptOutputs
 from pss.engine.kernels import Convolution, Linear, Table
-from pss.engine.locating import BatchDimension, keeps_order, locate_batch
+from pss.engine.locating import BatchDimension
 
 QUANTITIES = ("gradient", "gain", "output")
 
@@ -82,10 +83,8 @@ class GradientRecorder(TorchFunctionMode):
         self.wanted, self.others, self.samples, self.columns = wanted, others or {}, samples, columns
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
-        self.listens = "output" in options.of and visit is None
-        self.keeps_outputs = self.listens or ("gain" in options.of and visit is None)
-        self.heard: dict[LayerCall, Tensor] = {}  # outputs, of convolutions their means over positions
-        self.outputs_kept: dict[int, LayerCall] = {}  # by their place in memory
+        asked = visit is None and options.of != ("gradient",)
+        self.kept = KeptOutputs(listens="output" in options.of) if asked else None
         like = next(iter({**wanted, **self.others}.values()))
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
@@ -136,17 +135,16 @@ class GradientRecorder(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
-        if function in NORMALIZATIONS or (self.listens and function in _LAYER_NORMS):
-            return self._normalized(NORMALIZATIONS.get(function, function), *args, **kwargs)
-        if function in _CUTTING and self.keeps_outputs:
-            return self._cut(function, *args, **kwargs)
+        run = NORMALIZATIONS.get(function, function)
+        if self.kept is not None and function in FOLLOWED:
+            return self.kept.follow(function, run, *args, **kwargs)
         if function in _ELEMENTWISE and not constant:
             return self._elementwise(function, *args, **kwargs)
         if function is F.scaled_dot_product_attention and not constant:
             return self._attention(*args, **kwargs)
         if function in _DECISIONS and self.samples > 1 and not constant:
             raise Unsupported(f"the network reads values of a whole batch ({function.__name__})")
-        return function(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _convolution(self, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if not self._is_ours(input, weight, bias):
@@ -160,6 +158,8 @@ class GradientRecorder(TorchFunctionMode):
             input, padding = _numeric_padding(input, weight, padding, dilation)
         geometry = Convolution(weight.shape, stride, _each(padding, dims), dilation, groups)
         call = self._call_of(geometry, weight, bias)
+        if input.dim() == 4 and not input.is_cuda and not input.is_contiguous():  # once, for both passes
+            call.weight = call.weight.contiguous(memory_format=torch.channels_last)
         return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
 
     def _linear(self, input, weight, bias=None):
@@ -179,8 +179,6 @@ class GradientRecorder(TorchFunctionMode):
         if self._is_made(other):
             seen = input.detach().clone() if function in _INTO else input  # the batch is looked for later
             other = self._rows(other, seen)
-        elif function in _ADDING and self.keeps_outputs and not (args or kwargs):
-            return self._added(function, input, other)
         elif self._is_made(input) and function not in _INTO:
             input = self._rows(input, other)
         return function(input, other, *args, **kwargs)
@@ -213,50 +211,10 @@ class GradientRecorder(TorchFunctionMode):
             return False
         return tensor.requires_grad and not tensor.is_complex()
 
-    def _cut(self, function, input, *args, **kwargs):
-        """Cut off values, perhaps of an output in place: where it does that the gradient is zero, so that it may."""
-        call = self._kept_call(input)
-        result = function(input, *args, **kwargs)
-        if call is not None:
-            call.version = call.kept._version
-        return result
-
-    def _added(self, function, input, other):
-        """Add something to an output in place, perhaps: it is remembered, to be taken off again."""
-        call = self._kept_call(input)
-        known = call is not None and call.added is None and not self.listens and isinstance(other, Tensor)
-        known = known and _alike(input, call.kept) and other.shape == input.shape and other.dtype == input.dtype
-        term = (
-            (other.detach(), other._version) if known else None
-        )  # another one afterwards if it is a part of the output
-        result = function(input, other)
-        if known:
-            call.added, call.version = term, call.kept._version
-        return result
-
-    def _kept_call(self, tensor: Tensor) -> LayerCall | None:
-        """The call whose output it is, as it was but for what is known."""
-        call = self.outputs_kept.get(tensor.data_ptr())
-        return call if call is not None and call.kept._version == call.version else None
-
-    def _normalized(self, function, input, *args, **kwargs):
-        """A normalization, after which an output is heard instead of before it."""
-        call = self._kept_call(input) if self.listens else None
-        result = function(input, *args, **kwargs)
-        if call is not None and call.kept.shape == result.shape:
-            self.hear(call, result)
-        return result
-
-    def hear(self, call: LayerCall, output: Tensor) -> None:
-        """Keep what a call says, should it be asked for."""
-        if self.listens:
-            positions = isinstance(call.layer, Convolution)
-            self.heard[call] = output.detach().flatten(2).mean(2) if positions else output.detach().clone()
-
     def output_means(self, losses: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Mean output of every row of the wanted parameters over positions and calls, ``(B, O)``; zero of idle ones."""
         means: dict[str, tuple[Tensor, ...]] = {}
-        for call, output in self.heard.items():
+        for call, output in self.kept.heard.items():
             if call.name not in self.lost:
                 first = output if call.batch is None else call.batch.first(output)
                 mean = self._mean(
@@ -395,7 +353,7 @@ class GradientRecorder(TorchFunctionMode):
         gradients : dict of str to Tensor
             What autograd reached, summed over the batch: of the others, and of wanted parameters, then perhaps in part.
         """
-        if self.listens:
+        if self.kept is not None and self.kept.listens:
             return self.output_means(losses), {}
         watched = {**self.wanted, **self.others}
         found: tuple[Tensor | None, ...] = (None,) * len(watched)
@@ -425,55 +383,10 @@ class GradientRecorder(TorchFunctionMode):
         return mean[:, None] if name in self.columns else mean
 
 
-class Locator:
-    """Finds the batch in the inputs of recorded calls, from two more forward passes.
-
-    The last sample alone shows which dimension grows with the batch, and what its rows must be; the batch with its
-    samples moved on by one place shows that rows follow samples. What fails either is no batch: a table as long as
-    one, or samples that the network has sorted.
-    """
-
-    def __init__(self, recorder: GradientRecorder):
-        self.calls, self.samples = list(recorder.calls), recorder.samples
-        self.found: list[BatchDimension | str] = []
-        self.moved = 0
-
-    def alone(self, number: int, call: LayerCall, x: Tensor) -> None:
-        """Visit a call of the last sample alone."""
-        dims = x.dim() - 1 if isinstance(call.layer, Linear) else 1
-        self.found.append(locate_batch(self._same(number, call), x, self.samples, dims))
-
-    def shifted(self, number: int, call: LayerCall, x: Tensor) -> None:
-        """Visit a call of the batch whose samples were moved on by one place."""
-        of_batch, where = self._same(number, call), self.found[number]
-        self.moved += 1
-        if not isinstance(where, str) and not keeps_order(where, of_batch, x):
-            self.found[number] = "a layer's input does not keep the order of the samples"
-
-    def batches(self) -> list[BatchDimension | str | None]:
-        """Where the batch is in each call: None where it is the first dimension, a reason where it is not known."""
-        if not len(self.found) == self.moved == len(self.calls):
-            raise Unsupported(_OTHER_COURSE)
-        plain = BatchDimension(0, self.samples, 1)
-        return [None if where == plain else where for where in self.found]
-
-    def _same(self, number: int, call: LayerCall) -> Tensor:
-        if number >= len(self.calls) or self.calls[number][0].name != call.name:
-            raise Unsupported(_OTHER_COURSE)
-        return self.calls[number][1]
-
-
-_OTHER_COURSE = "the network takes another course for one sample than for a batch, or for samples in another order"
-
-
 def _has_hooks(model: nn.Module) -> bool:
     everywhere = nn.modules.module
     shared = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     return bool(shared) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride()
 
 
 def _numeric_padding(input: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]):
@@ -494,11 +407,8 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
-_ADDING = {Tensor.add_, Tensor.__iadd__}
 _ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
 _ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}
-_LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}
-_CUTTING = {F.relu, F.relu6, F.hardtanh, F.relu_, F.hardtanh_, torch.relu, torch.relu_, Tensor.relu_}
 _DECISIONS = {Tensor.item, Tensor.tolist, Tensor.numpy, torch.equal, torch.allclose, torch.is_nonzero}
 _DECISIONS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 # The same function, blind to overrides: it would otherwise hand itself to the mode instead of calling what is inside.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -29,3 +29,8 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         for parameter, requires_grad, grad in states:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd may save of one made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pss.engine.calls import OwnGradients, Unsupported
 from pss.engine.folding import ExplicitNormalization
-from pss.engine.locating import close
-from pss.engine.recorder import GradientRecorder, Locator, Options
+from pss.engine.locating import Locator, close
+from pss.engine.recorder import GradientRecorder, Options
 from pss.engine.state import preserved
 
 log = logging.getLogger(__name__)

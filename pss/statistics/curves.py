@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.special import expit
 from torch import Tensor
 
 from pss.engine.checks import check_share
@@ -45,6 +46,32 @@ def bootstrap(
     drawn = {"n_resamples": resamples, "batch": max(1, 2**22 // values.size), "rng": np.random.default_rng(seed)}
     found = stats.bootstrap((values,), np.mean, confidence_level=level, method="percentile", **drawn)
     return found.confidence_interval.low, found.confidence_interval.high
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""Mean of a few independent values, as one number a network, with Student's interval.
+
+    .. math:: \bar v \pm t_{n-1}\, s / \sqrt n
+
+    The unit that would be drawn anew is what counts: images of one network are no substitute for networks. The
+    `bootstrap` over eight values holds the mean in 85 to 90% of cases instead of 95%.
+
+    Parameters
+    ----------
+    values : ndarray, shape (N,) or (N, K)
+
+    Returns
+    -------
+    mean, low, high : ndarray, shape () or (K,)
+        The ends NaN for a single value.
+    """
+    check_share("level", level, _LEVEL)
+    values = np.asarray(values, dtype=float)
+    mean = values.mean(axis=0)
+    if len(values) < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values, axis=0)
+    return mean, mean - half, mean + half
 
 
 def summarize(
@@ -213,6 +240,37 @@ def agreement(
         chance = ((everywhere - inside) / (total - inside)).mean()  # the query itself is of its own class
         rows[name] = {"share": each.mean(), "low": low, "high": high, "chance": chance}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def share_interval(
+    shares: np.ndarray, count: int | np.ndarray, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""Mean share of a few networks, with an interval of their log-odds, which holds near 0 and 1 too.
+
+    .. math:: \ell_i = \log\frac{n s_i + 1/2}{n (1 - s_i) + 1/2}, \qquad
+        v_i = \frac{1}{n s_i + 1/2} + \frac{1}{n (1 - s_i) + 1/2}
+
+    Student's `interval` of the :math:`\ell_i`, or the normal one by their binomial variances :math:`v_i` where that is
+    wider, as where few networks agree by chance.
+
+    Parameters
+    ----------
+    shares : ndarray, shape (N,) or (N, K)
+        In 0..1.
+    count : int or ndarray, shape (N,)
+        Of how many.
+
+    Returns
+    -------
+    mean, low, high : ndarray, shape () or (K,)
+    """
+    shares = np.asarray(shares, dtype=float)
+    n = np.broadcast_to(np.asarray(count, dtype=float), len(shares)).reshape(-1, *[1] * (shares.ndim - 1))
+    hits, misses = n * shares + 0.5, n * (1 - shares) + 0.5
+    middle, low, _ = interval(np.log(hits / misses), level)
+    binomial = stats.norm.ppf((1 + level) / 2) * np.sqrt((1 / hits + 1 / misses).sum(axis=0)) / len(shares)
+    half = np.fmax(middle - low, binomial)
+    return shares.mean(axis=0), expit(middle - half), expit(middle + half)
 
 
 def _array(values: np.ndarray | Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,40 +232,32 @@ def map_blocks(function: Callable[[np.ndarray], _T], profiles: Any, max_bytes: i
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-class Writer:
-    """Writes rows, then the records that call them finished.
+@contextmanager
+def writer(path: Path, manifest: dict) -> Iterator[Callable[[int, np.ndarray, np.ndarray], None]]:
+    """Open an unfinished store; the function writes rows from a number on, then the records that call them finished.
 
     Plain writes, not a writable memory map: a full disk is an error here and kills the process there, and ranks on a
     network file system would overwrite each other's rows in the same page.
     """
+    arrays = open_arrays(path, manifest)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path / name, "r+b", buffering=0)) for name, *_ in _arrays(manifest)]
 
-    def __init__(self, path: Path, manifest: dict):
-        rows, records = open_arrays(path, manifest)
-        self.offsets, self.strides = (rows.offset, records.offset), (rows.strides[0], records.strides[0])
-        self.files = [open(path / name, "r+b", buffering=0) for name in ("profiles.npy", "samples.npy")]  # noqa: SIM115
+        def write(start: int, rows: np.ndarray, records: np.ndarray) -> None:
+            records["checksum"] = _checksums(rows, records)
+            for file, array, values in zip(files, arrays, (rows, records), strict=True):
+                data = memoryview(values.tobytes())
+                try:
+                    file.seek(array.offset + start * array.strides[0])
+                    while data:
+                        data = data[file.write(data) :]
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    kept = "the rows before are kept, call again when it can be written"
+                    error.add_note(f"while writing {file.name}: {kept}")
+                    raise
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files:
-            file.close()
-
-    def write(self, start: int, rows: np.ndarray, records: np.ndarray) -> None:
-        """Write rows from number ``start`` on; the checksums are put into ``records``."""
-        records["checksum"] = _checksums(rows, records)
-        for file, offset, stride, values in zip(self.files, self.offsets, self.strides, (rows, records), strict=True):
-            data = memoryview(values.tobytes())
-            try:
-                file.seek(offset + start * stride)
-                while data:
-                    data = data[file.write(data) :]
-                os.fsync(file.fileno())
-            except OSError as error:
-                error.add_note(
-                    f"while writing {file.name}: the rows before are kept, call again when it can be written"
-                )
-                raise
+        yield write
 
 
 def _checksums(rows: np.ndarray, records: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from pss.engine.checks import check_known
 from pss.engine.process import thread_count
 from pss.engine.state import preserved
 from pss.storage import folder
@@ -71,8 +72,7 @@ def store_rows(
     ValueError, FileExistsError, OSError
         As `pss.profile_dataset` says.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"unknown on_error {on_error!r}: expected 'raise' or 'skip'")
+    check_known("on_error", on_error, ("raise", "skip"))
     if not callable(batch_size) and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1, or None for one that fits")
     made_of: dict[str, Any] = {"samples": length_of(dataset), "n_units": n_units}
@@ -132,7 +132,7 @@ def _fill(
     )
     total, left = (sum(batch.stop - batch.start for batch in some) for some in (batches, pending))
     bar = tqdm(total=total, initial=total - left, unit="image", desc="profiles", disable=not progress or number > 0)
-    with bar, folder.Writer(path, manifest) as writer:
+    with bar, folder.writer(path, manifest) as write:
         for batch, (ids, images, labels, bad) in zip(pending, loader, strict=True):
             rows, records = folder.empty_rows(batch.stop - batch.start, manifest["n_units"])
             if ids:
@@ -150,7 +150,7 @@ def _fill(
                     raise ValueError(f"item {index} of the data set: {reason}; mend it, or pass on_error='skip'")
                 log.warning("item %d of the data set is skipped: %s", index, reason)
                 write_whole(path / f"skipped-{index}.txt", reason)
-            writer.write(batch.start, rows, records)
+            write(batch.start, rows, records)
             bar.update(len(rows))
 
 

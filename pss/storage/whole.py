@@ -1,4 +1,4 @@
-"""Files that are whole or absent; loads no torch, which the workers of a sweep do without."""
+"""The one writer of files, whole or not at all; loads no torch, which the workers of a sweep do without."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ from pss.units import UnitGroup, Units
 Images = tuple[Tensor, Tensor]
 _Stack = parametrize.ParametrizationList
 LEVEL = 0.95  # of the upper bound of the damage
-_PRICES = 40  # tried, each at least 1.4 times the one before
+_PRICES = 40  # tried, each 1.4 times the one before, and up to 4 times while there is next to no damage
+_NOTHING = 1e-4  # nats
 _STEPS = 3  # Newton steps at each price
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
@@ -549,7 +550,7 @@ def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bo
         enough = right.all() or (more and not to_the_end)
         if (upper > budget and enough) or (lead > 0.99 * fit.margin).all():
             break
-        towards = (budget / 2 / max(upper, 1e-9)) ** 0.5  # half the budget, since the damage goes with the square
+        towards = (_NOTHING / max(upper, 1e-12)) ** 0.5  # since the damage goes with the square
         price *= 2**0.5 if right.any() else float(np.clip(towards, 2**0.5, 4))
     return path
 

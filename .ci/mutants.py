@@ -48,6 +48,8 @@ READ = {
     r"map_blocks\(.*, \)$|max\(2, chunk_elements": "how much memory is taken",
     r"theta \* s >= -0\.5|t\.abs\(\) (>= 2|<= 1e-20)": "evt: two ways that agree there, or one number only",
     r"clamp\(0, \)|left\[\+1\]": "reference: above the threshold is no empirical tail, and below it no excess",
+    r"length > 0, length, 2|\btqdm\(": "editing: a step that is zero stays so; the bar of progress",
+    r"dead.*>= -torch\.inf": "ranking: what is not ranked at all",
     r"cosine\.sort\(descending=True, stable=True\)": "neighbors: the last dimension is the default",
     r"leave_parametrized=None": "patches: as false as False",
     r"np\.asarray\(values, \)": "units: a table's column of texts, by another type",

@@ -65,7 +65,7 @@ def rank(
     k: int | None = None,
     units: Units | None = None,
     generator: torch.Generator | int = 0,
-    match: str = "zscore",
+    match: str = "pot",
 ) -> Tensor:
     """Ids of the k most anomalous units of every image, most anomalous first.
 
@@ -195,7 +195,7 @@ def score(
     method: str,
     generator: torch.Generator | int = 0,
     units: Units | None = None,
-    match: str = "zscore",
+    match: str = "pot",
     k: int | None = None,
 ) -> Tensor:
     """Number that a method ranks by, float64 (B, U): larger is more anomalous.

@@ -28,7 +28,7 @@ NOT_SLOW = " and ".join(f"not {name}" for name in SLOW)
 # The tests of each file, and (by -k of pytest) which are too slow for hundreds of changes where others see the same.
 TESTS = {
     "units": (("units",), ""),
-    "ranking": (("ranking", "gain"), NOT_SLOW),
+    "ranking": (("ranking", "gain"), "rank"),
     "reference": (("reference", "statistics"), ""),
     "evt": (("evt", "statistics"), ""),
     "neighbors": (("neighbors",), ""),

@@ -362,7 +362,7 @@ def test_the_bound_holds_for_divergences_that_a_few_images_carry():
     rng = np.random.default_rng(0)
     whole = torch.from_numpy(np.exp(rng.normal(-7, 2, 20_000)))  # skewness as of patches of digits
     draws = [whole[torch.from_numpy(rng.integers(len(whole), size=100))] for _ in range(400)]
-    assert np.mean([upper_bound(draw) >= float(whole.mean()) for draw in draws]) > 0.93
+    assert 0.93 < np.mean([upper_bound(draw) >= float(whole.mean()) for draw in draws]) < 0.999  # three times: always
 
 
 class Halves(nn.Module):

@@ -208,7 +208,8 @@ def tab(window, address):
     page = window.new_page()
     page.on("console", lambda m: m.type in ("error", "warning") and faults.append(m.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("requestfailed", lambda r: faults.append(f"failed: {r.url}"))
+    left = "net::ERR_ABORTED"  # the page was left while this was loading; what is missing answers 404
+    page.on("requestfailed", lambda r: r.failure == left or faults.append(f"failed: {r.url}, {r.failure}"))
     page.on("response", lambda r: r.status >= 400 and faults.append(f"{r.status}: {r.url}"))
     page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or faults.append(f"elsewhere: {r.url}"))
     yield page

@@ -414,3 +414,17 @@ def test_sums_that_cancel_are_no_reason(of, kind, caplog):
     with caplog.at_level(logging.INFO, logger="pss"):
         profile(model, images, labels, Units.of(model, kind), strategy="fast", signed=True, of=of)
     assert not caplog.text
+
+
+def test_a_second_normalization_of_an_activation_is_not_what_the_layer_says():
+    model = seeded(net(lambda m, x: m.second(F.relu_(m.bn(m.layer(x)))), layer=conv(3), bn=bn(), second=bn()))
+    images, labels = batch(image)
+    said = []
+    handle = model.bn.register_forward_hook(lambda module, inputs, output: said.append(output.flatten(2).mean(2)))
+    model(images)
+    handle.remove()
+    units = Units.of(model)
+    at = units.span([layer.parameter for layer in units.layers].index("layer.weight"))
+    for fold in (True, False):
+        found = profile(model, images, labels, units, of="output", signed=True, fold=fold)
+        torch.testing.assert_close(found[:, at], said[0])

@@ -43,7 +43,7 @@ class KeptOutputs:
         result = run(input, *args, **kwargs)
         if function in _CUTTING or term is not None:
             call.added, call.version = term or call.added, call.kept._version
-        elif function not in _ADDING and call.kept.shape == result.shape:
+        elif function not in _ADDING and call.kept.shape == result.shape and call.scale is None:  # not normalized yet
             self._hear(call, result)
         return result
 

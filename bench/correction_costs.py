@@ -19,7 +19,6 @@ The table is written as it goes: stopped, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
@@ -44,10 +43,9 @@ from pss.correction import (
     shifted,
     unit_maps,
 )
-from pss.engine.process import thread_count
 from pss.ranking import RANKINGS
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "correction_costs.csv"
+OUT = tables.EXPERIMENTS / "correction_costs.csv"
 NETWORKS, SETS, DIRECTIONS = tuple(range(8)), ("digits", "svhn_like", "mnist_m"), ("gradient", "scaled", "curvature")
 MISTAKES, USUAL, RETAIN, FILTERS, DRAWS, LABELS = 10, 60, 60, 25, 10, 1
 FACTORS = (1, 100)  # of the damping of the exact curvature
@@ -270,23 +268,17 @@ class Task:
 def run(out: Path = OUT, networks: tuple[int, ...] = NETWORKS, mistakes: int = MISTAKES) -> None:
     """Append the rows that are missing, of so many mistakes of each network and set."""
     how = {"usual": USUAL, "retain": RETAIN, "filters": FILTERS, "draws": DRAWS, "damping": DAMPING}
-    done = tables.begin(out, "python -m bench.correction_costs", **how)
+    table = tables.begin(out, "python -m bench.correction_costs", **how)
     key = ["network", "set", "image", "direction"]
-    there = set() if done.empty else set(done[key].itertuples(index=False, name=None))
-    with thread_count(1):
-        for seed, name in itertools.product(networks, SETS):
-            task = Task(seed, name)
-            for image in task.wrong[:mistakes].tolist():
-                if any((seed, name, image, direction) not in there for direction in DIRECTIONS):
-                    for row in task.rows(image):
-                        if (seed, name, image, row["direction"]) not in there:
-                            tables.add(out, row)
+    there = tables.done(table, key)
+    for seed, name in itertools.product(networks, SETS):
+        task = Task(seed, name)
+        for image in task.wrong[:mistakes].tolist():
+            if any((seed, name, image, direction) not in there for direction in DIRECTIONS):
+                for row in task.rows(image):
+                    if (seed, name, image, row["direction"]) not in there:
+                        tables.add(out, row)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--mistakes", type=int, default=MISTAKES)
-    options = parser.parse_args()
-    run(options.out, tuple(options.networks), options.mistakes)
+    tables.command(run, __doc__, OUT, networks=NETWORKS, mistakes=MISTAKES)

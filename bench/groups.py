@@ -10,7 +10,6 @@ of the gain), by references of the group's own network, healthy, on ``mnist/refe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 import pss
 from bench import tables
 from bench.planted_faults import IMAGES, KINDS, Network
-from pss.engine.process import thread_count
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "groups.csv"
+OUT = tables.EXPERIMENTS / "groups.csv"
 NETWORKS, SETS, EACH, MARKED, CORNER, EPOCHS = (0, 1, 2), ("digits", "svhn_like", "mnist_m", "noise"), 6, 7, 4, 3
 
 Group = tuple[str, Network, nn.Module, Tensor, Tensor]  # its sort, its references, who reads it, images and labels
@@ -87,29 +85,19 @@ def look(seed: int, sort: str, name: str, network: Network, model: nn.Module, im
     return row
 
 
-def run(path: Path, networks: tuple[int, ...]) -> pd.DataFrame:
+def run(out: Path, networks: tuple[int, ...]) -> pd.DataFrame:
     """All rows; those of a network and a sort of groups are written together."""
-    there = tables.begin(path, "python -m bench.groups")
-    done = set(map(tuple, there[["network", "sort"]].to_numpy())) if len(there) else set()
+    there = tables.begin(out, "python -m bench.groups")
+    done = tables.done(there, ["network", "sort"])
     for seed in networks:
         network = Network(seed)
         for sort, groups in SORTS.items():
             if (seed, sort) not in done:
                 for row in [look(seed, sort, *group) for group in groups(network)]:
-                    tables.add(path, row)
+                    tables.add(out, row)
             print(f"network {seed}, {sort}: done", flush=True)
-    return tables.read(path)
-
-
-def main() -> None:
-    """Make or finish the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS, help="seeds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    with thread_count(1):
-        run(options.out, tuple(options.networks))
+    return tables.read(out)
 
 
 if __name__ == "__main__":
-    main()
+    tables.command(run, __doc__, OUT, networks=NETWORKS)

@@ -11,7 +11,6 @@ ten, and its place in the ranking of all together. The table is written as it go
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 
 import pss
 from bench import tables
-from pss.engine.process import thread_count
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "planted_faults.csv"
+OUT = tables.EXPERIMENTS / "planted_faults.csv"
 NETWORKS = (0, 1, 2)  # seeds; 3 is the one on which the way to combine quantities was chosen
 PER_STAGE, TRIES, IMAGES, FEWEST, TOP = 8, 40, 24, 3, 10
 LEVELS = (0.85, 0.90, 0.95)
@@ -133,31 +131,20 @@ def look(network: Network, kind: str, unit: int, at: Tensor) -> dict[str, object
     return row
 
 
-def run(path: Path, networks: tuple[int, ...], per_stage: int) -> pd.DataFrame:
+def run(out: Path, networks: tuple[int, ...], per_stage: int) -> pd.DataFrame:
     """All rows, those that are missing made and written one by one."""
-    there = tables.begin(path, "python -m bench.planted_faults", per_stage=per_stage, tries=TRIES)
-    done = {tuple(row) for row in there[["network", "kind", "unit"]].values.tolist()} if len(there) else set()
+    there = tables.begin(out, "python -m bench.planted_faults", per_stage=per_stage, tries=TRIES)
+    done = tables.done(there, ["network", "kind", "unit"])
     for seed in networks:
         network = Network(seed)
         for kind in KINDS:
             for stage in range(len(network.units.stages)):
                 for unit, at in network.faults(kind, stage, per_stage):
                     if (seed, kind, unit) not in done:
-                        tables.add(path, look(network, kind, unit, at))
+                        tables.add(out, look(network, kind, unit, at))
             print(f"network {seed}, {kind}: done", flush=True)
-    return tables.read(path)
-
-
-def main() -> None:
-    """Make or finish the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS, help="seeds (default: %(default)s)")
-    parser.add_argument("--per-stage", type=int, default=PER_STAGE, help="filters a stage and kind of fault")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    with thread_count(1):
-        run(options.out, tuple(options.networks), options.per_stage)
+    return tables.read(out)
 
 
 if __name__ == "__main__":
-    main()
+    tables.command(run, __doc__, OUT, networks=NETWORKS, per_stage=PER_STAGE)

@@ -11,7 +11,6 @@ is pruned, and when as many are as it takes to repair the mistake (of those that
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,8 @@ from torch import Tensor
 
 import pss
 from bench import tables
-from pss.engine.process import thread_count
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "pruned_filters.csv"
+OUT = tables.EXPERIMENTS / "pruned_filters.csv"
 NETWORKS, DOMAINS, IMAGES, RETAIN, EDITS = (0, 1, 2), ("digits", "svhn_like", "mnist_m"), 30, 100, 25
 Labelled = tuple[Tensor, Tensor]  # images and labels
 MARGIN = {"of": "gain", "signed": True, "loss": "logit_difference"}
@@ -89,10 +87,10 @@ def look(
     return {name: round(value, 4) for name, value in row.items()}
 
 
-def run(path: Path, networks: tuple[int, ...], images: int) -> pd.DataFrame:
+def run(out: Path, networks: tuple[int, ...], images: int) -> pd.DataFrame:
     """All rows, those that are missing made and written one by one."""
-    there = tables.begin(path, "python -m bench.pruned_filters", images=images, edits=EDITS)
-    done = {tuple(row) for row in there[["network", "domain", "ranking"]].values.tolist()} if len(there) else set()
+    there = tables.begin(out, "python -m bench.pruned_filters", images=images, edits=EDITS)
+    done = tables.done(there, ["network", "domain", "ranking"])
     for seed in networks:
         network = Network(seed)
         for domain in DOMAINS:
@@ -100,21 +98,10 @@ def run(path: Path, networks: tuple[int, ...], images: int) -> pd.DataFrame:
             for name, ids in network.rankings(*wrong).items():
                 if (seed, domain, name) not in done:
                     about = {"network": seed, "domain": domain, "ranking": name}
-                    tables.add(path, about | look(network, ids, wrong, retain))
+                    tables.add(out, about | look(network, ids, wrong, retain))
             print(f"network {seed}, {domain}: done", flush=True)
-    return tables.read(path)
-
-
-def main() -> None:
-    """Make or finish the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS, help="seeds (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=IMAGES, help="mistakes of a set (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    with thread_count(1):
-        run(options.out, tuple(options.networks), options.images)
+    return tables.read(out)
 
 
 if __name__ == "__main__":
-    main()
+    tables.command(run, __doc__, OUT, networks=NETWORKS, images=IMAGES)

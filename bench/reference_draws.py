@@ -18,7 +18,6 @@ The table is written as it goes: stopped, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -28,10 +27,9 @@ from torch import Tensor
 
 import pss
 from bench import tables
-from pss.engine.process import thread_count
 from pss.storage.cache import cached
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "experiments" / "reference_draws.csv"
+OUT = tables.EXPERIMENTS / "reference_draws.csv"
 NETWORKS, TRAINED, DRAWS, LEVELS = tuple(range(4)), 2500, 4, (0.90, 0.80, 0.95, 0.97)
 SETS, MISTAKES, TOP, Q = ("digits", "svhn_like", "mnist_m", "noise"), 120, 25, 0.05
 QUANTITIES, TAILS, RANKED = ("gradient", "gain", "output"), ("gpd", "exponential"), ("zscore", "pot")
@@ -122,24 +120,19 @@ def same(first: Tensor, second: Tensor) -> float:
 
 def run(out: Path = OUT, networks: tuple[int, ...] = NETWORKS) -> None:
     """Append the rows that are missing."""
-    done = tables.begin(out, "python -m bench.reference_draws", trained=TRAINED, mistakes=MISTAKES, top=TOP, q=Q)
+    table = tables.begin(out, "python -m bench.reference_draws", trained=TRAINED, mistakes=MISTAKES, top=TOP, q=Q)
     key = ["network", "quantity", "scale_free", "level", "reference"]
-    there = set() if done.empty else set(done[key].itertuples(index=False, name=None))
-    with thread_count(1):
-        for seed in networks:
-            network = Network(seed)
-            for how in itertools.product(QUANTITIES, (False, True), LEVELS):
-                if how[0] == "output" and how[2] != LEVELS[0]:  # nothing is ranked by it here
-                    continue
-                if any((seed, *how, draw) not in there for draw in range(DRAWS)):
-                    for row in network.rows(*how):
-                        if (seed, *how, row["reference"]) not in there:
-                            tables.add(out, row)
+    there = tables.done(table, key)
+    for seed in networks:
+        network = Network(seed)
+        for how in itertools.product(QUANTITIES, (False, True), LEVELS):
+            if how[0] == "output" and how[2] != LEVELS[0]:  # nothing is ranked by it here
+                continue
+            if any((seed, *how, draw) not in there for draw in range(DRAWS)):
+                for row in network.rows(*how):
+                    if (seed, *how, row["reference"]) not in there:
+                        tables.add(out, row)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, nargs="+", default=NETWORKS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    run(options.out, tuple(options.networks))
+    tables.command(run, __doc__, OUT, networks=NETWORKS)

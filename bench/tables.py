@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import pandas as pd
 import torch
 
 import pss
+from pss.engine.process import thread_count
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "data" / "experiments"
 
 
 def begin(path: Path, command: str, **parameters: Any) -> pd.DataFrame:
@@ -43,3 +48,21 @@ def add(path: Path, row: dict[str, Any]) -> None:
 def read(path: Path) -> pd.DataFrame:
     """The rows of a table."""
     return pd.read_csv(path, comment="#")
+
+
+def done(table: pd.DataFrame, key: Sequence[str]) -> set[tuple]:
+    """What is there already, by these columns."""
+    return set() if table.empty else set(table[list(key)].itertuples(index=False, name=None))
+
+
+def command(run: Callable[..., Any], about: str | None, out: Path, **options: int | tuple[int, ...]) -> None:
+    """Make or finish a table from the command line: ``run`` with these options, each a number or several."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=out, help="(default: %(default)s)")
+    for name, value in options.items():
+        several = {"nargs": "+"} if isinstance(value, tuple) else {}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help="(default: %(default)s)", **several
+        )
+    with thread_count(1):
+        run(**vars(parser.parse_args()))

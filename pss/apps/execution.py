@@ -21,11 +21,11 @@ from pss.storage.digests import digest
 from pss.storage.whole import write_whole
 
 KERNEL = "python3"
-# Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
 _OFFLINE = """<script>addEventListener("load", () => window.MathJax || document.body.insertAdjacentHTML("afterbegin",
   "<p><em>Formulas stay as TeX, because MathJax could not be fetched; make site has pages that need no network. · \
   MathJaxを取得できないので，数式はTeXのままである．make siteで作るページはネットワークなしで読める．</em></p>"))
 </script>"""
+# Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 
 

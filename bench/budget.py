@@ -1,6 +1,6 @@
 """Whether the budget of `pss.patches.fit_patch` holds on images that took no part.
 
-    python -m bench.budget [--patches 200] [--retain 200] [--out budget.csv]
+    python -m bench.budget [--patches 200] [--retain 200] [--out data/experiments/budget.csv]
 
 Small networks, trained on MNIST with different seeds, are patched for some of their mistakes on digits by other
 writers, ten patches a network. Each patch is judged by its mean KL on the digits that were right and are neither
@@ -10,7 +10,7 @@ counted is the share of patches within the budget, with the exact (Clopper-Pears
 
 from __future__ import annotations
 
-import argparse
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import pss
+from bench import tables
 from pss.correction import divergences, logits_of
 from pss.patches import fit_patch
 
-PER_NETWORK = 10
+OUT = tables.EXPERIMENTS / "budget.csv"
+PER_NETWORK, RETAIN = 10, 200
 
 
+@lru_cache(maxsize=1)
 def network(seed: int) -> nn.Module:
     """About 4,000 parameters and 40 filters."""
     with torch.random.fork_rng(devices=[]):
@@ -72,24 +75,14 @@ def summary(rows: pd.DataFrame) -> str:
     )
 
 
-def main() -> None:
-    """Go on until there are enough patches, and say what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patches", type=int, default=200, help="that are found; tries without a patch come on top")
-    parser.add_argument("--retain", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("budget.csv"))
-    args = parser.parse_args()
-    rows = pd.read_csv(args.out).to_dict("records") if args.out.is_file() else []
-    model, number, seed = None, len(rows), -1
-    while sum(np.isfinite(row["kl"]) for row in rows) < args.patches:
-        if model is None or seed != number // PER_NETWORK:
-            model, seed = network(number // PER_NETWORK), number // PER_NETWORK
-        rows.append(patch(model, number, args.retain))
-        pd.DataFrame(rows[-1:]).to_csv(args.out, mode="a", header=number == 0, index=False)
-        number += 1
-    print(summary(pd.DataFrame(rows)))
-    print(f"{len(rows)} tries, {args.retain} retain images, torch {torch.__version__}")
+def run(out: Path, patches: int, retain: int) -> None:
+    """Go on until there are so many patches (tries without one come on top), and say what came out."""
+    rows = tables.begin(out, "python -m bench.budget", retain=retain)
+    while rows.empty or rows["kl"].notna().sum() < patches:
+        tables.add(out, patch(network(len(rows) // PER_NETWORK), len(rows), retain))
+        rows = tables.read(out)
+    print(f"{summary(rows)}\n{len(rows)} tries")
 
 
 if __name__ == "__main__":
-    main()
+    tables.command(run, __doc__, OUT, patches=200, retain=RETAIN)

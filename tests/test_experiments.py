@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import pss
-from bench import correction_costs, reference_draws, tables
+from bench import budget, correction_costs, reference_draws, tables
 from pss.correction import predicts, shifted, smallest
 
 
@@ -82,6 +82,15 @@ def test_what_is_measured_of_references_by_hand():
     free = partial(reference_draws.empirical, scale_free=True)
     torch.testing.assert_close(free(stored, new), free(stored * 5, new * 3))
     assert reference_draws.same(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[2, 5], [4, 3]])) == 0.75
+
+
+def test_a_patch_made_anew_is_the_one_that_is_kept():
+    kept = tables.read(budget.OUT)
+    row, first = budget.patch(budget.network(0), 0, budget.RETAIN), kept.iloc[0]
+    assert {name: row[name] for name in kept.columns if name != "kl"} == first.drop("kl").to_dict()
+    assert row["kl"] == pytest.approx(first["kl"], rel=0.05)
+    found = kept["kl"].notna().sum()
+    assert found >= 200 and f"of {found} patches are within the budget" in budget.summary(kept)
 
 
 @pytest.mark.faults  # trains a network

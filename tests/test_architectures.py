@@ -141,7 +141,7 @@ def single_gradients(model, images, labels):
 
 
 class AttentionInputs(TorchFunctionMode):
-    """Queries, keys and values of every scaled dot product, of shape (..., heads, tokens, width)."""
+    """Queries, keys and values of every scaled dot product, of shape (batch, heads, [windows,] tokens, width)."""
 
     def __enter__(self):
         self.calls = []
@@ -190,8 +190,8 @@ def owner_of(model, parameter):
 
 
 def moved_heads(before, after, count):
-    """Which of so many heads differ; fewer keys than queries are repeated."""
-    moved = (before != after).movedim(-3, 0).flatten(1).any(dim=1)
+    """Which of so many heads differ; fewer keys than queries are repeated, and windows lie behind the heads."""
+    moved = (before != after).movedim(min(1, before.dim() - 3), 0).flatten(1).any(dim=1)
     return (moved.nonzero()[:, 0] // max(1, len(moved) // count)).unique().tolist()
 
 

@@ -16,6 +16,12 @@ def shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+
+
 def check_known(what: str, value: Any, known: Collection[str]) -> None:
     """Refuse a name that is none of those known."""
     if value not in known:

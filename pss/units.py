@@ -130,6 +130,11 @@ class Units:
         return np.repeat(np.arange(len(self.layers)), [layer.count for layer in self.layers])
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that hold the units."""
+        return tuple(dict.fromkeys(layer.parameter for layer in self.layers))
+
+    @property
     def sizes(self) -> np.ndarray:
         """Parameters per unit, shape (U,)."""
         return np.repeat([layer.size for layer in self.layers], [layer.count for layer in self.layers])

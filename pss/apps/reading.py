@@ -21,7 +21,7 @@ from pss.apps.pages import sentence
 from pss.models import misclassified
 from pss.reference import MIN_IMAGES, Reference
 from pss.storage.fingerprints import name_of
-from pss.storage.folder import ProfileStore
+from pss.storage.store import ProfileStore
 from pss.units import Units
 
 SAVED = (".safetensors", ".pth", ".pt")

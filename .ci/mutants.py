@@ -125,7 +125,7 @@ def mutmut(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "mutmut", *arguments], cwd=folder, **how)
 
 
-def run(file: Path, size: int | None) -> str:
+def run(file: Path, size: int | None, children: int) -> str:
     """Try what is left to try of a file."""
     folder = prepare(file)
     mutmut(folder, "run", "nothing", capture_output=True)  # makes the changes and stops: there is none of this name
@@ -133,7 +133,7 @@ def run(file: Path, size: int | None) -> str:
     names = drawn(list(found), size)
     # Where all was tried, what survived is tried again: there may be tests by now that see it.
     left = [name for name in names if found[name] is None] or [name for name in names if found[name] in SURVIVED]
-    if left and mutmut(folder, "run", "--max-children", "1", *left).returncode:
+    if left and mutmut(folder, "run", "--max-children", str(children), *left).returncode:
         sys.exit(f"mutmut stopped at {file}")
     return report(file, folder, size)
 
@@ -142,11 +142,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=[Path("pss") / f"{name}.py" for name in TESTS])
     parser.add_argument("--sample", type=int, help="how many changes of each file; all without it")
+    parser.add_argument("--children", type=int, default=1, help="how many changes are tried at a time")
     asked = parser.parse_args()
     if unknown := [str(file) for file in asked.files if file.stem not in TESTS]:
         parser.error(f"{', '.join(unknown)}: expected files of {', '.join(TESTS)}")
     lines = []
     for file in asked.files:
-        lines.append(run(file, asked.sample))
+        lines.append(run(file, asked.sample, asked.children))
         print(lines[-1], flush=True)
     print("", *lines, sep="\n")

@@ -54,10 +54,8 @@ class Reading:
         """A sentence in English, and in Japanese."""
         low, high = self.interval
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.right / self.n}
-        return sentence("near chance" if self.near_chance else "accuracy", **numbers, low=low, high=high, **self._of())
-
-    def _of(self) -> dict[str, float]:
-        return {"chance": 1 / self.classes, "classes": self.classes}
+        numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
+        return sentence("near chance" if self.near_chance else "accuracy", **numbers)
 
     def summary(self) -> dict[str, object]:
         """For ``summary.json``."""

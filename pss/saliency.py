@@ -230,14 +230,15 @@ def _profiles(
     units: Units | None,
     loss: str | Loss,
     options: Options,
-    *verify: bool,
+    verify: bool,
+    verify_again: bool = False,
 ) -> tuple[Tensor, Part]:
     """Profiles of all quantities side by side; and outputs and losses, where the passes had them."""
     units, loss = Units.of(model) if units is None else units, get_loss(loss)
     check_inputs(model, images, labels, units)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
     task = task_of(model, units.layers, loss, partial(_check_outputs, loss), options, kind)
-    return compute_in_parts(task, images, labels, *verify)
+    return compute_in_parts(task, images, labels, verify, verify_again)
 
 
 def check_inputs(

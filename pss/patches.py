@@ -35,7 +35,6 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ from pss.correction import (
     changes,
     check_mistakes,
     divergences,
-    gained,
+    gain_gradient,
     logits_of,
     margins,
     predicts,
@@ -55,8 +54,7 @@ from pss.correction import (
     unit_maps,
 )
 from pss.editing import damage
-from pss.engine.folding import ExplicitNormalization
-from pss.engine.state import preserved
+from pss.engine.checks import check_positive, check_share
 from pss.saliency import check_inputs
 from pss.storage.fingerprints import hash_state
 from pss.storage.tensors import bytes_of, pack, unpack
@@ -452,11 +450,8 @@ def fit_patch(
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
     own_weights = base_fingerprint(model)
     units = Units.of(model) if units is None else units
-    for name, value in (("budget", budget), ("margin", 1 if margin is None else margin)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, not {value}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out = {held_out} is outside (0, 1): it is the share of the retain images held out")
+    check_positive(budget=budget, margin=margin)
+    check_share("held_out", held_out, "the share of the retain images held out")
     about = {"budget": str(budget), "seed": str(seed), "pss": pss.__version__, "torch": torch.__version__}
     about |= {"units": units.fingerprint, "mistakes": _digest(mistakes), "retain": _digest(retain)}
     patch = Patch(own_weights, units.layers, about=about)
@@ -497,11 +492,8 @@ class _Fit:
 
     def slope(self) -> Tensor:
         """Gradient of the KL."""
-        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
-            self.model.requires_grad_(False)
-            steps = self.steps.clone().requires_grad_()
-            after = functional_call(self.model, gained(self.model, self.maps, steps), (self.used,))
-            return torch.autograd.grad(divergences(self.before, after).mean(), steps)[0]
+        kl = lambda after, at: divergences(self.before[at], after)  # noqa: E731
+        return gain_gradient(self.model, self.used, self.units, kl, self.steps).mean(dim=0)
 
     def least_price(self) -> float:
         """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""

@@ -35,7 +35,6 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ from pss.correction import (
     changes,
     check_mistakes,
     divergences,
-    gained,
+    gain_jacobian,
     logits_of,
     margins,
     predicts,
@@ -55,8 +54,6 @@ from pss.correction import (
     unit_maps,
 )
 from pss.editing import damage
-from pss.engine.folding import ExplicitNormalization
-from pss.engine.state import preserved
 from pss.saliency import check_inputs
 from pss.storage.fingerprints import hash_state
 from pss.storage.tensors import bytes_of, pack, unpack
@@ -490,18 +487,18 @@ class _Fit:
     def edited(self, steps: Tensor) -> AbstractContextManager[nn.Module]:
         return shifted(self.model, changes(self.model, self.maps, steps))
 
-    def objective(self, steps: Tensor, price: float) -> float:
+    def objective(self, steps: Tensor, price: float) -> tuple[float, Tensor]:
+        """And the logits of the images used."""
         with self.edited(steps):
             lacks = (self.margin - rival_margins(self.model, *self.mistakes)).clamp(min=0).sum()
-            return float(divergences(self.before, logits_of(self.model, self.used)).mean() + price * lacks)
+            after = logits_of(self.model, self.used)
+        return float(divergences(self.before, after).mean() + price * lacks), after
 
-    def slope(self) -> Tensor:
-        """Gradient of the KL."""
-        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
-            self.model.requires_grad_(False)
-            steps = self.steps.clone().requires_grad_()
-            after = functional_call(self.model, gained(self.model, self.maps, steps), (self.used,))
-            return torch.autograd.grad(divergences(self.before, after).mean(), steps)[0]
+    def slope(self, after: Tensor) -> Tensor:
+        """Gradient of the KL, where these are the logits: its own to them is the change of the probabilities."""
+        p, q = (logits.double().softmax(dim=1) for logits in (self.before, after))
+        of = gain_jacobian(self.model, self.used, self.units, (q - p)[:, None], self.steps)
+        return of[:, 0].double().mean(dim=0)
 
     def least_price(self) -> float:
         """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""
@@ -513,22 +510,22 @@ class _Fit:
 
     def improve(self, price: float) -> None:
         """A few Newton steps, each damped until it makes the objective less (Levenberg and Marquardt)."""
-        now = self.objective(self.steps, price)
+        now, logits = self.objective(self.steps, price)
         for _ in range(_STEPS):
             gaps, slopes = (v.flatten(0, 1) for v in margins(self.model, *self.mistakes, self.units, self.steps))
-            slope = self.slope()
+            slope = self.slope(logits)
             for _ in range(_STEPS * 2):
                 back = self.curvature.solve(slope[None], self.damping)[0]
                 needs = self.margin - gaps + slopes @ back
                 steps = self.steps - back + self.curvature.correction(slopes, needs, price, self.damping)
-                after = self.objective(steps, price)
+                after, moved = self.objective(steps, price)
                 if after < now:
                     break
                 self.damping *= 5
             else:
                 return
             self.steps, self.damping, gained_much = steps, self.damping / 3, now - after > 0.01 * after
-            now = after
+            now, logits = after, moved
             if not gained_much:
                 return
 

@@ -293,7 +293,7 @@ def smallest_correction(
     check_mistakes(model, (images, labels), image_ids)
     refuse_overlap(retain[0], images)
     if usual is not None:
-        check_inputs(model, usual, torch.zeros(len(usual), dtype=torch.long), what="usual images")
+        check_inputs(model, usual, usual.new_zeros(len(usual), dtype=torch.long), what="usual images")
         refuse_overlap(retain[0], usual, "usual images")
     search = _Search(model, units, retain, get_loss(loss), max_relative_step, tolerance)
     curvature = Curvature.of(model, usual, units) if "gains" in ways else None

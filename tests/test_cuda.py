@@ -46,6 +46,18 @@ def test_bf16_backward_is_near(setting):
     assert 0 < error < 0.02
 
 
+@pytest.mark.parametrize("of", ["gradient", "gain", "output"])
+def test_float32_takes_the_fast_path(of):
+    """Convolutions in TensorFloat-32 round to 1e-3, and otherwise in a batch of another size."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(num_classes=10).eval().cuda()
+    images, labels = torch.randn(32, 3, 64, 64).cuda(), torch.randint(10, (32,)).cuda()
+    units = pss.Units.of(model)
+    found = pss.profile(model, images, labels, units, strategy="fast", of=of)
+    exact = pss.profile(copy.deepcopy(model).double(), images.double(), labels, units, of=of)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("kind", ["rows", "heads"])
 def test_transformer(kind):
     torch.manual_seed(0)

@@ -172,7 +172,9 @@ def test_profile_through_zero_against_mpmath():
     x /= x.mean()
     n, top = torch.tensor([40.0], dtype=torch.float64), torch.tensor([x.max()])
     v = torch.tensor([[-0.05, -0.0203, -0.0201, -1e-5, 0.0, 1e-9, 0.0197, 0.0199, 0.05]], dtype=torch.float64)
-    theta, s, s1, *_, l1, _ = (p[0].numpy() for p in likelihood._profile(torch.from_numpy(x)[None], n, top, v))
+    theta, s, s1, *_, l1, _ = (
+        p[0].numpy() for p in likelihood.profile_likelihood(torch.from_numpy(x)[None], n, top, v)
+    )
     with mpmath.workdps(60):
 
         def scale(t):

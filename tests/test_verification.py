@@ -1,6 +1,7 @@
 """The check that every pass makes of itself: each guard of the fast strategy is broken, and it must see that."""
 
 import logging
+from contextlib import nullcontext
 
 import networks
 import pytest
@@ -10,7 +11,7 @@ from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Units, profile, profile_dataset
-from pss.engine import calls, kernels, locating, recorder, strategies, verification
+from pss.engine import calls, kernels, locating, recorder, strategies
 
 
 def unlinked(monkeypatch):
@@ -56,7 +57,7 @@ def without_abs(monkeypatch):
 
 
 def in_company(monkeypatch):
-    monkeypatch.setattr(strategies, "_refuse_company", lambda *_: None)
+    monkeypatch.setattr(strategies, "close", lambda *_: True)
 
 
 def counted_once(monkeypatch):
@@ -142,7 +143,6 @@ def test_a_broken_guard_is_seen(name, dtype, monkeypatch, caplog):
     images, labels = batch(shape, count, dtype=dtype)
     units = Units.of(model, *(kind or ["all"]))
     expected = profile(model, images, labels, units, strategy="loop")
-    monkeypatch.setattr(strategies, "_KNOWN", type(strategies._KNOWN)())
     guard(monkeypatch)
     wrong = profile(model, images, labels, units, verify=False)
     assert (wrong - expected).abs().max() > 1e-2 * expected.abs().max()  # without the check it is
@@ -158,13 +158,11 @@ def test_a_broken_guard_is_seen(name, dtype, monkeypatch, caplog):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_strategy_that_was_asked_for_is_not_replaced(precision, monkeypatch):
-    model = mixed_gains(torch.float32)
     images, labels = batch(image, 3, dtype=torch.float32)
-    assert profile(model, images, labels, strategy="fast", precision=precision).all()
-    monkeypatch.setattr(strategies, "_KNOWN", type(strategies._KNOWN)())
+    assert profile(mixed_gains(torch.float32), images, labels, strategy="fast", precision=precision).all()
     without_abs(monkeypatch)
     with pytest.raises(RuntimeError, match=r"not what plain autograd gives for it alone, first in layer: use strategy"):
-        profile(model, images, labels, strategy="fast", precision=precision)
+        profile(mixed_gains(torch.float32), images, labels, strategy="fast", precision=precision)
 
 
 class Random(nn.Module):
@@ -210,10 +208,9 @@ def test_it_costs_one_image_once():
 
 
 def test_a_data_set_is_verified_in_its_first_and_its_last_batch(tmp_path):
-    model, (images, labels) = seeded(swish, dtype=torch.float32), batch(image, 8, dtype=torch.float32)
-    data = torch.utils.data.TensorDataset(images, labels)
+    data = torch.utils.data.TensorDataset(*batch(image, 8, dtype=torch.float32))
     for verify, expected in ((True, [2, 1, 2, 1, 2, 2, 2, 1]), (False, [2, 1, 2, 2, 2, 2])):
-        strategies._KNOWN.clear()
+        model = seeded(swish, dtype=torch.float32)  # of which nothing is known
         sizes = passes_of(model)
         store = profile_dataset(model, data, path=tmp_path / str(verify), batch_size=2, verify=verify, progress=False)
         assert sizes == expected
@@ -231,34 +228,35 @@ def test_rounding_and_branches_are_no_reason(name, precision, caplog):
     assert not caplog.text
 
 
-class Narrow(nn.Module):
-    """Two hidden units, one of which rounding switches on or off."""
+class Wide(nn.Module):
+    """A hundred hidden units, some of which rounding switches off."""
 
     def __init__(self):
         super().__init__()
-        self.one, self.two = nn.Linear(3, 2), nn.Linear(2, 10)
+        self.one, self.two = nn.Linear(3, 100), nn.Linear(100, 10)
 
     def forward(self, x):
-        return self.two(F.relu(self.one(x)))
+        return self.two(F.silu(self.one(x)))
 
 
-def test_a_relu_that_rounding_switches_is_decided_in_float64(monkeypatch):
-    model, (images, labels) = seeded(Narrow, dtype=torch.float32), batch((3,), 3, dtype=torch.float32)
-    units = Units.of(model, "rows")
-    real, asked = verification._first_wrong_in_double, []
-    monkeypatch.setattr(verification, "_first_wrong_in_double", lambda *a: asked.append(real(*a)) or asked[-1])
-    whole = verification._is_off_as_a_whole
-    monkeypatch.setattr(verification, "_is_off_as_a_whole", lambda *a: False)
+@pytest.mark.parametrize(
+    ("off", "also_exact", "decided_in_float64", "wrong"),
+    [(2, False, False, False), (3, False, True, False), (3, True, True, True), (60, False, False, True)],
+    ids=["few units", "more", "also in float64", "the whole layer"],
+)
+def test_what_rounding_switches_is_decided_in_float64(off, also_exact, decided_in_float64, wrong, monkeypatch):
+    model, (images, labels) = seeded(Wide, dtype=torch.float32), batch((3,), 3, dtype=torch.float32)
+    dtypes = set()
+    model.register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
     collect = recorder.GradientRecorder.collect
 
     def switched(self, call, x, g):
-        """In float32 only."""
-        collect(self, call, x, g.clone().index_fill_(1, torch.tensor(0), 0) if x.dtype == torch.float32 else g)
+        if call.name == "one.weight" and (also_exact or x.dtype == torch.float32):
+            g = g.clone()
+            g[:, :off] = 0
+        collect(self, call, x, g)
 
     monkeypatch.setattr(recorder.GradientRecorder, "collect", switched)
-    profile(model, images, labels, units, strategy="fast")
-    assert asked == [None]
-    strategies._KNOWN.clear()
-    monkeypatch.setattr(verification, "_is_off_as_a_whole", whole)
-    with pytest.raises(RuntimeError, match="first in one"):
-        profile(model, images, labels, units, strategy="fast")
+    with pytest.raises(RuntimeError, match="first in one") if wrong else nullcontext():
+        profile(model, images, labels, Units.of(model, "rows"), strategy="fast")
+    assert (torch.float64 in dtypes) == decided_in_float64

@@ -129,7 +129,7 @@ def _start(x: Tensor, n: Tensor, top: Tensor) -> Tensor:
     return v.nan_to_num(-2 * SERIES)
 
 
-def _profile(x, n, top, v, rows: Tensor | None = None, work: Tensor | None = None) -> tuple[Tensor, ...]:
+def profile_likelihood(x, n, top, v, rows: Tensor | None = None, work: Tensor | None = None) -> tuple[Tensor, ...]:
     """Profile likelihood at K places of each row: theta, s, s', s'', dl/dtheta, d2l/dtheta2, each (r, K).
 
     The r rows are those of x (m columns), or x[rows] with ``work``, as large as x, for scratch; n, top (r,), v (r, K).
@@ -182,7 +182,7 @@ def _scan(x: Tensor, n: Tensor, top: Tensor, points: int) -> tuple[Tensor, ...]:
     v = torch.lerp(low[:, None], high[:, None], fractions)
     v = torch.where(v.abs() < 2 * SERIES, 2 * SERIES, v)
     columns = max(1, chunk_elements(x.device) // x.numel())
-    parts = [_profile(x, n, top, part) for part in v.split(columns, dim=1)]
+    parts = [profile_likelihood(x, n, top, part) for part in v.split(columns, dim=1)]
     theta, s, _, _, l1, _ = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
     slope, xi = l1 * v.exp() / top[:, None], theta * s  # slope of l in v
     turns = (slope[:, :-1] > 0) & (slope[:, 1:] <= 0) & (xi[:, :-1] > -1)
@@ -203,7 +203,7 @@ def _newton(x, n, top, v, low=None, high=None, steps: int = 12) -> Tensor:
     rows = torch.arange(len(v), device=v.device)
     work = torch.empty_like(x)
     for _ in range(steps):
-        theta, s, s1, s2, l1, l2 = (p[:, 0] for p in _profile(x, n, top, v[:, None], rows, work))
+        theta, s, s1, s2, l1, l2 = (p[:, 0] for p in profile_likelihood(x, n, top, v[:, None], rows, work))
         a = v.exp() / top  # dtheta/dv
         slope, curvature = l1 * a, (l2 * a + l1) * a
         low, high = torch.where(slope > 0, v, low), torch.where(slope > 0, high, v)

@@ -82,6 +82,12 @@ def test_leaves_no_trace_and_is_the_same_again(case, patch):
     assert state_of(model) == before and torch.equal(again.gains, patch.gains)
 
 
+def test_a_model_of_float32_is_patched_as_one_of_float64(case, patch):
+    model, (x, y), (retain, labels) = case
+    found = fitted((copy.deepcopy(model).float(), (x.float(), y), (retain.float(), labels)))
+    torch.testing.assert_close(found.gains, patch.gains, rtol=1e-2, atol=1e-2)
+
+
 def test_removal_is_bit_identical_and_the_weights_below_are_never_written(case, patch):
     model, x = copy.deepcopy(case[0]), case[1][0]
     with torch.no_grad():

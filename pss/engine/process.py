@@ -1,4 +1,4 @@
-"""What a process computes with: its threads, and the memory that it keeps."""
+"""What a process computes with: its threads, and the memory that it keeps. Loads no torch before it is needed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 
@@ -16,6 +14,8 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 @contextmanager
 def thread_count(count: int) -> Iterator[None]:
     """Compute with so many threads, then with as many as before: sums depend on their number in the last bit."""
+    import torch  # which those who start notebooks do without: it takes a second
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

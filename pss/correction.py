@@ -29,7 +29,7 @@ from pss.editing import Ids, check_batch, check_logits, damage
 from pss.engine.checks import check_ids
 from pss.engine.edits import restored
 from pss.engine.folding import ExplicitNormalization
-from pss.engine.state import preserved
+from pss.engine.state import channels_last, preserved, savable
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.storage.tensors import bytes_of
 from pss.units import Units
@@ -102,7 +102,7 @@ def gain_jacobian(
 
     with torch.inference_mode(False), preserved(model), torch.enable_grad(), ExplicitNormalization():
         model.requires_grad_(False)
-        images = images.clone() if images.is_inference() else images
+        images = channels_last(savable(images))
         found = torch.cat([rows(part, by_layers) for part in _parts(images)])
         expected = rows(slice(0, 1), by_definition, check=True)  # one sum of all sums: a pass for each would double it
         slack = torch.finfo(found.dtype).eps ** 0.5 * float(expected.abs().max())
@@ -233,7 +233,7 @@ def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of the model in evaluation mode, without gradients."""
     with preserved(model), torch.no_grad():
-        return torch.cat([model(images[part]) for part in _parts(images)])
+        return torch.cat([model(channels_last(images[part])) for part in _parts(images)])
 
 
 def _parts(images: Tensor) -> list[slice]:

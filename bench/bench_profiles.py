@@ -29,6 +29,7 @@ import torch
 import pss
 from pss.storage import folder
 from pss.storage.passes import choose_batch_size
+from pss.storage.records import FINISHED, empty_rows
 
 
 def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None:
@@ -43,8 +44,8 @@ def write_synthetic(path: Path, samples: int, units: int, seed: int = 0) -> None
             count = min(256, samples - start)
             rows = rng.standard_exponential((count, units), np.float32)
             rows *= scale * rng.lognormal(0, 1.5, (count, 1)).astype(np.float32)
-            _, records = folder.empty_rows(count, 0)
-            records["status"] = folder.FINISHED
+            _, records = empty_rows(count, 0)
+            records["status"] = FINISHED
             write(start, rows, records)
     folder.finish(path)
 

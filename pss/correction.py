@@ -14,23 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import lsq_linear
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from pss.editing import Ids, check_batch, check_logits, damage
-from pss.engine.checks import check_ids
+from pss.engine.checks import check_ids, check_known, check_positive
 from pss.engine.edits import restored
-from pss.engine.folding import ExplicitNormalization
-from pss.engine.state import channels_last, preserved, savable
-from pss.saliency import Loss, check_inputs, get_loss
+from pss.engine.state import channels_last, preserved
+from pss.saliency import Loss, check_inputs, get_loss, parameter_saliency, profile
 from pss.storage.tensors import bytes_of
 from pss.units import Units
 
@@ -64,11 +60,11 @@ def unit_maps(units: Units) -> dict[str, Tensor]:
 def gain_jacobian(
     model: nn.Module, images: Tensor, units: Units, combinations: Tensor | None = None, steps: Tensor | None = None
 ) -> Tensor:
-    r"""Derivative of every logit to the gain of every unit, for each image.
+    r"""Derivative of every logit to the gain of every unit, for each image: their gain saliency, see `pss.profile`.
 
     .. math:: J_{ju} = \frac{\partial z_j}{\partial a_u} = \sum_{i \in u} \theta_i \frac{\partial z_j}{\partial\theta_i}
 
-    (at :math:`a = 1`): for a filter the sum over positions of gradient times output without bias.
+    (at :math:`a = 1`).
 
     Parameters
     ----------
@@ -82,73 +78,24 @@ def gain_jacobian(
     -------
     Tensor, shape (B, C, U) or (B, M, U)
     """
-    maps, start = unit_maps(units), (torch.ones(len(units)) if steps is None else 1 + steps).to(images)
+    if combinations is None:
+        classes = logits_of(model, images[:1]).shape[1]
+        combinations = torch.eye(classes, device=images.device).expand(len(images), -1, -1)
 
-    def by_definition(x: Tensor, gains: Tensor) -> Tensor:  # of one image
-        return functional_call(model, gained(model, maps, gains[0] - 1), (x,))
+    def derivative(m: int) -> Tensor:
+        return gain_gradient(model, images, units, lambda z, at: (combinations[at, m].to(z) * z).sum(dim=1), steps)
 
-    def by_layers(x: Tensor, gains: Tensor) -> Tensor:
-        return _with_gains(model, x, maps, gains)
-
-    def rows(part: slice, forward: Callable[[Tensor, Tensor], Tensor], check: bool = False) -> Tensor:
-        gains = start.repeat(len(images[part]), 1).requires_grad_()
-        logits = forward(images[part], gains)
-        sums = logits if combinations is None else (combinations[part].to(logits) * logits[:, None]).sum(dim=2)
-        sums = _mixed(sums) if check else sums
-        if not sums.requires_grad:
-            return gains.new_zeros(*sums.shape, len(units))
-        grad = partial(torch.autograd.grad, inputs=gains, retain_graph=True, materialize_grads=True)
-        return torch.stack([grad(total)[0] for total in sums.sum(dim=0)], dim=1)
-
-    with torch.inference_mode(False), preserved(model), torch.enable_grad(), ExplicitNormalization():
-        model.requires_grad_(False)
-        images = channels_last(savable(images))
-        found = torch.cat([rows(part, by_layers) for part in _parts(images)])
-        expected = rows(slice(0, 1), by_definition, check=True)  # one sum of all sums: a pass for each would double it
-        slack = torch.finfo(found.dtype).eps ** 0.5 * float(expected.abs().max())
-        if torch.allclose(_mixed(found[:1].mT).mT, expected, rtol=0, atol=slack):
-            return found
-        return torch.cat([rows(slice(b, b + 1), by_definition) for b in range(len(images))])
+    return torch.stack([derivative(m) for m in range(combinations.shape[1])], dim=1)
 
 
-def _mixed(sums: Tensor) -> Tensor:
-    """One sum of the last dimension, (…, 1), in which nothing cancels that need not."""
-    return (sums * torch.linspace(1, 2, sums.shape[-1]).to(sums)).sum(dim=-1, keepdim=True)
-
-
-def gained(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict[str, Tensor]:
-    """Weights by parameter name where the gains of the units are 1 plus the steps (U,)."""
-    gains = torch.cat([1 + steps, steps.new_ones(1)])
-    return {name: (p := model.get_parameter(name)).detach() * gains[of].to(p) for name, of in maps.items()}
-
-
-def _with_gains(model: nn.Module, images: Tensor, maps: Mapping[str, Tensor], gains: Tensor) -> Tensor:
-    """Logits with gains (B, U) of each image's own, put on what the layers give before their bias is added."""
-    of = {id(model.get_parameter(name)): of for name, of in maps.items()}
-    gains = torch.cat([gains, gains.new_ones(len(gains), 1)], dim=1)
-
-    def scale(module: nn.Module, _: Any, out: Tensor) -> Tensor:
-        linear = isinstance(module, nn.Linear)
-        units, rest = of[id(module.weight)], [1] * (out.dim() - 2)
-        if getattr(module, "transposed", False) and module.groups > 1:  # each group of input channels has its units
-            units = units[:: len(units) // module.groups]
-        own = gains[:, units.flatten()]
-        if len(out) != len(gains) or own.shape[1] != out.shape[-1 if linear else 1]:
-            return out  # laid out in another way: the comparison with one image alone will show it
-        own = own.reshape(len(out), *rest, -1) if linear else own.reshape(len(out), -1, *rest)
-        if module.bias is None:
-            return out * own
-        bias = module.bias if linear else module.bias.reshape(-1, *rest)
-        return bias + (out - bias) * own
-
-    layers = (nn.Linear, nn.modules.conv._ConvNd)
-    found = [m for m in model.modules() if isinstance(m, layers) and id(m.weight) in of]
-    hooks = [module.register_forward_hook(scale) for module in found]
-    try:
-        return model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def gain_gradient(model: nn.Module, images: Tensor, units: Units, of: Loss, steps: Tensor | None = None) -> Tensor:
+    """Derivative (B, U) of a function ``(logits, numbers of the images) -> (B,)`` to the gains, at 1 + steps."""
+    steps = torch.zeros(len(units)) if steps is None else steps
+    with shifted(model, changes(model, unit_maps(units), steps)):
+        numbers = torch.arange(len(images), device=images.device)
+        found = profile(model, images, numbers, units, of, signed=True, of="gain")  # with the weights as they are there
+    gains = (1 + steps).to(found)
+    return found / gains.where(gains != 0, 1)
 
 
 class Curvature:
@@ -227,7 +174,8 @@ def _rivals(logits: Tensor, labels: Tensor) -> Tensor:
 
 def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict[str, Tensor]:
     """What gains of 1 plus these steps (U,) add to the weights."""
-    return {name: w - model.get_parameter(name).detach() for name, w in gained(model, maps, steps).items()}
+    steps = torch.cat([steps, steps.new_zeros(1)])
+    return {name: (p := model.get_parameter(name)).detach() * steps[of].to(p) for name, of in maps.items()}
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -393,12 +341,8 @@ class _Search:
         """Line along the gradient of the loss through the units, or through whole parameters, and the size on it."""
         mask = {name: torch.ones_like(self.model.get_parameter(name), dtype=torch.bool) for name in whole}
         mask |= self._mask(ids)
-        with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
-            self.model.requires_grad_(False)
-            weights = [self.model.get_parameter(name).requires_grad_() for name in mask]
-            loss = self.loss(self.model(x), y).sum()
-            found = torch.autograd.grad(loss, weights, materialize_grads=True) if loss.requires_grad else weights
-        delta = {name: -torch.where(mask[name], g, 0).double() for name, g in zip(mask, found, strict=True)}
+        gradient = parameter_saliency(self.model, x, y, self.loss, signed=True)
+        delta = {name: -torch.where(where, gradient[name][0], 0).double() for name, where in mask.items()}
         line, length = self._line(delta, mask)
         return line, length, self._smallest(x, y, line)
 
@@ -528,10 +472,8 @@ def _check_options(
     for k in ks:
         if not (1 <= k <= shortest or k == len(units)):
             raise ValueError(f"k = {k} is outside 1..{shortest}, the ids given, and is not {len(units)}, all units")
-    if unknown := [way for way in ways if way not in ("gains", "weights")]:
-        raise ValueError(f"through={unknown[0]!r}: expected 'gains' or 'weights'")
+    for way in ways:
+        check_known("through", way, ("gains", "weights"))
     if "gains" in ways and (usual is None or not len(usual)):
         raise ValueError("through='gains' needs usual=: images, without labels, on which the curvature is taken")
-    for name, value in positive.items():
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, not {value}")
+    check_positive(**positive)

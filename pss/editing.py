@@ -241,8 +241,7 @@ def _distinct(image_ids: Sequence | None, count: int) -> np.ndarray:
 def _place(units: Units, unit: int) -> Place:
     number, j = units.locate(unit)
     group = units.layers[number]
-    in_rows = group.dim == 0 and group.groups == 1
-    return Place(group.parameter, group.index(j), group.first(j) if in_rows else None)
+    return Place(group.parameter, group.index(j), group.first(j) if group.in_rows else None)
 
 
 def _views(model: nn.Module, units: Units, ids: np.ndarray) -> list[Tensor]:

@@ -11,18 +11,15 @@ The profile is itself made of gradients, so this differentiates twice: once to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pss.engine.checks import check_count, check_ids, check_known, check_positive
-from pss.engine.folding import ExplicitNormalization
-from pss.engine.state import preserved
+from pss.engine.checks import as_batch, check_count, check_known, check_positive, ids_of_each
+from pss.engine.twice import gradient_to, gradients_of_one, twice_differentiable
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
 from pss.saliency import Loss, check_inputs, get_loss, profile
@@ -123,21 +120,22 @@ def input_saliency(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.2. The tail probability: Wang and Sato 2023, arXiv 2310.17951.
     """
-    single = isinstance(images, Tensor) and images.dim() == 3
-    images, labels = _as_batch(images, labels)
+    images, labels, single = as_batch(images, labels)
     check_known("method", method, [name for name, entry in RANKINGS.items() if entry.differentiable])
     check_known("order", order, ORDERS)
     check_positive(boost=boost)
     if noise_iters < 1 or not 0 <= noise_share <= 1:
         given = f"noise_iters = {noise_iters}, noise_share = {noise_share}"
         raise ValueError(f"{given}: expected at least 1, and a share in 0..1")
-    ids = None if ids is None else _units_of_each(ids, len(images), len(units), random)
+    if ids is not None and random:
+        raise ValueError("ids= and random=True both say which units to boost: give one of them")
+    ids = None if ids is None else ids_of_each(ids, len(images), len(units))
     check_inputs(model, images, labels, units)
     if reference is not None:
         reference.check(units, model=model, loss=loss, signed=signed, of="gradient")
     generator = generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
     loss, total, chosen_by = get_loss(loss), 0.0, "random" if random else method
-    with _twice_differentiable(model, units, images):
+    with twice_differentiable(model, units.parameters, images):
         labels = labels.clone()
         for _ in range(noise_iters):
             noisy = _with_noise(images, noise_share, generator)
@@ -149,7 +147,7 @@ def input_saliency(
                 standard = standardize(_profile(model, image, label, units, loss, signed), reference, method)
                 boosted = standard.detach().clone()
                 boosted[:, of_image] *= boost
-                gradients.append(_gradient(similarity(standard, boosted).sum(), image))
+                gradients.append(gradient_to(image, similarity(standard, boosted).sum()))
             total = total + torch.cat(gradients)
     maps = channel_map(total / noise_iters, order)
     if not torch.isfinite(maps).all():
@@ -193,18 +191,17 @@ def gain_map(
     ValueError, RuntimeError
         As `input_saliency`.
     """
-    single = isinstance(images, Tensor) and images.dim() == 3
-    images, labels = _as_batch(images, labels)
-    ids = None if ids is None else _units_of_each(ids, len(images), len(units), random=False)
+    images, labels, single = as_batch(images, labels)
+    ids = None if ids is None else ids_of_each(ids, len(images), len(units))
     check_inputs(model, images, labels, units)
     check_count("k", k, len(units), "the number of units")
     maps = []
-    with _twice_differentiable(model, units, images):
+    with twice_differentiable(model, units.parameters, images):
         for i, (image, label) in enumerate(zip(images.split(1), labels.clone().split(1), strict=True)):
             image = image.detach().clone().requires_grad_()
             gains = _profile(model, image, label, units, get_loss(loss), signed=True, gain=True)
             top = gains.detach().topk(k).indices if ids is None else ids[i : i + 1]
-            maps.append((image * _gradient(gains.gather(1, top).sum(), image)).sum(dim=1).abs().detach())
+            maps.append((image * gradient_to(image, gains.gather(1, top).sum())).sum(dim=1).abs().detach())
     found = torch.cat(maps)
     return found[0] if single else found
 
@@ -228,41 +225,15 @@ def standardize(profiles: Tensor, reference: Reference | None, method: str = "zs
     return score(profiles, reference, method)
 
 
-@contextmanager
-def _twice_differentiable(model: nn.Module, units: Units, images: Tensor) -> Iterator[None]:
-    """Gradients on, to the parameters of the units only; the model is left preserved.
-
-    Fused attention kernels can be differentiated once only, PyTorch's plain one as often as wanted.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), preserved(model):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for layer in units.layers:
-            model.get_parameter(layer.parameter).requires_grad_(True)
-        with torch.autocast(images.device.type, enabled=False):
-            yield
-
-
 def _profile(
     model: nn.Module, image: Tensor, label: Tensor, units: Units, loss: Loss, signed: bool, gain: bool = False
 ) -> Tensor:
     """Profile of one image, or what its units contribute, (1, U), as a function that can be differentiated."""
-    parameters = {layer.parameter: model.get_parameter(layer.parameter) for layer in units.layers}
-    with ExplicitNormalization():
-        value = loss(model(image), label).sum()
-    gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=True, materialize_grads=True)
-    whole = {name: gradient[None] for name, gradient in zip(parameters, gradients, strict=True)}
+    gradients = gradients_of_one(model, units.parameters, image, label, loss)
     if gain:
-        terms = units.reduce({name: gradient * parameters[name] for name, gradient in whole.items()})
+        terms = units.reduce({name: gradient * model.get_parameter(name) for name, gradient in gradients.items()})
         return terms * torch.as_tensor(units.sizes, dtype=terms.dtype, device=terms.device)
-    return units.reduce(whole if signed else {name: gradient.abs() for name, gradient in whole.items()})
-
-
-def _gradient(value: Tensor, image: Tensor) -> Tensor:
-    """Gradient to the image; zero where the value does not depend on it."""
-    if not value.requires_grad:
-        return torch.zeros_like(image)
-    return torch.autograd.grad(value, image, materialize_grads=True)[0]
+    return units.reduce(gradients if signed else {name: gradient.abs() for name, gradient in gradients.items()})
 
 
 def _with_noise(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -271,23 +242,3 @@ def _with_noise(images: Tensor, share: float, generator: torch.Generator) -> Ten
         return images.detach().clone()
     noise = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=generator.device)
     return (1 - share) * images.detach() + share * noise.to(images.device)
-
-
-def _as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor]:
-    """One image and its label as a batch of one; a batch as it is."""
-    if not isinstance(images, Tensor) or images.dim() not in (3, 4):
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images are {shape}: expected a tensor (B, C, H, W), or one image (C, H, W)")
-    labels = torch.as_tensor(labels, device=images.device)
-    return (images, labels) if images.dim() == 4 else (images[None], labels.reshape(-1))
-
-
-def _units_of_each(ids: Tensor, images: int, units: int, random: bool) -> Tensor:
-    """Ids of the units to boost, a row an image."""
-    if random:
-        raise ValueError("ids= and random=True both say which units to boost: give one of them")
-    ids = torch.as_tensor(ids)
-    ids = torch.from_numpy(check_ids(ids.expand(images, -1) if ids.dim() == 1 else ids, units))
-    if len(ids) != images:
-        raise ValueError(f"ids have {len(ids)} rows for {images} images: give (k,) for all, or a row for each")
-    return ids

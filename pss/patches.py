@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +34,6 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import pss
@@ -44,7 +42,7 @@ from pss.correction import (
     changes,
     check_mistakes,
     divergences,
-    gain_jacobian,
+    gain_gradient,
     logits_of,
     margins,
     predicts,
@@ -54,6 +52,8 @@ from pss.correction import (
     unit_maps,
 )
 from pss.editing import damage
+from pss.engine import scaling
+from pss.engine.checks import check_positive, check_share
 from pss.saliency import check_inputs
 from pss.storage.fingerprints import hash_state
 from pss.storage.tensors import bytes_of, pack, unpack
@@ -61,7 +61,6 @@ from pss.storage.whole import write_whole
 from pss.units import UnitGroup, Units
 
 Images = tuple[Tensor, Tensor]
-_Stack = parametrize.ParametrizationList
 LEVEL = 0.95  # of the upper bound of the damage
 _PRICES = 40  # tried, each 1.4 times the one before, and up to 4 times while there is next to no damage
 _NOTHING = 1e-4  # nats
@@ -137,18 +136,10 @@ class Patch:
                 f"the patch is for model {self.model[:8]}…, this one is {found[:8]}…: load the weights of it"
             )
         for group in self.groups:
-            if all(tuple(_original(*at).shape) != group.shape for at in _owners(model, group.parameter)):
+            if getattr(scaling.weight(model, group.parameter), "shape", None) != group.shape:
                 raise ValueError(f"the model has no parameter {group.parameter!r} of shape {group.shape}")
-        factors = {name: torch.cat([self.gains, torch.ones(1)])[of] for name, of in unit_maps(self.units).items()}
-        try:
-            for name, factor in factors.items():
-                for module, own in _owners(model, name):
-                    weight = getattr(module, own)
-                    gain = _Gain(self, factor.to(weight), _order(module))
-                    parametrize.register_parametrization(module, own, gain, unsafe=True)
-        except BaseException:  # all units or none
-            self._take_off(model)
-            raise
+        gains = torch.cat([self.gains, torch.ones(1)])
+        scaling.put_on(model, self, {name: gains[of] for name, of in unit_maps(self.units).items()})
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:
@@ -161,7 +152,8 @@ class Patch:
         """
         if not self.is_applied(model):
             raise ValueError("the patch is not applied to this model")
-        return self._take_off(model)
+        scaling.take_off(model, self)
+        return model
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -170,11 +162,11 @@ class Patch:
         try:
             yield model
         finally:
-            self._take_off(model)
+            scaling.take_off(model, self)
 
     def is_applied(self, model: nn.Module) -> bool:
         """Whether this patch is on the model."""
-        return any(patch._same(self) for patch in applied_to(model))
+        return self in applied_to(model)
 
     def measured(self, model: nn.Module, parts: Mapping[str, Images]) -> Patch:
         """The patch with new evidence: before and after on each part, (images, labels) by name."""
@@ -218,53 +210,17 @@ class Patch:
         frames = {name: getattr(self, name).to_dict("records") for name in ("evidence", "tried")}
         return pack({"gains": self.gains}, "patch", plain | frames | {"groups": [asdict(g) for g in self.groups]})
 
-    def _same(self, other: Patch) -> bool:
-        return (self.model, self.groups) == (other.model, other.groups) and torch.equal(self.gains, other.gains)
+    def __eq__(self, other: object) -> bool:
+        alike = isinstance(other, Patch) and (self.model, self.groups) == (other.model, other.groups)
+        return alike and torch.equal(self.gains, other.gains)
 
-    def _take_off(self, model: nn.Module) -> nn.Module:
-        for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
-            stacks, order = module.parametrizations, ()
-            for stack in stacks.values():
-                own = [i for i, gain in enumerate(stack) if isinstance(gain, _Gain) and gain.patch._same(self)]
-                for i in reversed(own):
-                    order = stack[i].order
-                    del stack[i]
-            empty = {name: stack.original for name, stack in stacks.items() if not len(stack)}
-            if len(empty) < len(stacks):
-                for name in empty:
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            elif empty:  # by hand: what torch does here would reach copies of the model too, which share the class
-                del module.parametrizations
-                module.__class__ = type(module).__bases__[0]
-                module._parameters = {name: empty.get(name, module._parameters.get(name)) for name in order}
-        return model
-
-
-class _Gain(nn.Module):
-    """Multiplies a weight; knows its patch, and the order that the module's parameters had."""
-
-    def __init__(self, patch: Patch, factor: Tensor, order: tuple[str, ...]):
-        super().__init__()
-        self.patch, self.order = patch, order
-        self.register_buffer("factor", factor, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.factor
-
-
-def _order(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's parameters, in the order that they have without patches."""
-    gains = [gain for stack in getattr(module, "parametrizations", {}).values() for gain in stack]
-    return gains[0].order if gains else tuple(module._parameters)
+    def __hash__(self) -> int:
+        return hash((self.model, self.groups))
 
 
 def applied_to(model: nn.Module) -> list[Patch]:
     """The patches on a model, in the order in which they were applied."""
-    found: list[Patch] = []
-    for module in model.modules():
-        if isinstance(module, _Gain) and not any(module.patch._same(patch) for patch in found):
-            found.append(module.patch)
-    return found
+    return scaling.owners(model)
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -273,9 +229,9 @@ def bake(model: nn.Module) -> nn.Module:
     patches = applied_to(plain)
     names = dict.fromkeys(name for patch in patches for name in unit_maps(patch.units))
     with torch.no_grad():
-        weights = {name: getattr(*_owners(plain, name)[0]).clone() for name in names}
+        weights = {name: scaling.weight(plain, name).clone() for name in names}
         for patch in patches:
-            patch._take_off(plain)
+            scaling.take_off(plain, patch)
         for name, weight in weights.items():
             plain.get_parameter(name).copy_(weight)
     return plain
@@ -289,27 +245,7 @@ def base_fingerprint(model: nn.Module) -> str:
     ValueError
         If the model has parametrizations that are no patches.
     """
-    for name, module in model.named_modules():
-        others = [g for g in module if not isinstance(g, _Gain)] if isinstance(module, _Stack) else []
-        if others:
-            owner = name.replace(".parametrizations", "").replace("parametrizations.", "")
-            raise ValueError(f"{owner} is parametrized already, by {type(others[0]).__name__}: make it plain first")
-    below = re.compile(r"(^|\.)parametrizations\.(\w+)\.original$")
-    return hash_state({below.sub(r"\1\2", name): tensor for name, tensor in model.state_dict().items()})
-
-
-def _owners(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a parameter, more than one where it is shared, with its name in each."""
-    modules = [(path, module) for path, module in model.named_modules() if not isinstance(module, _Stack)]
-    places = [(path, m, n) for path, m in modules for n in (*m._parameters, *getattr(m, "parametrizations", {}))]
-    original = next((_original(m, n) for path, m, n in places if f"{path}.{n}".lstrip(".") == name), None)
-    return [(m, n) for _, m, n in places if original is not None and _original(m, n) is original]
-
-
-def _original(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a module, below its patches."""
-    stacks = getattr(module, "parametrizations", {})
-    return stacks[name].original if name in stacks else module._parameters[name]
+    return hash_state(scaling.state_below(model))
 
 
 # ------------------------------------------------------------------------------------------------------ transplants
@@ -449,11 +385,8 @@ def fit_patch(
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
     own_weights = base_fingerprint(model)
     units = Units.of(model) if units is None else units
-    for name, value in (("budget", budget), ("margin", 1 if margin is None else margin)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, not {value}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out = {held_out} is outside (0, 1): it is the share of the retain images held out")
+    check_positive(budget=budget, margin=margin)
+    check_share("held_out", held_out, "the share of the retain images held out")
     about = {"budget": str(budget), "seed": str(seed), "pss": pss.__version__, "torch": torch.__version__}
     about |= {"units": units.fingerprint, "mistakes": _digest(mistakes), "retain": _digest(retain)}
     patch = Patch(own_weights, units.layers, about=about)
@@ -487,18 +420,15 @@ class _Fit:
     def edited(self, steps: Tensor) -> AbstractContextManager[nn.Module]:
         return shifted(self.model, changes(self.model, self.maps, steps))
 
-    def objective(self, steps: Tensor, price: float) -> tuple[float, Tensor]:
-        """And the logits of the images used."""
+    def objective(self, steps: Tensor, price: float) -> float:
         with self.edited(steps):
             lacks = (self.margin - rival_margins(self.model, *self.mistakes)).clamp(min=0).sum()
-            after = logits_of(self.model, self.used)
-        return float(divergences(self.before, after).mean() + price * lacks), after
+            return float(divergences(self.before, logits_of(self.model, self.used)).mean() + price * lacks)
 
-    def slope(self, after: Tensor) -> Tensor:
-        """Gradient of the KL, where these are the logits: its own to them is the change of the probabilities."""
-        p, q = (logits.double().softmax(dim=1) for logits in (self.before, after))
-        of = gain_jacobian(self.model, self.used, self.units, (q - p)[:, None], self.steps)
-        return of[:, 0].double().mean(dim=0)
+    def slope(self) -> Tensor:
+        """Gradient of the KL."""
+        kl = lambda after, at: divergences(self.before[at], after)  # noqa: E731
+        return gain_gradient(self.model, self.used, self.units, kl, self.steps).mean(dim=0)
 
     def least_price(self) -> float:
         """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""
@@ -510,22 +440,22 @@ class _Fit:
 
     def improve(self, price: float) -> None:
         """A few Newton steps, each damped until it makes the objective less (Levenberg and Marquardt)."""
-        now, logits = self.objective(self.steps, price)
+        now = self.objective(self.steps, price)
         for _ in range(_STEPS):
             gaps, slopes = (v.flatten(0, 1) for v in margins(self.model, *self.mistakes, self.units, self.steps))
-            slope = self.slope(logits)
+            slope = self.slope()
             for _ in range(_STEPS * 2):
                 back = self.curvature.solve(slope[None], self.damping)[0]
                 needs = self.margin - gaps + slopes @ back
                 steps = self.steps - back + self.curvature.correction(slopes, needs, price, self.damping)
-                after, moved = self.objective(steps, price)
+                after = self.objective(steps, price)
                 if after < now:
                     break
                 self.damping *= 5
             else:
                 return
             self.steps, self.damping, gained_much = steps, self.damping / 3, now - after > 0.01 * after
-            now, logits = after, moved
+            now = after
             if not gained_much:
                 return
 

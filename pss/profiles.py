@@ -20,9 +20,11 @@ import pss
 from pss.saliency import Loss, loss_name, profile_and_outputs
 from pss.storage.digests import key_of
 from pss.storage.fingerprints import fingerprint, length_of, name_of, name_of_data
-from pss.storage.folder import FINISHED, FORMAT, ProfileStore, empty_rows
+from pss.storage.folder import FORMAT
 from pss.storage.passes import choose_batch_size, store_rows
 from pss.storage.places import cache_folder
+from pss.storage.records import records_of
+from pss.storage.store import ProfileStore
 from pss.units import Units, check_units
 
 
@@ -104,7 +106,8 @@ def profile_dataset(
     """
     units = Units.of(model) if units is None else units
     check_units(model, units)
-    device = next(model.parameters()).device
+    like = next(model.parameters())
+    device = like.device
     provenance = {
         "pss": pss.__version__,
         "model": fingerprint(model),
@@ -122,28 +125,11 @@ def profile_dataset(
         path = Path(cache or cache_folder()) / "profiles" / key
 
     def compute(images: Tensor, labels: Tensor, last: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        how = {**options, "of": (of,), "verify": verify, "verify_again": last}
-        return _profile_batch(model, images.to(device), labels.to(device), units, loss, signed, how)
+        images, labels = images.to(device, like.dtype if images.is_floating_point() else None), labels.to(device)
+        how = {**options, "signed": signed, "of": (of,), "verify": verify, "verify_again": last}
+        rows, outputs, losses = profile_and_outputs(model, images, labels, units, loss, **how)
+        return rows.detach().float().cpu().numpy(), records_of(outputs, labels, losses)
 
     size = batch_size if batch_size is not None else lambda image: choose_batch_size(model, image.to(device))
     made_of = (len(units), provenance, computed_with)
     return store_rows(Path(path), dataset, compute, *made_of, size, workers, on_error, progress, rebuild)
-
-
-def _profile_batch(model, images, labels, units, loss, signed, options) -> tuple[np.ndarray, np.ndarray]:
-    """Profiles (B, U) of a batch, and its records."""
-    if images.is_floating_point():
-        images = images.to(next(model.parameters()).dtype)
-    rows, outputs, losses = profile_and_outputs(model, images, labels, units, loss, signed=signed, **options)
-    _, records = empty_rows(len(images), 0)
-    records["status"], records["loss"] = FINISHED, losses.float().cpu().numpy()
-    classes = labels.ndim == 1 and not labels.is_floating_point()
-    if classes:
-        records["label"] = labels.cpu().numpy()
-    if isinstance(outputs, Tensor) and outputs.ndim == 2:  # a classifier
-        probabilities = outputs.double().softmax(dim=1)
-        confidence, prediction = probabilities.max(dim=1)
-        records["prediction"], records["confidence"] = prediction.cpu().numpy(), confidence.cpu().numpy()
-        if classes:
-            records["true_confidence"] = probabilities.gather(1, labels[:, None].long())[:, 0].cpu().numpy()
-    return rows.detach().float().cpu().numpy(), records

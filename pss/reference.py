@@ -28,9 +28,8 @@ from pss import evt
 from pss.engine.checks import check_known, check_share, shape_of
 from pss.saliency import loss_name
 from pss.storage.fingerprints import fingerprint
-from pss.storage.folder import map_blocks
-from pss.storage.tensors import load_tensors, pack, unpack
-from pss.storage.whole import write_whole
+from pss.storage.references import read_reference, write_reference
+from pss.storage.store import map_blocks
 from pss.units import Units
 
 GRID = 101  # quantiles kept per unit below the threshold: the empirical tail to about 1%
@@ -274,7 +273,7 @@ class Reference:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
-        write_whole(Path(path), pack(self._tensors(), "pss", {name: getattr(self, name) for name in _PLAIN}))
+        write_reference(Path(path), self._tensors(), {name: getattr(self, name) for name in _PLAIN})
 
     @classmethod
     def load(cls, path: str | os.PathLike, units: Units | None = None, **provenance: Any) -> Reference:
@@ -291,32 +290,12 @@ class Reference:
             If the file is damaged, holds no such statistics, or `check` with ``units`` and ``provenance`` says that
             they are of something else.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no reference at {path}: make one with Reference.fit and save it there")
-        values = _read_published(path) if path.suffix in (".pth", ".pt") else _read_own(path)
+        values = read_reference(Path(path), _PLAIN)
         try:
             reference = cls(**values)
         except (TypeError, ValueError) as error:  # the first of names that it lacks, or has too many
-            raise ValueError(f"{path.name} holds no reference that can be used: {error}") from error
+            raise ValueError(f"{Path(path).name} holds no reference that can be used: {error}") from error
         return reference if units is None else reference.check(units, **provenance)
-
-
-def _read_published(path: Path) -> dict[str, Any]:
-    """Mean and deviation of the first paper's files."""
-    held = load_tensors(path)
-    if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
-        raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
-    statistics = {key: held[key].double() if isinstance(held[key], Tensor) else held[key] for key in ("mean", "std")}
-    return {**statistics, "provenance": {"source": path.name}}
-
-
-def _read_own(path: Path) -> dict[str, Any]:
-    """What `Reference.save` wrote."""
-    tensors, plain = unpack(path, "pss")
-    if not isinstance(plain, dict) or set(plain) != set(_PLAIN) or not isinstance(plain["provenance"], dict):
-        raise ValueError(f"{path.name} is no reference of pss: expected {', '.join(_PLAIN)} in its header")
-    return tensors | plain
 
 
 def _fit_block(block: np.ndarray, level: float, sizes: np.ndarray | None) -> list[np.ndarray]:

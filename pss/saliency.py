@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pss.engine.checks import check_images, check_labels
+from pss.engine.parts import compute_in_parts, laid_out, task_of
 from pss.engine.recorder import Options
-from pss.engine.state import savable
-from pss.engine.strategies import Part, Task, compute, known_of, ready, whole_gradients
-from pss.engine.verification import verified
+from pss.engine.strategies import Part, Task, ready, whole_gradients
 from pss.storage.fingerprints import name_of
-from pss.units import UnitGroup, Units, check_units
+from pss.units import Units, check_units
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,7 +107,7 @@ def parameter_saliency(
     loss, names = get_loss(loss), tuple(name for name, _ in model.named_parameters())
     task = Task(model, loss, partial(_check_outputs, loss), (), names)
     with ready(model, images):
-        parts = whole_gradients(task, _laid_out(images), labels)
+        parts = whole_gradients(task, laid_out(images), labels)
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}  # a copy: abs_ may write into it
     return whole if signed else {name: g.abs() if g.is_complex() else g.abs_() for name, g in whole.items()}
 
@@ -197,7 +196,7 @@ def profile(
     Levin et al. 2022, arXiv 2108.01335, section 2.1; Molchanov et al. 2017, arXiv 1611.06440.
     """
     options = Options(signed, strategy, fold, precision, (of,) if isinstance(of, str) else tuple(of))
-    found = _rows(_profiles(model, images, labels, units, loss, options, verify)).chunk(len(options.of), dim=1)
+    found = _profiles(model, images, labels, units, loss, options, verify)[0].chunk(len(options.of), dim=1)
     return found[0] if isinstance(of, str) else found
 
 
@@ -216,16 +215,12 @@ def profile_and_outputs(
     Parameters and errors are those of `profile`; ``verify_again`` verifies this batch also where another has been.
     Outputs are what the model returns for the batch, without gradients.
     """
-    parts = _profiles(model, images, labels, units, loss, Options(**options), verify, verify_again)
-    if all(isinstance(part.outputs, Tensor) for part in parts):
-        return _rows(parts), torch.cat([part.outputs for part in parts]), torch.cat([part.losses for part in parts])
+    profiles, whole = _profiles(model, images, labels, units, loss, Options(**options), verify, verify_again)
+    if whole.outputs is not None:
+        return profiles, whole.outputs, whole.losses
     with ready(model, images), torch.no_grad():
-        whole = model(_laid_out(images))
-        return _rows(parts), whole, get_loss(loss)(whole, labels)
-
-
-def _rows(parts: list[Part]) -> Tensor:
-    return torch.cat([torch.cat([part.columns[i] for i in sorted(part.columns)], dim=1) for part in parts])
+        outputs = model(laid_out(images))
+        return profiles, outputs, get_loss(loss)(outputs, labels)
 
 
 def _profiles(
@@ -237,80 +232,13 @@ def _profiles(
     options: Options,
     verify: bool,
     verify_again: bool = False,
-) -> list[Part]:
-    """Profiles, outputs and losses, a part of the batch each."""
-    units = Units.of(model) if units is None else units
+) -> tuple[Tensor, Part]:
+    """Profiles of all quantities side by side; and outputs and losses, where the passes had them."""
+    units, loss = Units.of(model) if units is None else units, get_loss(loss)
     check_inputs(model, images, labels, units)
-    task = _task(model, units, get_loss(loss), options)
-    size = _images_at_once(images)
-    parts = []
-    with ready(model, images):
-        known = known_of(task, images)
-        for chunk in zip(_laid_out(images).split(size), savable(labels).split(size), strict=True):
-            part = compute(task, *chunk, known)
-            compares = verify and "output" not in options.of  # of which a gradient knows nothing
-            if compares and (verify_again or not known.verified) and known.ways != ("loop",):
-                part = verified(task, *chunk, part, known)
-                verify_again = False
-            parts.append(part)
-    return parts
-
-
-def _task(model: nn.Module, units: Units, loss: Loss, options: Options) -> Task:
-    """What the engine is asked for: a column for every group of units."""
-    names = _canonical_names(model)
-    groups: dict[str, dict[int, UnitGroup]] = {}
-    for number, group in enumerate(units.layers):
-        groups.setdefault(names.get(group.parameter, group.parameter), {})[number] = group
-
-    def reduce(name: str, values: Tensor, of: str) -> dict[int, Tensor]:
-        if of == "gradient":
-            return {first(of) + number: group.reduce(values) for number, group in groups[name].items()}
-        scale = {"gain": lambda group: group.size, "output": lambda group: 1}[of]
-        sums = {number: group.reduce(values) * scale(group) for number, group in groups[name].items()}
-        return {first(of) + number: c if options.signed else c.abs() for number, c in sums.items()}
-
-    def first(of: str) -> int:
-        return options.of.index(of) * len(units.layers)
-
-    columns = tuple(name for name, some in groups.items() if all(_in_columns(group) for group in some.values()))
-    rows = tuple(name for name, some in groups.items() if all(_in_rows(group) for group in some.values())) + columns
-    whole = tuple(name for name in groups if name not in rows)
-    if "output" in options.of and whole:
-        raise ValueError(
-            f"units of {', '.join(whole[:5])} are no rows of a layer: of='output' knows what rows say only"
-        )
-    labels = tuple(group.name for group in units.layers) * len(options.of)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
-    return Task(model, loss, partial(_check_outputs, loss), rows, whole, reduce, labels, columns, options, kind)
-
-
-def _in_rows(layer: UnitGroup) -> bool:
-    """Whether the units are made of whole rows of a matrix, of which means are enough."""
-    return layer.dim == 0 and layer.groups == 1 and len(layer.shape) > 1
-
-
-def _in_columns(layer: UnitGroup) -> bool:
-    return layer.dim == 1 and layer.groups == 1 and len(layer.shape) == 2
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """First name of every parameter, by each of its names: shared parameters have several."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _images_at_once(images: Tensor) -> int:
-    """Larger batches are slower on a CPU: about 8 images at 224 pixels; a GPU wants more."""
-    numbers = (64 if images.is_cuda else 8) * 3 * 224 * 224
-    return max(1, min(256, numbers // images[0].numel()))
-
-
-def _laid_out(images: Tensor) -> Tensor:
-    """Channels last where it pays: on a CPU. A copy if autograd may not save the images."""
-    images = savable(images.detach())
-    channels_last = images.dim() == 4 and not images.is_cuda
-    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    task = task_of(model, units.layers, loss, partial(_check_outputs, loss), options, kind)
+    return compute_in_parts(task, images, labels, verify, verify_again)
 
 
 def check_inputs(

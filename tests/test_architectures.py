@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from pss import Units, profile
 from pss.data.vision import torchvision  # noqa: F401  (timm imports it too)
+from pss.engine.attention import count_heads
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
 if not all(importlib.util.find_spec(name) for name in ("timm", "transformers", "efficientnet_pytorch")):
@@ -140,53 +141,59 @@ def single_gradients(model, images, labels):
     return dict(zip(names, whole, strict=True))
 
 
-class AttentionInputs(TorchFunctionMode):
-    """Queries, keys and values of every scaled dot product, of shape (…, tokens, width) with heads among the first."""
+class Products(TorchFunctionMode):
+    """Operands of every product of activations, (…, heads, …, tokens, width): of attention, or as it is written out."""
 
     def __enter__(self):
-        self.calls = []
+        self.operands = []
         return super().__enter__()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            self.calls.append(dict(zip("qkv", args, strict=False)))
+        if function.__name__ in ("scaled_dot_product_attention", "matmul", "__matmul__", "bmm"):
+            self.operands += [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 2]
         return function(*args, **(kwargs or {}))
 
 
 def wrong_heads(model, images, units):
-    """Units whose change moves anything but their own head in the scaled dot product of their module."""
+    """Units whose change first moves anything but their own head, or what a unit of another label moves first."""
     owners = {layer.parameter: owner_of(model, layer.parameter) for layer in units.layers}
-    inputs, wrong = {}, []
+    inputs, labels, wrong = {}, {}, []
     hooks = [
         owner.register_forward_pre_hook(lambda *call: inputs.setdefault(call[0], call[1:]), with_kwargs=True)
         for owner in set(owners.values())
     ]
+
+    def operands(owner):
+        args, kwargs = inputs[owner]
+        with Products() as seen:
+            owner(*args, **kwargs)
+        return seen.operands
+
     with torch.no_grad():
         model(images[:1])
         for hook in hooks:
             hook.remove()
         for number, layer in enumerate(units.layers):
             owner = owners[layer.parameter]
-            args, kwargs = inputs[owner]
+            before = operands(owner)
             for j in {0, 1, layer.count - 1} & set(range(layer.count)):
                 weights = units.view(model, units.span(number).start + j)
-                with AttentionInputs() as seen:
-                    owner(*args, **kwargs)
-                    before = seen.calls[0] if seen.calls else {}  # some write the product out
-                    weights.neg_()
-                    owner(*args, **kwargs)
-                    after = seen.calls[len(seen.calls) // 2] if seen.calls else {}
-                    weights.neg_()
-                moved = {(x, head) for x in before for head in moved_heads(before[x], after[x], layer.count)}
-                if before and moved != {(layer.label, j)}:
-                    wrong.append(f"{layer.parameter} {layer.label}[{j}] moves {sorted(moved)}")
+                weights.neg_()
+                after = operands(owner)
+                weights.neg_()
+                pairs = enumerate(zip(before, after, strict=True))
+                first = next((i for i, (x, y) in pairs if not x.equal(y)), None)
+                moved = None if first is None else moved_heads(before[first], after[first], layer.count)
+                if moved != [j] or labels.setdefault((owner, first), layer.label) != layer.label:
+                    wrong.append(f"{layer.parameter} {layer.label}[{j}] moves {moved} of operand {first}")
     return wrong
 
 
 def owner_of(model, parameter):
-    """The attention module of a weight: that of the linear layer which has it, or of itself."""
-    module = parameter.rpartition(".")[0]
-    return model.get_submodule(module.rpartition(".")[0] if parameter.endswith(".weight") else module)
+    """The attention module of a weight: the innermost around it that says how many heads it has."""
+    path = parameter.split(".")[:-1]
+    around = (model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1))
+    return next(m for m in around if count_heads(m) or count_heads(getattr(m, "config", None)))
 
 
 def moved_heads(before, after, count):
@@ -210,8 +217,8 @@ def test_profiles_are_those_of_single_images(name, record_property, caplog):
     gradients, wrong = single_gradients(model, images, labels), {}
     sizes = {name: g.abs() for name, g in gradients.items()}
 
-    def compare(what, *errors, **tolerances):
-        wrong[what] = wrong_layers(*errors, units, **tolerances)
+    def compare(what, got, expected, units, **tolerances):
+        wrong[what] = wrong_layers(got, expected, units, **tolerances)
         row[what] = f"{len(units.layers) - len(wrong[what])}/{len(units.layers)}"
 
     for kind in ("filters", "rows", "heads", "all"):
@@ -221,15 +228,15 @@ def test_profiles_are_those_of_single_images(name, record_property, caplog):
             row[kind] = "" if "has no unit" in str(error) else "refused"
             continue
         expected = units.reduce(sizes)
-        compare(kind, profile(model, images, labels, units, cross_entropy), expected)
+        compare(kind, profile(model, images, labels, units, cross_entropy), expected, units)
         if kind == "heads":
             wrong["layout of heads"] = wrong_heads(model, images, units)
-    compare("one image", profile(model, images[:1], labels[:1], units, cross_entropy), expected[:1])
+    compare("one image", profile(model, images[:1], labels[:1], units, cross_entropy), expected[:1], units)
     products = {name: g * model.get_parameter(name).detach() for name, g in gradients.items()}
     gains = units.reduce(products) * torch.as_tensor(units.sizes)
     got, both = profile(model, images, labels, units, cross_entropy, signed=True, of=("gain", "gradient"))
-    compare("gain", got, gains, rounding=1e-9)  # of the largest: where a normalization follows, c is zero
-    compare("both", both, units.reduce(gradients))
+    compare("gain", got, gains, units, rounding=1e-9)  # of the largest: where a normalization follows, c is zero
+    compare("both", both, units.reduce(gradients), units)
     compare("output", *outputs(model, images, labels, units))
     slow, reason = left_by_fast(model, images, labels, units)
     row["fast"] = f"{len(units.layers) - slow}/{len(units.layers)}"
@@ -240,14 +247,19 @@ def test_profiles_are_those_of_single_images(name, record_property, caplog):
 
 
 def outputs(model, images, labels, units):
-    """What units say of a batch, and of images alone; or nothing twice where that is not seen."""
+    """What units say of a batch, and of images alone: of those that are not refused."""
+
+    def of(units):
+        parts = [(images, labels)], zip(images.split(1), labels.split(1), strict=True)
+        how = {"signed": True, "of": "output"}
+        return *(torch.cat([profile(model, *xy, units, cross_entropy, **how) for xy in some]) for some in parts), units
+
     try:
-        return [
-            torch.cat([profile(model, x, y, units, cross_entropy, signed=True, of="output") for x, y in parts])
-            for parts in ([(images, labels)], zip(images.split(1), labels.split(1), strict=True))
-        ]
-    except (RuntimeError, ValueError):
-        return [torch.zeros(len(images), len(units))] * 2
+        return of(units)
+    except RuntimeError as error:
+        unseen = str(error).partition("the outputs of ")[2].partition(" are not seen: leave these units out")[0]
+        kept = [number for number, layer in enumerate(units.layers) if layer.parameter not in unseen.split(", ")]
+        return of(Units([units.layers[n] for n in kept], [units.layer_stages[n] for n in kept]))
 
 
 def left_by_fast(model, images, labels, units):

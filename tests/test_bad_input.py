@@ -33,7 +33,7 @@ from pss import editing as repair
 from pss.apps import execution, parameters, sweep
 from pss.input_space import gain_map
 from pss.reference import Reference
-from pss.storage.folder import ProfileStore
+from pss.storage.store import ProfileStore
 from pss.units import UnitGroup, Units
 
 NAN, INF, STRATEGIES = float("nan"), float("inf"), ("auto", "vmap", "loop")

@@ -101,15 +101,22 @@ def test_gain_jacobian_is_the_sum_of_weight_times_gradient(kind, moved):
             torch.testing.assert_close(found[b, j], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_usual_layers_need_one_pass_and_others_are_still_exact(monkeypatch):
-    torch.manual_seed(0)
-    model, passes = Odd().double(), []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    x = torch.randn(20, 2, 5, 5, dtype=torch.float64)
-    gain_jacobian(model, x, Units.of(model))
-    assert len(passes) == 2  # the batch, and one image of it by definition
-    gain_jacobian(model, x, Units.of(model, "heads"))
-    assert len(passes) == 2 + 2 + 20
+def test_usual_layers_need_one_pass_for_each_logit(net):
+    model, _, _, (retain, _) = net
+    gain_jacobian(model, retain, Units.of(model))  # verifies an image
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    jacobian = gain_jacobian(model, retain, Units.of(model))
+    handle.remove()
+    assert len(passes) == jacobian.shape[1] + 1  # and one image, to count the logits
+
+
+def test_gain_of_zero_has_no_derivative_that_is_not_finite(net):
+    model, _, _, (retain, _) = net
+    units = Units.of(model)
+    steps = -torch.eye(len(units), dtype=torch.double)[0]
+    found = gain_jacobian(model, retain, units, steps=steps)
+    assert found.isfinite().all() and not found[..., 0].any() and found[..., 1:].any()
 
 
 def test_curvature_is_that_of_the_divergence(net):

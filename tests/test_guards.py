@@ -160,7 +160,7 @@ GUARDS = {
     ),
     "rows are compared": Guard(
         "tests/test_profiles.py::test_damage_names_the_row_and_resuming_mends_it",
-        "pss.storage.folder.zlib",
+        "pss.storage.records.zlib",
         SimpleNamespace(crc32=lambda *given: 0),
     ),
     "files are whole or absent": Guard(

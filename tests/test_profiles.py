@@ -24,8 +24,9 @@ from pss.__main__ import main
 from pss.profiles import profile_dataset
 from pss.saliency import cross_entropy, logit
 from pss.storage import passes
-from pss.storage.folder import ProfileStore, blocks, partial_of, read_manifest, write_manifest
+from pss.storage.folder import partial_of, read_manifest, write_manifest
 from pss.storage.passes import choose_batch_size
+from pss.storage.store import ProfileStore, blocks
 from pss.units import Units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -500,7 +501,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 
 def test_blocks_against_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("pss.storage.folder._CHUNK", 5 * 9 * 4)  # five rows at a time
+    monkeypatch.setattr("pss.storage.store._CHUNK", 5 * 9 * 4)  # five rows at a time
     store = run(tmp_path)
     whole = np.array(store.profiles)
     for source in (store, store.profiles, whole, torch.tensor(whole), torch.tensor(whole, requires_grad=True)):

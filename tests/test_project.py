@@ -4,6 +4,7 @@ import re
 import runpy
 import tomllib
 from itertools import chain
+from pathlib import Path
 
 import yaml
 
@@ -63,6 +64,41 @@ def test_contracts_of_imports_name_every_file_of_the_core(root):
     named = {contract["name"]: contract for contract in contracts}
     assert set(named["The core knows storage and the engine, and no room in front of it"]["source_modules"]) == core
     assert set(named["Storage and the engine know no papers"]["forbidden_modules"]) == core
+
+
+BREACHES = {  # a line that breaks each contract
+    "The core knows storage and the engine, and no room in front of it": ("ranking.py", "from pss.apps import report"),
+    "Rooms lie one behind the other": ("data/pictures.py", "from pss.models import load"),
+    "Storage and the engine know no papers": ("storage/places.py", "def late():\n    from pss import evt"),
+    "The engine is torch alone": ("engine/state.py", "import scipy"),
+}
+
+
+def test_a_contract_of_imports_that_is_broken_turns_lint_red(root, tmp_path):
+    import os
+    import shutil
+    import subprocess
+    import sys
+
+    def lint() -> tuple[int, dict[str, str]]:
+        command = [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.returncode, dict(re.findall(r"^(.+) (KEPT|BROKEN)$", done.stdout, re.MULTILINE))
+
+    assert "lint-imports" in (root / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    shutil.copytree(root / "pss", tmp_path / "pss", ignore=lambda _, names: {n for n in names if n == "__pycache__"})
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    assert lint() == (0, dict.fromkeys(BREACHES, "KEPT"))
+    for contract, (file, line) in BREACHES.items():
+        path = tmp_path / "pss" / file
+        whole = path.read_text()
+        path.write_text(f"{whole}\n\n{line}\n")
+        status, found = lint()
+        assert status == 1 and found[contract] == "BROKEN", found
+        path.write_text(whole)
 
 
 def test_mutation_run_names_files_and_tests_that_are_there(root):

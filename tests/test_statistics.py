@@ -22,7 +22,7 @@ import pss
 from pss import evt, statistics
 from pss.reference import Reference
 from pss.statistics import fdr_significant
-from pss.storage.folder import blocks
+from pss.storage.store import blocks
 
 slow = [HealthCheck.too_slow]  # a busy machine is no fault
 steady = settings(derandomize=True, deadline=None, database=None, max_examples=60, suppress_health_check=slow)

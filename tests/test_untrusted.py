@@ -34,7 +34,8 @@ from pss import data, models
 from pss.apps import parameters, sweep
 from pss.data import builtin
 from pss.reference import Reference
-from pss.storage.folder import ProfileStore, discard
+from pss.storage.folder import discard
+from pss.storage.store import ProfileStore
 from pss.units import UnitGroup
 
 

@@ -357,9 +357,11 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
         results = iter(Parallel(n_jobs=jobs)(tasks))
     found = [[next(results) for _ in c.images] for c in collections]
     content = {d["name"]: d for of_images in found for d in of_images} | {"index": index(collections, found)}
-    return [_write_script(folder / "data" / f"{name}.js", name, value) for name, value in content.items()] + [
-        *_copy_bokeh(folder / "vendor")
-    ]
+    written = {folder / "data" / f"{name}.js": (name, value) for name, value in content.items()}
+    for path, (name, value) in written.items():
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        write_whole(path, f"pssExplorer({json.dumps(name)}, {text});\n")
+    return [*written, *_copy_bokeh(folder / "vendor")]
 
 
 def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
@@ -431,12 +433,6 @@ def _story(c: Collection, position: int, method: str, edit: str, k: int) -> tupl
     figure.savefig(file, format="png")
     plt.close(figure)
     return text + table.head(10).to_html(index=False), file.getvalue()
-
-
-def _write_script(path: Path, name: str, content: dict[str, Any]) -> Path:
-    text = f"pssExplorer({json.dumps(name)}, {json.dumps(content, ensure_ascii=False, separators=(',', ':'))});\n"
-    write_whole(path, text)
-    return path
 
 
 def _copy_bokeh(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -241,9 +240,7 @@ def contact_sheet(group: Group, network: models.Network, cluster: int, most: int
     own = group.table[group.table["cluster"] == cluster].head(most)
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
     names = [[network.classes[c][:14] for c in pair] for pair in own[["label", "predicted"]].itertuples(index=False)]
-    _, axes = plt.subplots(1, len(shown), figsize=(1.45 * len(shown), 1.9), squeeze=False)
-    image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names], axes[0])
-    return axes[0][0].figure
+    return image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names])[0].figure
 
 
 def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:

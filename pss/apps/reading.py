@@ -21,7 +21,7 @@ from pss.apps.pages import sentence
 from pss.models import misclassified
 from pss.reference import MIN_IMAGES, Reference
 from pss.storage.fingerprints import name_of
-from pss.storage.folder import ProfileStore
+from pss.storage.store import ProfileStore
 from pss.units import Units
 
 SAVED = (".safetensors", ".pth", ".pt")
@@ -54,10 +54,8 @@ class Reading:
         """A sentence in English, and in Japanese."""
         low, high = self.interval
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.right / self.n}
-        return sentence("near chance" if self.near_chance else "accuracy", **numbers, low=low, high=high, **self._of())
-
-    def _of(self) -> dict[str, float]:
-        return {"chance": 1 / self.classes, "classes": self.classes}
+        numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
+        return sentence("near chance" if self.near_chance else "accuracy", **numbers)
 
     def summary(self) -> dict[str, object]:
         """For ``summary.json``."""

@@ -2,6 +2,7 @@
 
 A batch goes through these files in this order::
 
+    parts           what is asked for, a column for every one of the `groups` of slices; a few images at a time
     strategies      which way: one recorded pass, one image at a time, vmap, a loop; and what the way before it left
       recorder      watches the forward pass; every call of a layer becomes
         calls       a LayerCall, or one that is deferred until it is known who asks for its output:

@@ -32,7 +32,7 @@ def heads_of(module: nn.Module, doubts: list[str]) -> Iterator[tuple]:
     Yields
     ------
     tuple
-        The fields of `pss.units.UnitGroup`: parameter, shape, count, dim, rows, offset, stride, label.
+        The fields of `pss.engine.groups.UnitGroup`: parameter, shape, count, dim, rows, offset, stride, label.
 
     Raises
     ------

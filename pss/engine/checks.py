@@ -16,6 +16,12 @@ def shape_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+
+
 def check_known(what: str, value: Any, known: Collection[str]) -> None:
     """Refuse a name that is none of those known."""
     if value not in known:
@@ -66,6 +72,23 @@ def check_ids(ids: Sequence | np.ndarray | Tensor, count: int, dims: int = 2, le
     if len(twice := ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]):
         raise ValueError(f"unit {twice[0]} is given twice in one ranking: each is edited once")
     return ids
+
+
+def ids_of_each(ids: Sequence | np.ndarray | Tensor, images: int, count: int) -> Tensor:
+    """Unit ids, a row an image (B, K): those that are given, (K,) for all images or (B, K)."""
+    ids = torch.as_tensor(ids)
+    ids = torch.from_numpy(check_ids(ids.expand(images, -1) if ids.dim() == 1 else ids, count))
+    if len(ids) != images:
+        raise ValueError(f"ids have {len(ids)} rows for {images} images: give (k,) for all, or a row for each")
+    return ids
+
+
+def as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor, bool]:
+    """A batch as it is, one image and its label as a batch of one; and whether it was one image."""
+    if not isinstance(images, Tensor) or images.dim() not in (3, 4):
+        raise ValueError(f"images are {shape_of(images)}: expected a tensor (B, C, H, W), or one image (C, H, W)")
+    labels = torch.as_tensor(labels, device=images.device)
+    return (images, labels, False) if images.dim() == 4 else (images[None], labels.reshape(-1), True)
 
 
 def check_images(model: nn.Module, images: Tensor, labels: Tensor, what: str = "images") -> None:

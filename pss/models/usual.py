@@ -22,8 +22,8 @@ from pss.profiles import profile_dataset
 from pss.reference import Reference
 from pss.storage.digests import digest
 from pss.storage.fingerprints import name_of
-from pss.storage.folder import ProfileStore
 from pss.storage.places import cache_folder
+from pss.storage.store import ProfileStore
 from pss.units import Units
 
 _CROPS = 300

@@ -28,7 +28,8 @@ from pss.engine.process import thread_count
 from pss.engine.state import preserved
 from pss.storage import folder
 from pss.storage.fingerprints import length_of
-from pss.storage.folder import ProfileStore
+from pss.storage.records import empty_rows, is_done
+from pss.storage.store import ProfileStore
 from pss.storage.whole import write_whole
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def store_rows(
     dataset : Dataset
     compute : function
         Images (B, …), labels, and whether it is the last batch, to rows (B, ``n_units``) and their records (see
-        `folder.empty_rows`). A ValueError is the fault of an image, if one of them alone raises it too.
+        `pss.storage.records`). A ValueError is the fault of an image, if one of them alone raises it too.
     n_units : int
         Length of a row.
     provenance, computed_with : dict of str to plain values
@@ -122,7 +123,7 @@ def _fill(
     number, ranks = rank()
     batches = [slice(start, min(start + size, n)) for start in range(0, n, size)][number::ranks]
     rows, records = folder.open_arrays(path, manifest)
-    pending = [batch for batch in batches if not folder.is_done(rows[batch], records[batch])]
+    pending = [batch for batch in batches if not is_done(rows[batch], records[batch])]
     loader = DataLoader(
         _Guarded(dataset, skip),
         batch_sampler=[range(batch.start, batch.stop) for batch in pending],
@@ -134,7 +135,7 @@ def _fill(
     bar = tqdm(total=total, initial=total - left, unit="image", desc="profiles", disable=not progress or number > 0)
     with bar, folder.writer(path, manifest) as write:
         for batch, (ids, images, labels, bad) in zip(pending, loader, strict=True):
-            rows, records = folder.empty_rows(batch.stop - batch.start, manifest["n_units"])
+            rows, records = empty_rows(batch.stop - batch.start, manifest["n_units"])
             if ids:
                 at = np.asarray(ids) - batch.start
                 try:
@@ -162,7 +163,7 @@ def _compute_good(
         rows, records = compute(images, labels)
         refused = {int(i): "its profile is NaN or infinite" for i in np.flatnonzero(~np.isfinite(rows).all(axis=1))}
         if refused:
-            rows[list(refused)], records[list(refused)] = folder.empty_rows(len(refused), units)
+            rows[list(refused)], records[list(refused)] = empty_rows(len(refused), units)
         return rows, records, refused
     except ValueError:
         refused = {}
@@ -173,7 +174,7 @@ def _compute_good(
                 refused[i] = str(error)
         if not refused or len(refused) == len(images) > 1:  # not the fault of an image
             raise
-    rows, records = folder.empty_rows(len(images), units)
+    rows, records = empty_rows(len(images), units)
     if good := [i for i in range(len(images)) if i not in refused]:
         rows[good], records[good] = compute(images[good], labels[good])
     return rows, records, refused

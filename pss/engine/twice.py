@@ -1,0 +1,46 @@
+"""Gradients to parameters that can be differentiated once more, back to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pss.engine.folding import ExplicitNormalization
+from pss.engine.state import preserved
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module, parameters: Iterable[str], images: Tensor) -> Iterator[None]:
+    """Gradients on, to these parameters only; the model is left preserved.
+
+    Fused attention kernels can be differentiated once only, PyTorch's plain one as often as wanted.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), preserved(model):
+        model.requires_grad_(False)
+        for name in parameters:
+            model.get_parameter(name).requires_grad_(True)
+        with torch.autocast(images.device.type, enabled=False):
+            yield
+
+
+def gradients_of_one(
+    model: nn.Module, parameters: Iterable[str], image: Tensor, label: Tensor, loss: Callable[[Any, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Gradients ``{name: (1, *shape)}`` of the loss of one image, as functions that can be differentiated."""
+    wanted = {name: model.get_parameter(name) for name in parameters}
+    with ExplicitNormalization():
+        value = loss(model(image), label).sum()
+    found = torch.autograd.grad(value, list(wanted.values()), create_graph=True, materialize_grads=True)
+    return {name: gradient[None] for name, gradient in zip(wanted, found, strict=True)}
+
+
+def gradient_to(image: Tensor, value: Tensor) -> Tensor:
+    """Gradient to the image; zero where the value does not depend on it."""
+    if not value.requires_grad:
+        return torch.zeros_like(image)
+    return torch.autograd.grad(value, image, materialize_grads=True)[0]

@@ -12,7 +12,8 @@ Every module of PSS that needs torchvision imports it after this one.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -45,23 +46,21 @@ def _is_compile_supported(device: str) -> bool:
     return is_compile_supported(device)
 
 
-def _torchvision() -> ModuleType:
-    try:
-        with _without_compiler():
-            import torchvision
-    except (ImportError, AttributeError):  # another version asks the compiler for more
-        import torchvision
-    return torchvision
+def _load() -> None:
+    with suppress(ImportError, AttributeError), _without_compiler():  # another version may ask the compiler for more
+        import_module("torchvision")
 
 
 try:
-    torchvision = _torchvision()
+    _load()
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
     _declared = torch.library.Library("torchvision", "DEF")
     _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torchvision = _torchvision()
+    _load()
+
+import torchvision  # noqa: E402
 
 __all__ = ["torchvision"]

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 import pss
 from pss.data import read_image
+from pss.engine import scaling
 from pss.engine.state import preserved
-from pss.patches import Patch
 from pss.reference import Reference
 
 pytestmark = pytest.mark.faults
@@ -123,8 +123,8 @@ GUARDS = {
     ),
     "patches are whole or not applied": Guard(
         f"{TRACE}::test_leaves_no_trace_wherever_it_is_cut_off[Patch.applied]",
-        (Patch, "_take_off"),
-        only_outside_of_errors(Patch._take_off),
+        (scaling, "take_off"),
+        only_outside_of_errors(scaling.take_off),
     ),
     "nothing is kept": Guard(
         f"{TRACE}::test_memory_is_flat[profile, fast]",

@@ -13,6 +13,7 @@ Every module of PSS that needs torchvision imports it after this one.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -45,23 +46,24 @@ def _is_compile_supported(device: str) -> bool:
     return is_compile_supported(device)
 
 
-def _torchvision() -> ModuleType:
+def _load() -> None:
     try:
         with _without_compiler():
-            import torchvision
+            import_module("torchvision")
     except (ImportError, AttributeError):  # another version asks the compiler for more
-        import torchvision
-    return torchvision
+        import_module("torchvision")
 
 
 try:
-    torchvision = _torchvision()
+    _load()
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
     _declared = torch.library.Library("torchvision", "DEF")
     _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torchvision = _torchvision()
+    _load()
+
+import torchvision  # noqa: E402
 
 __all__ = ["torchvision"]

@@ -1,9 +1,10 @@
 # Everything runs inside .venv, with relative paths: the checkout may live in a directory with spaces.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PY := .venv/bin/python
-# What pip or, where it is there, uv installs; UV= takes pip.
+# What pip or, where it is there, uv installs; UV= takes pip. Python compiles what it imports; pip would compile every
+# file, which takes longer than the rest of the installation.
 UV ?= $(shell command -v uv)
-INSTALL = $(if $(UV),"$(UV)" pip install --python $(PY),$(PY) -m pip install) --quiet --constraint constraints.txt
+INSTALL = $(if $(UV),"$(UV)" pip install --python $(PY),$(PY) -m pip install --no-compile) --quiet --constraint constraints.txt
 # A stamp for each extra of pyproject.toml that a target needs.
 RUN := .venv/.installed-notebooks
 TEST := .venv/.installed-test

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pss.editing import Ids, check_batch, check_logits, damage
 from pss.engine.checks import check_ids, check_known, check_positive
 from pss.engine.edits import restored
-from pss.engine.state import preserved
+from pss.engine.state import channels_last, preserved
 from pss.saliency import Loss, check_inputs, get_loss, parameter_saliency, profile
 from pss.storage.tensors import bytes_of
 from pss.units import Units
@@ -181,7 +181,7 @@ def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of the model in evaluation mode, without gradients."""
     with preserved(model), torch.no_grad():
-        return torch.cat([model(images[part]) for part in _parts(images)])
+        return torch.cat([model(channels_last(images[part])) for part in _parts(images)])
 
 
 def _parts(images: Tensor) -> list[slice]:
@@ -279,7 +279,7 @@ def smallest_correction(
     ways = [through] if isinstance(through, str) else list(through)
     rankings = {"all": np.arange(len(units))[None].repeat(len(images), 0)} if rankings is None else rankings
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
-    rankings = {name: check_ids(ids, len(units), dims=2) for name, ids in rankings.items()}
+    rankings = {name: check_ids(ids, len(units)) for name, ids in rankings.items()}
     ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
     _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from pss.engine.checks import check_ids, check_known, check_labels, check_positive
 from pss.engine.edits import EditRunner, Place, add_steps, restored
-from pss.engine.state import preserved, savable
+from pss.engine.state import channels_last, preserved, savable
 from pss.engine.strategies import ready
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.units import Units, check_units
@@ -117,7 +117,7 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``step_norm`` is not
         positive.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
     runner, result = _runner(model, units, loss, strategy), []
@@ -209,7 +209,7 @@ def edit_curves(
         If an id or label is out of range, an id is given twice for an image, there is no id, the edit or strategy
         is unknown, or ``lr`` or ``step_norm`` is not positive and finite.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     check_known("edit", edit, EDITS)
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
@@ -332,13 +332,13 @@ def side_effects(
     ValueError
         As `edited`; or if there are no retain images.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} retain images and {len(labels)} labels: give as many, and at least one")
     check_inputs(model, images, labels, units, "retain images")
-    image_ids = _distinct(image_ids, len(ids))
+    image_ids, images = _distinct(image_ids, len(ids)), channels_last(images)
 
     def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
         with torch.no_grad():

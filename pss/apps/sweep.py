@@ -326,7 +326,8 @@ def run_sweep(
     again : bool
         Run the finished ones too.
     lead : int
-        So many come first, one by one with all processors: what a reader opens while the others run.
+        So many come first, one by one with all processors: what a reader opens while the others run. These begin with
+        the last, since later pages of a tutorial take longer: all processors end at about the same time.
 
     Raises
     ------
@@ -360,7 +361,7 @@ def run_sweep(
 def _outcomes(runs: Sequence[Run], lead: int, workers: Parallel) -> Iterator[tuple[str, str]]:
     """What `run_one` returns of each: of the first ones in order, then of the others as they end."""
     yield from (run_one(run, Path.cwd()) for run in runs[:lead])
-    yield from workers(delayed(run_one)(run, Path.cwd()) for run in runs[lead:])
+    yield from workers(delayed(run_one)(run, Path.cwd()) for run in (runs[: lead - 1 : -1] if lead else runs))
 
 
 def _sparing(act: Callable[[], None]) -> Callable[[], None]:

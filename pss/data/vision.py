@@ -12,7 +12,7 @@ Every module of PSS that needs torchvision imports it after this one.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -47,10 +47,7 @@ def _is_compile_supported(device: str) -> bool:
 
 
 def _load() -> None:
-    try:
-        with _without_compiler():
-            import_module("torchvision")
-    except (ImportError, AttributeError):  # another version asks the compiler for more
+    with suppress(ImportError, AttributeError), _without_compiler():  # another version may ask the compiler for more
         import_module("torchvision")
 
 

@@ -362,8 +362,9 @@ def fit_patch(
     margins), for rising prices :math:`c`. The price rises until the upper bound of the damage to the retain
     images held out passes the budget, or all mistakes have the margin :math:`m`.
 
-    A patch is of gains only: the last layer's weights, fitted in the same way, left more than half of the images with a
-    hidden cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers (notebook 14).
+    A patch is of gains only: the last layer's weights, fitted in the same way, left more than half of the images with
+    a hidden cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers
+    (notebook 14).
 
     Parameters
     ----------

@@ -428,7 +428,7 @@ class _Fit:
     def slope(self) -> Tensor:
         """Gradient of the KL."""
         kl = lambda after, at: divergences(self.before[at], after)  # noqa: E731
-        return gain_gradient(self.model, self.used, self.units, kl, self.steps).mean(dim=0)
+        return gain_gradient(self.model, self.used, self.units, kl, self.steps).double().mean(dim=0)
 
     def least_price(self) -> float:
         """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""

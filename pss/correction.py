@@ -279,7 +279,7 @@ def smallest_correction(
     ways = [through] if isinstance(through, str) else list(through)
     rankings = {"all": np.arange(len(units))[None].repeat(len(images), 0)} if rankings is None else rankings
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
-    rankings = {name: check_ids(ids, len(units), dims=2) for name, ids in rankings.items()}
+    rankings = {name: check_ids(ids, len(units)) for name, ids in rankings.items()}
     ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
     _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:

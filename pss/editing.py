@@ -117,7 +117,7 @@ def unit_steps(
         If an id or label is out of range, an id is given twice for an image, or ``lr`` or ``step_norm`` is not
         positive.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
     runner, result = _runner(model, units, loss, strategy), []
@@ -209,7 +209,7 @@ def edit_curves(
         If an id or label is out of range, an id is given twice for an image, there is no id, the edit or strategy
         is unknown, or ``lr`` or ``step_norm`` is not positive and finite.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     check_known("edit", edit, EDITS)
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
@@ -332,7 +332,7 @@ def side_effects(
     ValueError
         As `edited`; or if there are no retain images.
     """
-    ids = check_ids(ids, len(units), dims=2)
+    ids = check_ids(ids, len(units))
     if steps is not None and len(steps) != len(ids):
         raise ValueError(f"steps of {len(steps)} images for ids of {len(ids)}")
     if len(images) != len(labels) or not len(images):

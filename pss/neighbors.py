@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pss.engine.checks import check_count, check_known
+from pss.engine.checks import check_count, check_exclude, check_known
 from pss.ranking import RANKINGS, score
 from pss.reference import Reference
 from pss.units import Units
@@ -120,13 +120,3 @@ def _columns(units: Units | None, stage: str | None, count: int) -> Tensor | sli
         raise ValueError(f"stage= needs units=, the {count} units that the profiles were made with")
     check_known("stage", stage, units.stages)
     return torch.from_numpy(np.flatnonzero(units.stage_ids == units.stages.index(stage)))
-
-
-def check_exclude(exclude: Tensor | np.ndarray | None, queries: int, count: int) -> Tensor:
-    """Ids of the queries among the candidates, (Q,), or -1: integers in -1..N-1, or refused."""
-    own = torch.full((queries,), -1) if exclude is None else torch.as_tensor(exclude).cpu()
-    if own.shape != (queries,) or own.is_floating_point() or ((own < -1) | (own >= count)).any():
-        raise ValueError(
-            f"exclude must hold one id for each of the {queries} queries, in 0..{count - 1} or -1 for none"
-        )
-    return own.long()

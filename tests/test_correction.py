@@ -11,7 +11,17 @@ from scipy import optimize
 from torch import nn
 from torch.nn import functional as F
 
-from pss.correction import Curvature, gain_jacobian, margins, shifted, smallest, smallest_correction, unit_maps
+from pss.correction import (
+    Curvature,
+    divergences,
+    gain_jacobian,
+    margins,
+    rival_margins,
+    shifted,
+    smallest,
+    smallest_correction,
+    unit_maps,
+)
 from pss.engine import growing
 from pss.units import UnitGroup, Units
 
@@ -194,6 +204,34 @@ def test_margins_are_over_the_strongest_rivals(net):
     expected = (z.gather(1, y[:, None]) - z.scatter(1, y[:, None], -torch.inf).topk(2).values).double()
     torch.testing.assert_close(gaps, expected)
     assert slopes.shape == (6, 2, 12) and (gaps[:, 0] < 0).all()
+    torch.testing.assert_close(rival_margins(model, x, y), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gains_cost_what_the_least_divergence_does_where_several_rivals_are_in_front(seed):
+    """Against SciPy: on a linear model margins are linear in the gains, and the fourth class has three rivals."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    model = nn.Linear(6, 5, bias=False).double().requires_grad_(False)
+    model.weight.copy_(draw(5, 6))
+    x, usual, retain = draw(3, 6), draw(40, 6), draw(40, 6)
+    logits, on_usual, on_retain = model(x), model(usual), model(retain)
+    labels, gains = logits.topk(4).indices[:, 3], lambda d: 1 + torch.from_numpy(d)
+    how = {"max_relative_step": 50, "tolerance": 1e-3, "progress": False}
+    table = smallest_correction(
+        model, x, labels, Units.of(model, "rows"), retain=(retain, on_retain.argmax(1)), usual=usual, **how
+    )
+    for z, label, kl in zip(logits, labels, table["kl_mean"], strict=True):
+        rivals = [c for c in range(5) if c != label]
+        ahead = lambda d, z=z, label=label, rivals=rivals: (z * gains(d))[label] - (z * gains(d))[rivals]  # noqa: E731
+        best = optimize.minimize(
+            lambda d: float(divergences(on_usual, on_usual * gains(d)).mean()),
+            np.full(5, 0.01),
+            constraints={"type": "ineq", "fun": lambda d, ahead=ahead: ahead(d).numpy()},
+            tol=1e-10,
+        )
+        assert best.success
+        assert kl == pytest.approx(float(divergences(on_retain, on_retain * gains(best.x)).mean()), rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------- closed forms

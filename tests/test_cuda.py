@@ -48,14 +48,17 @@ def test_bf16_backward_is_near(setting):
 
 @pytest.mark.parametrize("of", ["gradient", "gain", "output"])
 def test_float32_takes_the_fast_path(of):
-    """Convolutions in TensorFloat-32 round to 1e-3, and otherwise in a batch of another size."""
+    """Convolutions in TensorFloat-32 round to 1e-3, and otherwise in a batch of another size; in the loop as well."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(num_classes=10).eval().cuda()
     images, labels = torch.randn(32, 3, 64, 64).cuda(), torch.randint(10, (32,)).cuda()
     units = pss.Units.of(model)
-    found = pss.profile(model, images, labels, units, strategy="fast", of=of)
     exact = pss.profile(copy.deepcopy(model).double(), images.double(), labels, units, of=of)
-    assert (found - exact).norm() < 0.05 * exact.norm()
+    off = {
+        strategy: float((pss.profile(model, images, labels, units, strategy=strategy, of=of) - exact).norm())
+        for strategy in ("fast", "loop")
+    }
+    assert off["fast"] <= 2 * off["loop"] < 0.3 * float(exact.norm())
 
 
 @pytest.mark.parametrize("kind", ["rows", "heads"])

@@ -82,6 +82,12 @@ def test_leaves_no_trace_and_is_the_same_again(case, patch):
     assert state_of(model) == before and torch.equal(again.gains, patch.gains)
 
 
+def test_a_model_of_float32_is_patched_as_one_of_float64(case, patch):
+    model, (x, y), (retain, labels) = case
+    found = fitted((copy.deepcopy(model).float(), (x.float(), y), (retain.float(), labels)))
+    torch.testing.assert_close(found.gains, patch.gains, rtol=1e-2, atol=1e-2)
+
+
 def test_removal_is_bit_identical_and_the_weights_below_are_never_written(case, patch):
     model, x = copy.deepcopy(case[0]), case[1][0]
     with torch.no_grad():
@@ -404,7 +410,26 @@ def test_transplants_carry_the_part_that_is_to_blame_and_nothing_else():
     assert torch.equal(again[0], made)
 
 
-def test_no_transplant_where_no_part_turns_half_of_the_carriers():
+def test_a_cause_that_fills_the_image_is_what_the_mistakes_have_in_common():
+    """Slanted light: no part of it, but the whole makes the right half brighter."""
+    light = torch.linspace(-0.3, 0.3, 12).expand(1, 8, 12)
+    generator = torch.Generator().manual_seed(0)
+    plain = 0.01 * torch.rand(30, 1, 8, 12, generator=generator)
+    plain[..., :6] += torch.rand(30, 1, 1, 1, generator=generator) * 0.25  # the left half is brighter: class 0
+    labels = torch.zeros(30, dtype=torch.long)
+    mistakes = (plain[:5] + light, labels[:5])
+    (made, own), table = transplants(Halves(), mistakes, (plain[5:], labels[5:]), per_mistake=4)
+    common = mistakes[0].median(dim=0).values - plain[5:].median(dim=0).values
+    expected = (plain[5:] + common).clamp(plain[5:].min(), plain[5:].max())
+    assert len(made) == len(own) == 20 and table["made"].tolist() == [4] * 5
+    assert table[["height", "width"]].drop_duplicates().to_numpy().tolist() == [[8, 12]]
+    assert all((expected == image).flatten(1).all(dim=1).any() for image in made)
+    assert (Halves()(made).argmax(dim=1) == 1).all() and not own.any()
+    two = transplants(Halves(), tuple(t[:2] for t in mistakes), (plain[5:], labels[5:]))[0]
+    assert len(two[0]) == 0  # of two a median is no more than one of them
+
+
+def test_no_transplant_where_no_part_turns_nearly_all_of_the_carriers():
     images, labels = torch.zeros(6, 1, 8, 12), torch.ones(6, dtype=torch.long)
     images[..., 6:] = 1  # the right half is brighter
     mistake = torch.zeros(1, 1, 8, 12)

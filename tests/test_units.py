@@ -472,6 +472,8 @@ def test_own_units():
     assert len(units) == 2 and units.sizes.tolist() == [36, 36]
     tied = Units.of(odd_net(), lambda model: [UnitGroup("4.weight", (6, 6), 6)])  # by its second name
     assert len(tied) == 6 and Units.of(odd_net(), "rows").kind == "rows"
+    assert units.kind == "own" and repr(tied) == "Units(6 own in 1 layers, stages 4)"
+    assert repr(Units.of(build("resnet18"))).endswith(", stages conv1, conv2_x, conv3_x, conv4_x, conv5_x)")
 
 
 COMPUTED = {  # how a weight comes to be computed from others, and what the error advises

@@ -205,6 +205,10 @@ def test_it_costs_one_image_once():
     assert sizes == [3]
     profile(model, images, labels, Units.of(model, "rows"))
     assert sizes == [3, 3, 1, 3, 1]  # other units are looked at anew
+    for again in ([3, 1, 3, 1], [3]):
+        sizes.clear()
+        profile(model, images, labels, loss="logit")
+        assert sizes == again  # and so is another loss
 
 
 def test_a_data_set_is_verified_in_its_first_and_its_last_batch(tmp_path):

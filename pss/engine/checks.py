@@ -83,6 +83,16 @@ def ids_of_each(ids: Sequence | np.ndarray | Tensor, images: int, count: int) ->
     return ids
 
 
+def check_exclude(exclude: Tensor | np.ndarray | None, queries: int, count: int) -> Tensor:
+    """Ids of the queries among the candidates, (Q,), or -1: integers in -1..N-1, or refused."""
+    own = torch.full((queries,), -1) if exclude is None else torch.as_tensor(exclude).cpu()
+    if own.shape != (queries,) or own.is_floating_point() or ((own < -1) | (own >= count)).any():
+        raise ValueError(
+            f"exclude must hold one id for each of the {queries} queries, in 0..{count - 1} or -1 for none"
+        )
+    return own.long()
+
+
 def as_batch(images: Tensor, labels: Tensor | int) -> tuple[Tensor, Tensor, bool]:
     """A batch as it is, one image and its label as a batch of one; and whether it was one image."""
     if not isinstance(images, Tensor) or images.dim() not in (3, 4):

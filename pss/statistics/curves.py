@@ -11,8 +11,7 @@ from scipy import stats
 from scipy.special import expit
 from torch import Tensor
 
-from pss.engine.checks import check_share
-from pss.neighbors import check_exclude
+from pss.engine.checks import check_exclude, check_share
 
 _LEVEL = "the share of intervals that hold the truth, as 0.95"
 

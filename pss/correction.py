@@ -81,19 +81,11 @@ def gain_jacobian(
     if combinations is None:
         classes = logits_of(model, images[:1]).shape[1]
         combinations = torch.eye(classes, device=images.device).expand(len(images), -1, -1)
-
-    def derivative(m: int) -> Tensor:
-        return gain_gradient(model, images, units, lambda z, at: (combinations[at, m].to(z) * z).sum(dim=1), steps)
-
-    return torch.stack([derivative(m) for m in range(combinations.shape[1])], dim=1)
-
-
-def gain_gradient(model: nn.Module, images: Tensor, units: Units, of: Loss, steps: Tensor | None = None) -> Tensor:
-    """Derivative (B, U) of a function ``(logits, numbers of the images) -> (B,)`` to the gains, at 1 + steps."""
     steps = torch.zeros(len(units)) if steps is None else steps
-    with shifted(model, changes(model, unit_maps(units), steps)):
-        numbers = torch.arange(len(images), device=images.device)
-        found = profile(model, images, numbers, units, of, signed=True, of="gain")  # with the weights as they are there
+    numbers = torch.arange(len(images), device=images.device)
+    with shifted(model, changes(model, unit_maps(units), steps)):  # the profile is of the weights as they are there
+        sums = [lambda z, at, m=m: (combinations[at, m].to(z) * z).sum(dim=1) for m in range(combinations.shape[1])]
+        found = torch.stack([profile(model, images, numbers, units, s, signed=True, of="gain") for s in sums], dim=1)
     gains = (1 + steps).to(found)
     return found / gains.where(gains != 0, 1)
 

@@ -42,7 +42,7 @@ from pss.correction import (
     changes,
     check_mistakes,
     divergences,
-    gain_gradient,
+    gain_jacobian,
     logits_of,
     margins,
     predicts,
@@ -362,9 +362,8 @@ def fit_patch(
     margins), for rising prices :math:`c`. The price rises until the upper bound of the damage to the retain
     images held out passes the budget, or all mistakes have the margin :math:`m`.
 
-    A patch is of gains only: the last layer's weights, fitted in the same way, left more than half of the images with
-    a hidden cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers
-    (notebook 14).
+    A patch is of gains only: weights of the last layer, fitted in the same way, left half of the images with a hidden
+    cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers (notebook 14).
 
     Parameters
     ----------
@@ -441,9 +440,11 @@ class _Fit:
             return float(divergences(self.before, logits_of(self.model, self.used)).mean() + price * lacks)
 
     def slope(self) -> Tensor:
-        """Gradient of the KL."""
-        kl = lambda after, at: divergences(self.before[at], after)  # noqa: E731
-        return gain_gradient(self.model, self.used, self.units, kl, self.steps).double().mean(dim=0)
+        """Gradient of the KL, which to the logits is the difference of the probabilities."""
+        with self.edited(self.steps):
+            after = logits_of(self.model, self.used)
+        pull = after.double().softmax(dim=1) - self.before.double().softmax(dim=1)
+        return gain_jacobian(self.model, self.used, self.units, pull[:, None], self.steps).double().mean(dim=(0, 1))
 
     def least_price(self) -> float:
         """A small part of the price at which the first of the mistakes would be corrected, were margins linear."""

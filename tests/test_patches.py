@@ -5,7 +5,6 @@ import doctest
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -438,20 +437,3 @@ def test_no_transplant_where_no_part_turns_nearly_all_of_the_carriers():
     assert len(made) == len(own) == 0 and table["made"].tolist() == [0]
     with pytest.raises(ValueError, match="of one size"):
         transplants(Halves(), (mistake, labels[:1]), (images[..., 1:], labels))
-
-
-def test_the_kept_table_of_hidden_causes_says_how_it_was_made_and_is_whole():
-    path = Path(__file__).parents[1] / "data" / "experiments" / "hidden_causes.csv"
-    about = [line for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
-    names = {line.strip("# ").split(":")[0] for line in about}
-    assert {"made by", "made on", "width", "epochs", "n_clean", "budget", "mask_steps"} <= names
-    table = pd.read_csv(path, comment="#")
-    assert not table.duplicated(["trigger", "seed", "complaints", "way"]).any()
-    five = table[table["complaints"] == 5]
-    ways = five.groupby(["trigger", "seed"])["way"].agg(frozenset)
-    assert len(set(ways)) == 1 and {"gains, transplants", "fine-pruning"} <= ways.iloc[0]
-    seeds = five.groupby("trigger")["seed"].agg(frozenset)  # every trigger with the same networks
-    assert len(seeds) == 3 and len(set(seeds)) == 1
-    assert ((table["attack"] + table["right"]) <= 1 + 1e-9).all() and table["clean"].between(0, 1).all()
-    counts = table[table["trigger"] == "white patch"].groupby("complaints")["seed"].agg(frozenset)
-    assert {1, 5, 10} <= set(counts.index)

@@ -119,6 +119,14 @@ def without(packages: list[str], code: str) -> str:
     return made.stdout + made.stderr.strip().split("\n")[-1]
 
 
+def test_notebooks_are_started_without_torch_and_networks_opened_without_its_compiler():
+    assert without(["torch"], "import pss.apps.batch; print('started')") == "started\n"
+    loaded = "print('torchvision' in sys.modules, {'torch._dynamo', 'sympy'} & sys.modules.keys())\n"
+    asked = "from torch._dynamo import utils\nfrom torchvision.ops.roi_align import is_compile_supported as asked\n"
+    same = "print(asked('cpu') == utils.is_compile_supported('cpu'), asked is utils.is_compile_supported)"
+    assert without([], f"import pss.models\n{loaded}{asked}{same}") == "True set()\nTrue False\n"
+
+
 def test_a_network_of_ones_own_needs_no_extra(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     imported = {"scikit-learn": "sklearn", "scikit-image": "skimage"}

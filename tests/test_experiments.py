@@ -94,7 +94,8 @@ def test_a_patch_made_anew_is_the_one_that_is_kept():
 
 
 def test_the_table_of_hidden_causes_says_how_it_was_made_and_is_whole():
-    about = [line.strip("# ").split(":")[0] for line in hidden_causes.OUT.open() if line.startswith("#")]
+    lines = hidden_causes.OUT.read_text("utf-8").splitlines()
+    about = [line.strip("# ").split(":")[0] for line in lines if line.startswith("#")]
     assert {"made by", *hidden_causes.STATED} <= set(about)
     table = tables.read(hidden_causes.OUT)
     asked = {(*case, way) for case, ways in hidden_causes.cases(3) for way in ways}

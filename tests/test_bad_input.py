@@ -404,7 +404,7 @@ CASES = {
     "cost on the mistakes": (lambda w: cost(w, retain=(w.x, w.right)), ValueError, r"6 of the retain images are among the mistakes: .*take them out"),
     "cost of 0 units": (lambda w: cost(w, k=0), ValueError, r"k = 0 is outside 1\.\.3"),
     "cost of more units": (lambda w: cost(w, k=4), ValueError, r"k = 4 is outside 1\.\.3, the ids given, and is not 8"),
-    "cost through walls": (lambda w: cost(w, through="walls"), ValueError, r"through='walls': expected 'gains' or 'weights'"),
+    "cost through walls": (lambda w: cost(w, through="walls"), ValueError, r"unknown through 'walls': expected one of gains, weights"),
     "cost without usual images": (lambda w: cost(w, through="gains"), ValueError, r"through='gains' needs usual="),
     "cost at cap 0": (lambda w: cost(w, max_relative_step=0), ValueError, r"max_relative_step must be positive and finite, not 0"),
     "cost of a wrong label": (lambda w: cost(w, labels=w.wrong + 3), ValueError, r"label \d is outside 0\.\.2"),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pss.editing import Ids, check_batch, check_logits, damage
 from pss.engine.checks import check_ids, check_known, check_positive
 from pss.engine.edits import restored
-from pss.engine.state import channels_last, preserved
+from pss.engine.state import laid_out, preserved
 from pss.saliency import Loss, check_inputs, get_loss, parameter_saliency, profile
 from pss.storage.tensors import bytes_of
 from pss.units import Units
@@ -173,7 +173,7 @@ def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of the model in evaluation mode, without gradients."""
     with preserved(model), torch.no_grad():
-        return torch.cat([model(channels_last(images[part])) for part in _parts(images)])
+        return torch.cat([laid_out(model, images[part], model) for part in _parts(images)])
 
 
 def _parts(images: Tensor) -> list[slice]:

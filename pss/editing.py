@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from pss.engine.checks import check_ids, check_known, check_labels, check_positive
 from pss.engine.edits import EditRunner, Place, add_steps, restored
-from pss.engine.state import channels_last, preserved, savable
+from pss.engine.state import laid_out, preserved, savable
 from pss.engine.strategies import ready
 from pss.saliency import Loss, check_inputs, get_loss
 from pss.units import Units, check_units
@@ -338,11 +338,15 @@ def side_effects(
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} retain images and {len(labels)} labels: give as many, and at least one")
     check_inputs(model, images, labels, units, "retain images")
-    image_ids, images = _distinct(image_ids, len(ids)), channels_last(images)
+    image_ids = _distinct(image_ids, len(ids))
 
     def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
         with torch.no_grad():
-            return torch.cat([model(part).double().log_softmax(dim=1) for part in images.split(RETAIN_BATCH)])
+            return (
+                torch.cat([laid_out(model, part, model) for part in images.split(RETAIN_BATCH)])
+                .double()
+                .log_softmax(dim=1)
+            )
 
     with preserved(model):
         before = forward()

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pss.engine.checks import check_images, check_labels
-from pss.engine.parts import compute_in_parts, laid_out, task_of
+from pss.engine.parts import compute_in_parts, task_of
 from pss.engine.recorder import Options
+from pss.engine.state import laid_out, savable
 from pss.engine.strategies import Part, Task, ready, whole_gradients
 from pss.storage.fingerprints import name_of
 from pss.units import Units, check_units
@@ -107,7 +108,7 @@ def parameter_saliency(
     loss, names = get_loss(loss), tuple(name for name, _ in model.named_parameters())
     task = Task(model, loss, partial(_check_outputs, loss), (), names)
     with ready(model, images):
-        parts = whole_gradients(task, laid_out(images), labels)
+        parts = laid_out(model, savable(images.detach()), lambda x: whole_gradients(task, x, labels))
     whole = {name: torch.cat([part[name] for part in parts]) for name in names}  # a copy: abs_ may write into it
     return whole if signed else {name: g.abs() if g.is_complex() else g.abs_() for name, g in whole.items()}
 
@@ -219,7 +220,7 @@ def profile_and_outputs(
     if whole.outputs is not None:
         return profiles, whole.outputs, whole.losses
     with ready(model, images), torch.no_grad():
-        outputs = model(laid_out(images))
+        outputs = laid_out(model, savable(images.detach()), model)
         return profiles, outputs, get_loss(loss)(outputs, labels)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from networks import assert_close, batch, bn, conv, net, one_by_one, own, seeded
 from torch import nn
 
+import pss
 from pss import Units, parameter_saliency, profile
 from pss import saliency as gradients
 from pss.engine import kernels
@@ -670,6 +671,41 @@ def test_memory_formats_and_views():
     for same in (images.to(memory_format=torch.channels_last), other_stride, images.clone().requires_grad_()):
         assert_close(profile(model, same, labels, units, strategy="fast"), expected, units)
     assert_close(profile(model.to(memory_format=torch.channels_last), images, labels, units), expected, units)
+
+
+class Viewing(nn.Module):
+    """Flattens by ``view``, as networks often do, which features with their channels side by side do not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6 * 6 * 6, 10)
+
+    def forward(self, x):
+        x = F.relu(self.second(F.relu(self.first(x))))
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_networks_that_flatten_by_view():
+    model, (images, labels) = seeded(Viewing), batch((3, 10, 10), 9)
+    units = Units.of(model, "all")
+    expected = one_by_one(model, images, labels, units)
+    for strategy in ("fast", "auto", "vmap", "loop"):
+        assert_close(profile(seeded(Viewing), images, labels, units, strategy=strategy), expected, units)
+    assert_close(units.reduce(pss.parameter_saliency(seeded(Viewing), images, labels)), expected, units)
+    for of in ("gain", "output"):
+        found = profile(seeded(Viewing), images, labels, units, of=of)
+        torch.testing.assert_close(found, profile(model, images, labels, units, of=of, strategy="loop"))
+    logits = model(images).detach()
+    for seen in (seeded(Viewing), model):  # of which nothing is known, and of which it is
+        torch.testing.assert_close(pss.models.predict(seen, images), logits)
+        second = logits.topk(2).indices[:, 1]
+        right = (images[2:], logits.argmax(1)[2:])
+        ids = pss.rank(expected[:2], None, "raw", k=3)
+        assert len(pss.edit_curves(seen, images[:2], second[:2], ids, units, "prune")) == 8
+        assert len(pss.side_effects(seen, units, ids, *right)) == 2
+        patch = pss.fit_patch(seen, (images[:2], second[:2]), right, units, budget=5.0, margin=0.01, progress=False)
+        with patch.applied(seen):
+            assert torch.equal(seen(images[:2]).argmax(1), second[:2])
 
 
 def test_many_images_are_taken_in_parts():

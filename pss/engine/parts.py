@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pss.engine.groups import UnitGroup
 from pss.engine.recorder import Options
-from pss.engine.state import savable
+from pss.engine.state import laid_out, savable
 from pss.engine.strategies import Columns, Loss, Part, Task, compute, known_of, ready
 from pss.engine.verification import verified
 
@@ -66,13 +66,16 @@ def compute_in_parts(
     size, parts = images_at_once(images), []
     with ready(task.model, images):
         known = known_of(task, images)
-        for chunk in zip(laid_out(images).split(size), savable(labels).split(size), strict=True):
-            part = compute(task, *chunk, known)
-            compares = verify and "output" not in task.options.of  # of which a gradient knows nothing
-            if compares and (verify_again or not known.verified) and known.ways != ("loop",):
-                part = verified(task, *chunk, part, known)
-                verify_again = False
-            parts.append(part)
+        for x, y in zip(savable(images.detach()).split(size), savable(labels).split(size), strict=True):
+
+            def part_of(x: Tensor, y: Tensor = y, again: bool = verify_again and not parts) -> Part:
+                part = compute(task, x, y, known)
+                compares = verify and "output" not in task.options.of  # of which a gradient knows nothing
+                if compares and (again or not known.verified) and known.ways != ("loop",):
+                    return verified(task, x, y, part, known)
+                return part
+
+            parts.append(laid_out(task.model, x, part_of))
     whole = Part.join(parts)
     return torch.cat([whole.columns[i] for i in sorted(whole.columns)], dim=1), whole
 
@@ -81,10 +84,3 @@ def images_at_once(images: Tensor) -> int:
     """Larger batches are slower on a CPU: about 8 images at 224 pixels; a GPU wants more."""
     numbers = (64 if images.is_cuda else 8) * 3 * 224 * 224
     return max(1, min(256, numbers // images[0].numel()))
-
-
-def laid_out(images: Tensor) -> Tensor:
-    """Channels last where it pays: on a CPU. A copy if autograd may not save the images."""
-    images = savable(images.detach())
-    channels_last = images.dim() == 4 and not images.is_cuda
-    return images.contiguous(memory_format=torch.channels_last) if channels_last else images

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+_VIEWING: WeakSet[nn.Module] = WeakSet()  # networks that refused channels side by side
 
 
 @contextmanager
@@ -36,9 +41,19 @@ def savable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) with their channels side by side in memory, which takes convolutions two thirds of the time.
+def laid_out(model: nn.Module, images: Tensor, run: Callable[[Tensor], T]) -> T:
+    """``run(images)``, with the channels of images (B, C, H, W) side by side in memory on a CPU.
 
-    On a CPU, forward, in the nets of the notebooks. Other inputs stay as they are.
+    Forward passes of the nets of the notebooks take two thirds of the time so. A network that flattens its features by
+    ``view`` refuses them: then, and at once the next time, they are laid out as usual.
     """
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+    if images.dim() != 4 or images.is_cuda:
+        return run(images)
+    if model not in _VIEWING:
+        try:
+            return run(images.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            _VIEWING.add(model)
+    return run(images.contiguous())

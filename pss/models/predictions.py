@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pss import data
 from pss.engine.checks import check_labels, check_positive
-from pss.engine.state import channels_last, preserved
+from pss.engine.state import laid_out, preserved
 
 
 def predict(model: nn.Module, images: torch.Tensor | Dataset, batch_size: int = 256) -> torch.Tensor:
@@ -53,7 +53,7 @@ def _outputs(
     logits, labels = [], []
     with preserved(model), torch.no_grad():
         for batch, label in batches:
-            logits.append(model(channels_last(batch.to(like.device, like.dtype))))
+            logits.append(laid_out(model, batch.to(like.device, like.dtype), model))
             if not isinstance(logits[-1], torch.Tensor):
                 raise ValueError(f"outputs are {type(logits[-1]).__name__}: expected logits (N, classes)")
             labels.append(label)

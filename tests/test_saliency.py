@@ -676,16 +676,17 @@ def test_memory_formats_and_views():
 class Viewing(nn.Module):
     """Flattens by ``view``, as networks often do, which features with their channels side by side do not allow."""
 
-    def __init__(self):
+    def __init__(self, channels=3):
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6 * 6 * 6, 10)
+        self.first, self.second, self.head = nn.Conv2d(channels, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6 * 6 * 6, 10)
 
     def forward(self, x):
         x = F.relu(self.second(F.relu(self.first(x))))
         return self.head(x.view(x.size(0), -1))
 
 
-def test_networks_that_flatten_by_view():
+def test_networks_that_flatten_by_view(caplog):
+    caplog.set_level("INFO", "pss")
     model, (images, labels) = seeded(Viewing), batch((3, 10, 10), 9)
     units = Units.of(model, "all")
     expected = one_by_one(model, images, labels, units)
@@ -706,6 +707,10 @@ def test_networks_that_flatten_by_view():
         patch = pss.fit_patch(seen, (images[:2], second[:2]), right, units, budget=5.0, margin=0.01, progress=False)
         with patch.applied(seen):
             assert torch.equal(seen(images[:2]).argmax(1), second[:2])
+    one_channel, (images, labels) = seeded(lambda: Viewing(1)), batch((1, 10, 10), 3)
+    units = Units.of(one_channel)
+    assert_close(profile(one_channel, images, labels), one_by_one(one_channel, images, labels, units), units)
+    assert "at a time" not in caplog.text  # on the fast path
 
 
 def test_many_images_are_taken_in_parts():

@@ -50,10 +50,16 @@ def laid_out(model: nn.Module, images: Tensor, run: Callable[[Tensor], T]) -> T:
     if images.dim() != 4 or images.is_cuda:
         return run(images)
     if model not in _VIEWING:
+        side_by_side = images.contiguous(memory_format=torch.channels_last)
         try:
-            return run(images.contiguous(memory_format=torch.channels_last))
+            return run(side_by_side)
         except RuntimeError as error:
-            if "view size is not compatible" not in str(error):
+            if not is_of_the_layout(error, side_by_side):
                 raise
             _VIEWING.add(model)
     return run(images.contiguous())
+
+
+def is_of_the_layout(error: Exception, images: Tensor) -> bool:
+    """Whether a network refused images for how they lie in memory: then no other way of computing is the answer."""
+    return "view size is not compatible" in str(error) and not images.is_contiguous()

@@ -29,7 +29,7 @@ from pss.engine.calls import OwnGradients, Unsupported
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.locating import Locator, close
 from pss.engine.recorder import GradientRecorder, Options
-from pss.engine.state import preserved
+from pss.engine.state import is_of_the_layout, preserved
 
 log = logging.getLogger(__name__)
 GRADIENT_BYTES = 2**28  # of whole gradients that are held at once
@@ -164,7 +164,7 @@ def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
         try:
             done, left = WAYS[way](task, images, labels, tuple(left), known)
         except (RuntimeError, NotImplementedError) as error:  # also what an operation says that cannot be intercepted
-            if not queue or is_of_the_machine(error):
+            if not queue or is_of_the_machine(error) or is_of_the_layout(error, images):
                 raise
             done, left = Part(), dict.fromkeys(left, str(error))
             known.drop(way)
@@ -296,7 +296,7 @@ def whole_gradients(task: Task, images: Tensor, labels: Tensor) -> list[dict[str
     try:
         return list(vectorized(task, images, labels, task.parameters))
     except (RuntimeError, NotImplementedError) as error:
-        if is_of_the_machine(error):
+        if is_of_the_machine(error) or is_of_the_layout(error, images):
             raise
         log.info("gradients of one sample at a time: %s", error)
         return list(one_by_one(task, images, labels, task.parameters))

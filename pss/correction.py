@@ -107,9 +107,14 @@ class Curvature:
         self.damping = DAMPING * float(self._values.sum()) / rows.shape[1] + torch.finfo(torch.float32).tiny
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0) -> Curvature:
-        """Of the KL on these images: over all classes where the factor stays small, otherwise of labels drawn."""
-        p = logits_of(model, images).double().softmax(dim=1)
+    def of(
+        cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0, temperature: float = 1.0
+    ) -> Curvature:
+        """Of the KL on these images: over all classes where the factor stays small, otherwise of labels drawn.
+
+        At another temperature of `divergences` of the logits over it, times its square.
+        """
+        p = (logits_of(model, images).double() / temperature).softmax(dim=1)
         eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
         if len(images) * p.shape[1] * len(units) <= _EXACT:
             weights = p.sqrt()[:, :, None] * (eye - p[:, None])
@@ -153,9 +158,9 @@ def margins(
     return (weights * logits[:, None]).sum(dim=2), gain_jacobian(model, images, units, weights, steps).double()
 
 
-def rival_margins(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def rival_margins(logits: Tensor, labels: Tensor) -> Tensor:
     """Margins (B, M) of the labels over their strongest rivals."""
-    logits = logits_of(model, images).double()
+    logits = logits.double()
     return logits.gather(1, labels[:, None]) - logits.gather(1, _rivals(logits, labels))
 
 

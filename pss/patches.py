@@ -66,6 +66,8 @@ _PRICES = 40  # tried, each 1.4 times the one before, and up to 4 times while th
 _NOTHING = 1e-4  # nats
 _STEPS = 3  # Newton steps at each price
 _NEARLY_ALL, _SEVERAL = 0.9, 3  # carriers that a part to blame turns; mistakes that have something in common
+_TEMPERATURE = 4  # of the KL that is made least: images that the model is sure of count too
+_ENOUGH = 0.1  # of the margin, which the mistakes may lack on average
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
 
@@ -257,11 +259,12 @@ def transplants(
 ) -> tuple[Images, pd.DataFrame]:
     """More mistakes of the same cause: what is to blame, put into images that are right.
 
-    To blame is the smallest of squares of a quarter and a half of the image's sides that, pasted at its own place into
-    right images, makes the model read nearly all of these as it reads the mistake. A cause that fills the image has
-    no such part. Then it is what three mistakes or more have in common: the difference of their median from that of the
-    carriers, added to these. Beside the mistakes, the images made tell `fit_patch` what is not to matter, for every
-    class among the carriers.
+    To blame is a square of a quarter of the image's sides that, pasted at its own place into right images, makes the
+    model read nearly all of these as it reads the mistake. A cause that fills the image has no such part. Then it is
+    what three mistakes or more have in common: the difference of their median from that of the carriers, added to
+    these. Where this does not turn nearly all either, a square of half the sides is looked for, which may carry some of
+    the object along; and where there is none, what is in common is taken all the same. Beside the mistakes, the images
+    made tell `fit_patch` what is not to matter, for every class among the carriers.
 
     Parameters
     ----------
@@ -297,12 +300,17 @@ def transplants(
     for x, read in zip(mistakes[0], logits_of(model, mistakes[0]).argmax(dim=1), strict=True):
         order = torch.from_numpy(rng.permutation((right & (carriers[1] != read)).nonzero()[:, 0].cpu().numpy()))
         images, labels = (part[order.to(part.device)] for part in carriers)
-        share, place = _to_blame(model, x, images[:tries], read)
-        pasted, most = _pasted(images, x, place), per_mistake if share >= _NEARLY_ALL else 0
-        if not most and len(mistakes[0]) >= _SEVERAL:
-            place, most = tuple(slice(0, side) for side in x.shape[1:]), per_mistake
+        share, place = _to_blame(model, x, images[:tries], read, eighths=2)
+        pasted = _pasted(images, x, place)
+        if share < _NEARLY_ALL and len(mistakes[0]) >= _SEVERAL:
+            place = tuple(slice(0, side) for side in x.shape[1:])
             pasted = (images + common).clamp(carriers[0].min(), carriers[0].max())
             share = _share(model, pasted[:tries], read)
+        if share < _NEARLY_ALL:
+            larger, half = _to_blame(model, x, images[:tries], read, eighths=4)
+            if larger >= _NEARLY_ALL or len(mistakes[0]) < _SEVERAL:
+                share, place, pasted = larger, half, _pasted(images, x, half)
+        most = per_mistake if share >= _NEARLY_ALL or len(mistakes[0]) >= _SEVERAL else 0
         turned = (logits_of(model, pasted).argmax(dim=1) == read).nonzero()[:most, 0]
         made.append((pasted[turned], labels[turned]))
         corner = {"top": place[0].start, "left": place[1].start}
@@ -318,16 +326,17 @@ def _pasted(carriers: Tensor, image: Tensor, place: tuple[slice, slice]) -> Tens
     return pasted
 
 
-def _to_blame(model: nn.Module, image: Tensor, carriers: Tensor, read: Tensor) -> tuple[float, tuple[slice, slice]]:
-    """The share of the carriers that the part of the image turns to what it is read as, and where the part lies."""
+def _to_blame(
+    model: nn.Module, image: Tensor, carriers: Tensor, read: Tensor, eighths: int
+) -> tuple[float, tuple[slice, slice]]:
+    """Most carriers that a square of the image turns to what it is read as (a share), and where the first such lies."""
     best = (0.0, (slice(0, 0), slice(0, 0)))
-    for eighths in (2, 4):  # a larger part may carry the object along, and its label
-        for corner in product(range(9 - eighths), repeat=2):
-            sides = zip(corner, image.shape[1:], strict=True)
-            rows, columns = (slice(at * side // 8, (at + eighths) * side // 8) for at, side in sides)
-            pasted = _pasted(carriers, image, (rows, columns))
-            best = max(best, (_share(model, pasted, read), (rows, columns)), key=lambda each: each[0])
-        if best[0] >= _NEARLY_ALL:
+    for corner in product(range(9 - eighths), repeat=2):
+        sides = zip(corner, image.shape[1:], strict=True)
+        rows, columns = (slice(at * side // 8, (at + eighths) * side // 8) for at, side in sides)
+        share = _share(model, _pasted(carriers, image, (rows, columns)), read)
+        best = max(best, (share, (rows, columns)), key=lambda each: each[0])
+        if share == 1:
             break
     return best
 
@@ -360,7 +369,10 @@ def fit_patch(
 
     over the strongest rivals k of each mistake i, by Newton steps (with the curvature of `pss.correction` and linear
     margins), for rising prices :math:`c`. The price rises until the upper bound of the damage to the retain
-    images held out passes the budget, or all mistakes have the margin :math:`m`.
+    images held out passes the budget, or the mistakes have nearly the margin :math:`m`. The KL that is made least is that
+    of the logits over a temperature of 4, times its square (Hinton et al. 2015, arXiv 1503.02531): at 1, images that the
+    model is sure of say next to nothing of how they can be harmed, and the damage to those held out was several times as
+    large at the same price. The budget is of the KL as it is.
 
     A patch is of gains only: weights of the last layer, fitted in the same way, left half of the images with a hidden
     cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers (notebook 14).
@@ -375,7 +387,7 @@ def fit_patch(
     budget : float
         Most damage allowed: mean of :math:`\mathrm{KL}(p_\text{before}\,\|\,p_\text{after})` in nats.
     margin : float, optional
-        Stop once the logits of the mistakes' labels lead by this much. By default the median lead on the retain
+        Stop once the logits of the mistakes' labels lead by this much, less a tenth on average. By default the median lead on the retain
         images: as sure as usual, as far as the budget goes, so that other mistakes of the same cause are corrected too.
     over_budget : bool
         Take the least damage that corrects the most, also where it breaks the budget on the retain images held out.
@@ -425,25 +437,31 @@ class _Fit:
 
     def __init__(self, model: nn.Module, mistakes: Images, used: Tensor, units: Units, margin: float | None, seed: int):
         self.model, self.mistakes, self.used, self.units, self.maps = model, mistakes, used, units, unit_maps(units)
-        self.before, self.curvature = logits_of(model, used), Curvature.of(model, used, units, seed)
-        usual = float(rival_margins(model, used, self.before.argmax(dim=1))[:, 0].median())
-        self.margin = usual if margin is None else margin
+        self.curvature = Curvature.of(model, used, units, seed, _TEMPERATURE)
         self.damping = _CAUTION * self.curvature.damping
         self.steps = torch.zeros(len(units), dtype=torch.double, device=used.device)
+        self.now = self.outputs(self.steps)
+        self.before = self.now[0]
+        usual = float(rival_margins(self.before, self.before.argmax(dim=1))[:, 0].median())
+        self.margin = usual if margin is None else margin
 
     def edited(self, steps: Tensor) -> AbstractContextManager[nn.Module]:
         return shifted(self.model, changes(self.model, self.maps, steps))
 
-    def objective(self, steps: Tensor, price: float) -> float:
+    def outputs(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the images used, and of the mistakes."""
         with self.edited(steps):
-            lacks = (self.margin - rival_margins(self.model, *self.mistakes)).clamp(min=0).sum()
-            return float(divergences(self.before, logits_of(self.model, self.used)).mean() + price * lacks)
+            return logits_of(self.model, self.used), logits_of(self.model, self.mistakes[0])
+
+    def objective(self, outputs: tuple[Tensor, Tensor], price: float) -> float:
+        before, after = (logits / _TEMPERATURE for logits in (self.before, outputs[0]))
+        lacks = (self.margin - rival_margins(outputs[1], self.mistakes[1])).clamp(min=0).sum()
+        return float(_TEMPERATURE**2 * divergences(before, after).mean() + price * lacks)
 
     def slope(self) -> Tensor:
         """Gradient of the KL, which to the logits is the difference of the probabilities."""
-        with self.edited(self.steps):
-            after = logits_of(self.model, self.used)
-        pull = after.double().softmax(dim=1) - self.before.double().softmax(dim=1)
+        before, after = ((z.double() / _TEMPERATURE).softmax(dim=1) for z in (self.before, self.now[0]))
+        pull = _TEMPERATURE * (after - before)
         return gain_jacobian(self.model, self.used, self.units, pull[:, None], self.steps).double().mean(dim=(0, 1))
 
     def least_price(self) -> float:
@@ -456,7 +474,7 @@ class _Fit:
 
     def improve(self, price: float) -> None:
         """A few Newton steps, each damped until it makes the objective less (Levenberg and Marquardt)."""
-        now = self.objective(self.steps, price)
+        now = self.objective(self.now, price)
         for _ in range(_STEPS):
             gaps, slopes = (v.flatten(0, 1) for v in margins(self.model, *self.mistakes, self.units, self.steps))
             slope = self.slope()
@@ -464,14 +482,15 @@ class _Fit:
                 back = self.curvature.solve(slope[None], self.damping)[0]
                 needs = self.margin - gaps + slopes @ back
                 steps = self.steps - back + self.curvature.correction(slopes, needs, price, self.damping)
-                after = self.objective(steps, price)
+                outputs = self.outputs(steps)
+                after = self.objective(outputs, price)
                 if after < now:
                     break
                 self.damping *= 5
             else:
                 return
-            self.steps, self.damping, gained_much = steps, self.damping / 3, now - after > 0.01 * after
-            now = after
+            gained_much, now = now - after > 0.01 * after, after
+            self.steps, self.now, self.damping = steps, outputs, self.damping / 3
             if not gained_much:
                 return
 
@@ -479,20 +498,20 @@ class _Fit:
 def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bool) -> list[dict]:
     """Steps for rising prices, with what they do to the mistakes and to the retain images held out.
 
-    Goes on until all mistakes have the margin, or beyond the budget some more are corrected (or all that can be).
+    Goes on until the mistakes have nearly the margin, or beyond the budget some more are corrected (or all that can be).
     """
-    path, before, (images, labels) = [], logits_of(fit.model, held), fit.mistakes
-    price = fit.least_price()
+    path, before, price = [], logits_of(fit.model, held), fit.least_price()
     for _ in tqdm(range(_PRICES), unit="price", delay=2, disable=not progress):
         fit.improve(price)
+        lead = rival_margins(fit.now[1], fit.mistakes[1])[:, 0]
         with fit.edited(fit.steps):
-            lead, kl = rival_margins(fit.model, images, labels)[:, 0], divergences(before, logits_of(fit.model, held))
+            kl = divergences(before, logits_of(fit.model, held))
         right, upper = lead > 0, upper_bound(kl)
         point = {"price": price, "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
         path.append(point | {"steps": fit.steps, "left": tuple((~right).nonzero()[:, 0].tolist())})
         more = point["corrected"] > max((p["corrected"] for p in path if p["kl_upper"] <= budget), default=0)
         enough = right.all() or (more and not to_the_end)
-        if (upper > budget and enough) or (lead > 0.99 * fit.margin).all():
+        if (upper > budget and enough) or (fit.margin - lead).clamp(min=0).mean() <= _ENOUGH * fit.margin:
             break
         towards = (_NOTHING / max(upper, 1e-12)) ** 0.5  # since the damage goes with the square
         price *= 2**0.5 if right.any() else float(np.clip(towards, 2**0.5, 4))

@@ -107,9 +107,7 @@ class Curvature:
         self.damping = DAMPING * float(self._values.sum()) / rows.shape[1] + torch.finfo(torch.float32).tiny
 
     @classmethod
-    def of(
-        cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0, temperature: float = 1.0
-    ) -> Curvature:
+    def of(cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0, temperature: float = 1.0) -> Curvature:
         """Of the KL on these images: over all classes where the factor stays small, otherwise of labels drawn.
 
         At another temperature of `divergences` of the logits over it, times its square.

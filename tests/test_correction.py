@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pss.correction import (
     Curvature,
+    changes,
     divergences,
     gain_jacobian,
     margins,
@@ -150,6 +151,17 @@ def test_curvature_is_that_of_the_divergence(net):
     torch.testing.assert_close(own.solve(v), torch.linalg.solve(whole, v.mT).mT, rtol=1e-6, atol=0)
 
 
+def test_curvature_at_a_temperature_is_that_of_the_divergence_there(net):
+    model, units, images = net[0], Units.of(net[0]), net[1][:6]
+    step = torch.randn(len(units), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, size = Curvature.of(model, images, units, temperature=4.0).rows, 1e-3
+    with torch.no_grad():
+        before = model(images) / 4
+        with shifted(model, changes(model, unit_maps(units), size * step)):
+            kl = 16 * divergences(before, model(images) / 4).mean()
+    torch.testing.assert_close((rows @ step).square().sum() / 2, kl / size**2, rtol=2e-2, atol=0)
+
+
 def test_curvature_of_many_classes_is_of_drawn_labels(net, monkeypatch):
     model, *_, (retain, _) = net
     units, many = Units.of(model), retain.repeat(100, 1, 1, 1)
@@ -204,7 +216,7 @@ def test_margins_are_over_the_strongest_rivals(net):
     expected = (z.gather(1, y[:, None]) - z.scatter(1, y[:, None], -torch.inf).topk(2).values).double()
     torch.testing.assert_close(gaps, expected)
     assert slopes.shape == (6, 2, 12) and (gaps[:, 0] < 0).all()
-    torch.testing.assert_close(rival_margins(model, x, y), expected)
+    torch.testing.assert_close(rival_margins(model(x), y), expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -388,7 +388,8 @@ def fit_patch(
         Most damage allowed: mean of :math:`\mathrm{KL}(p_\text{before}\,\|\,p_\text{after})` in nats.
     margin : float, optional
         Stop once the logits of the mistakes' labels lead by this much, less a tenth on average. By default the median
-        lead on the retain images: as sure as usual, as far as the budget goes, so that other mistakes of the same cause are corrected too.
+        lead on the retain images: as sure as usual, as far as the budget goes, so that other mistakes of the same cause
+        are corrected too.
     over_budget : bool
         Take the least damage that corrects the most, also where it breaks the budget on the retain images held out.
     held_out : float

@@ -117,7 +117,7 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
         s = pss.profile(network.model, torch.stack([tree[i][0] for i in kept]), tree.labels[kept], units)
         assert known.reference.n == len(kept) == left
         torch.testing.assert_close(known.reference.mean, s.double().mean(dim=0), rtol=1e-4, atol=1e-9)
-        assert "Of 48 images 9 misread ones and the explained one (found: 1)" in known.told[0]
+        assert f"Of its 48 images the explained one (found: 1) and {9 - (at in wrong)} more that are misread" in known.told[0]
         assert len(known.mistakes) == 9 - (at in wrong) and known.reading.right == 39
     named = reading.usual(network, units, str(desk / "training"), str(desk / "photos"), explained)
     assert named.reference.n == 48 and "because you named it as reference" in named.told[0]
@@ -193,7 +193,7 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     assert is_safe(page) and "<img src=x onerror=1>" in page.text and verdict in page.text
     assert page.texts["h2"][:2] == ["In short", "What to do next"] and table["name"][0] in "".join(page.texts["p"][:3])
     assert (
-        "39 of 48 images of photos are read right" in page.text and "9 misread ones and the explained one" in page.text
+        "39 of 48 images of photos are read right" in page.text and "the explained one (found: 1) and 8 more that are misread" in page.text
     )
     assert "random units" in page.text and str(desk / "cache") in page.text
     assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()

@@ -320,26 +320,32 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     return _joined(told)
 
 
+def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] | str]:
+    """How a written patch is applied: a sentence in English and Japanese, and lines to paste."""
+    lines = ["import pss", "", f"model = {network.loaded_by}.model", f"patch = pss.Patch.load({str(patch.absolute())!r})"]
+    return [sentence("next apply", file=patch.name), "\n".join([*lines, "model = patch.apply(model)"])]
+
+
 def what_next(
     case: Case,
     guess: int,
     table: pd.DataFrame,
     found: Usual,
     patch: Patch,
-    file: str,
+    to_apply: Sequence[tuple[str, str] | str],
     rate: float,
     lr: float,
-    group: Sequence[tuple[str, str]] | None = None,
-) -> list[tuple[str, str]]:
-    """What to do after this outcome, in English and Japanese, most useful first.
+    group: Sequence[tuple[str, str] | str] | None = None,
+) -> list[tuple[str, str] | str]:
+    """What to do after this outcome, in English and Japanese, most useful first; and lines to paste.
 
     Parameters
     ----------
-    file : str
-        Where the patch was written; empty if it was not.
+    to_apply : sequence
+        From `how_to_apply`; empty if the patch was not written.
     rate : float
         From `rate_that_moves`; 0 where the step moved something, or none does.
-    group : sequence of (str, str), optional
+    group : sequence, optional
         What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
         do about the image.
     """
@@ -350,7 +356,7 @@ def what_next(
     if guess == case.label:
         told.append(sentence("next misread"))
     if len(patch.gains):
-        told.append(sentence("next apply" if file else "next write", file=file))
+        told += to_apply or [sentence("next write")]
     told += few
     if rate:
         told.append(sentence("next rate", rate=rate, lr=lr))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from pss import models
-from pss.apps.explain import Case, readable, with_evidence
+from pss.apps.explain import Case, how_to_apply, readable, with_evidence
 from pss.apps.pages import no_patch, sentence
 from pss.apps.reading import Reading, pictures, usual
 from pss.apps.report import Report
@@ -360,7 +360,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
             share = patch.evidence.set_index("part")["accuracy_after"]["mistakes held out"]
             best, most = (told, share) if share > most else (best, most)
             if share >= WORTH:
-                advice.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
+                advice += how_to_apply(network, report.folder / f"cluster_{cluster}.safetensors")
             report.table(readable(patch.evidence), en, ja)
             patch.save(report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)

@@ -245,18 +245,18 @@ def fit_usual(
     right = len(told) - len(np.intersect1d(wrong, told))
     reading = Reading(name, len(told), right, len(network.classes)).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
-    numbers = {"name": name, "n": len(store), "wrong": len(wrong), "itself": len(itself), "left": len(store) - len(out)}
+    others = np.setdiff1d(wrong, itself)
+    numbers = {"name": name, "n": len(store), "wrong": len(others), "itself": len(itself), "left": len(store) - len(out)}
     if numbers["left"] < MIN_IMAGES:
         raise ValueError(
-            f"{numbers['left']} images of {name} are left to say what is usual: of {len(store)} {len(wrong)} are "
-            f"misread and {len(itself)} is the explained one; {MIN_IMAGES} are needed: give {parameter}, a folder with "
-            "more of them (training images, if you have them), or a larger reference_count"
+            f"to say what is usual {MIN_IMAGES} images are needed, and {numbers['left']} of {name} would be left: of its "
+            f"{len(store)} images {len(others)} more than the explained one (found: {len(itself)}) are misread; give "
+            f"{parameter}, a folder with more of them (training images, if you have them), or a larger reference_count"
         )
     made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
     found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)
     said = sentence("usual chance" if reading.near_chance else f"usual {kind}", **numbers)
-    others = np.setdiff1d(wrong, itself)[:_SHOWN]
-    return Usual(found, said, reading, torch.from_numpy(store.profiles[others]))
+    return Usual(found, said, reading, torch.from_numpy(store.profiles[others[:_SHOWN]]))
 
 
 def read_saved(

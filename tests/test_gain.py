@@ -327,7 +327,7 @@ def test_what_units_say_needs_no_labels():
     assert expected.all() and torch.equal(profile(model, images, **how), expected)
     with pytest.raises(RuntimeError, match=r"outputs of layer.weight are not seen"):
         profile(other := seeded(factory), batch(shape)[0], units=Units.of(other, kind), of="output")
-    with pytest.raises(ValueError, match="labels are NoneType .*one label per image"):
+    with pytest.raises(ValueError, match=r"labels are NoneType .*one label per image"):
         profile(model, images, of="gain")
     model.register_forward_hook(lambda module, inputs, outputs: {"out": outputs})
     with pytest.raises(ValueError, match="outputs are dict: expected a row for each image, or give labels and a loss"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def sentence(name: str, /, **values: Any) -> tuple[str, str]:
     """A sentence of ``words.yaml`` with these values, in English and in Japanese."""
     told, fill = words()["sentences"][name], _Words().format
     return fill(told["en"], **values), fill(told["ja"], **values)
+
+
+def joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Sentences as one text, in English and in Japanese."""
+    return " ".join(english for english, _ in told), "".join(japanese for _, japanese in told)
 
 
 def no_patch(name: str, reason: str, **values: Any) -> tuple[str, str]:

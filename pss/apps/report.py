@@ -141,6 +141,8 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "✓" if value else "–"
     if isinstance(value, float):
         return "–" if pd.isna(value) else f"{value:.3g}"
     return str(value)

@@ -273,7 +273,6 @@ class GradientRecorder(TorchFunctionMode):
         if "gain" not in self.options.of or not self._may_collect(call):
             return
         products = call.products(x, g)
-        products = products.flatten(2).sum(2) if isinstance(call.layer, Convolution) else products
         products = products if call.batch is None else call.batch.first(products)
         rows = products.reshape(self.samples, -1, products.shape[-1]).sum(1)
         self.products[call.name] = rows + self.products[call.name] if call.name in self.products else rows

@@ -61,7 +61,8 @@ def profile_dataset(
     model : nn.Module
         Left as it was; profiled in evaluation mode.
     dataset : Dataset
-        Map-style, of ``(image, label)``, with images of one shape.
+        Map-style, of ``(image, label)``, with images of one shape. Labels are asked for also where they play no part
+        (``of="output"``), because the store notes which images are misread.
     units : Units or None
         None for the filters of the model.
     path : path, optional

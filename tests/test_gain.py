@@ -368,6 +368,22 @@ def test_layers_whose_output_is_not_seen_are_refused(name):
             profile(model, images, labels, Units.of(model, kind), of="output", strategy=strategy)
 
 
+def test_what_units_say_needs_no_labels():
+    """Whatever the output is, so long as it shows which weights it is made of; the other quantities need a loss."""
+    (factory, shape, kind), how = SLOW["weight in a product"], {"of": "output", "signed": True}
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)))  # gives maps, no logits
+    images, labels = batch(image)
+    expected = profile(model, images, labels, loss=lambda outputs, _: outputs.sum((1, 2, 3)), **how)
+    assert expected.all() and torch.equal(profile(model, images, **how), expected)
+    with pytest.raises(RuntimeError, match=r"outputs of layer.weight are not seen"):
+        profile(other := seeded(factory), batch(shape)[0], units=Units.of(other, kind), of="output")
+    with pytest.raises(ValueError, match=r"labels are NoneType .*one label per image"):
+        profile(model, images, of="gain")
+    model.register_forward_hook(lambda module, inputs, outputs: {"out": outputs})
+    with pytest.raises(ValueError, match="outputs are dict: expected a row for each image, or give labels and a loss"):
+        profile(model, images, **how)
+
+
 def test_units_that_are_no_rows_say_nothing():
     model = seeded(networks.GENERAL["transposed convolution"][0])
     with pytest.raises(ValueError, match="are no rows of a layer"):

@@ -197,9 +197,9 @@ def profile(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1; Molchanov et al. 2017, arXiv 1611.06440.
     """
-    options = Options(signed, strategy, fold, precision, (of,) if isinstance(of, str) else tuple(of))
+    options = Options(signed, strategy, fold, precision, tuple(of) if isinstance(of, tuple | list) else (of,))
     found = _profiles(model, images, labels, units, loss, options, verify)[0].chunk(len(options.of), dim=1)
-    return found[0] if isinstance(of, str) else found
+    return found if isinstance(of, tuple | list) else found[0]
 
 
 def profile_and_outputs(

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = {  # each has an example, and a home with add_options(parser, command) and main(options), imported when it is asked for
+# Each has a home, with add_options(parser, command) and main(options), imported when it is asked for; and an example.
+COMMANDS = {
     "run": ("batch", "execute notebooks", "notebooks/11_explain_one_image.ipynb -p model net.yaml -p data_root photos"),
     "sweep": ("batch", "execute one notebook over a grid or a table of parameters", "sweep.yaml --jobs 2"),
     "profile": (

@@ -92,9 +92,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(
-            f"{path} holds no state dict: expected names and tensors, or these under state_dict, model_state_dict or model"
-        )
+        kept = "state_dict, model_state_dict or model"
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or these under {kept}")
     return dict(content)
 
 

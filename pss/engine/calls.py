@@ -60,6 +60,7 @@ class LayerCall:
     passed: Tensor | None = None  # the gradient that came by way of the computed output
     kept: Tensor | None = None  # the output, where it is asked for, and its version when it was as it is
     version: int = 0
+    used: bool = False  # by something through which a gradient comes where values are cut off afterwards
     added: tuple[Tensor, int] | None = None  # what was added to it in place, and its version then
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class _Folder(torchvision.datasets.ImageFolder):
         self._wanted = classes
         super().__init__(root, transform, loader=read_image, is_valid_file=is_picture, allow_empty=True)
         if not self.samples:
-            raise FileNotFoundError(f"{root} holds no pictures in its folders by class")
+            folders = ", ".join(self.classes[:5]) or "none"
+            raise FileNotFoundError(f"{root} holds no pictures in its folders by class, {folders}: expected some")
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
         self.sources = np.arange(len(self))

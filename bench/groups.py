@@ -4,8 +4,8 @@
 
 A row is a group of 24 images: read right; natural mistakes on four shifted sets; mistakes by a shortcut, a white corner
 that only images of one class had in training; and images that a planted fault spoils, 3 to 24 (see `planted_faults`).
-Its numbers are the highest mean score over all filters, of the gain and of the output (size of the z-score, scale-free
-of the gain), by references of the group's own network, healthy, on ``mnist/reference``.
+Its numbers are the highest mean score over all filters, of the gain, of the output and of the mean activation (size of
+the z-score, scale-free of the gain), by references of the group's own network, healthy, on ``mnist/reference``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def look(seed: int, sort: str, name: str, network: Network, model: nn.Module, im
     """A row: how far the filter that stands out most does so."""
     row = {"network": seed, "sort": sort, "group": name, "images": len(labels)}
     for quantity, values in network.quantities(model, images, labels).items():
-        if usual := {"gain": "free", "output": 0.90}.get(quantity):
+        if usual := {"gain": "free", "output": 0.90, "activation": 0.90}.get(quantity):
             first = pss.rank_together(values, network.references[quantity, usual], "abs_zscore").iloc[0]
             row |= {f"{quantity}: filter": int(first["unit"]), f"{quantity}: score": round(first["score"], 3)}
     return row

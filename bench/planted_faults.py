@@ -43,14 +43,31 @@ KINDS: dict[str, Callable[[Tensor, nn.Module, int, Tensor, torch.Generator], obj
 }
 
 
+def norms_of(model: nn.Module, units: pss.Units) -> list[str]:
+    """Names of the normalizations behind the layers of the units."""
+    names = [name for name, _ in model.named_modules()]
+    return [names[names.index(layer.name) + 1] for layer in units.layers]
+
+
+@torch.no_grad()
+def mean_activation(model: nn.Module, norms: list[str], images: Tensor) -> Tensor:
+    """Mean over positions of what is left of each normalization's output behind a ReLU; (B, U)."""
+    found: dict[str, Tensor] = {}
+    keep = lambda name: lambda module, inputs, out: found.update({name: out.relu().mean((2, 3))})  # noqa: E731
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in norms]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([found[name] for name in norms], dim=1)
+
+
 class Network:
     """A healthy network, what is usual in it, and what breaking one of its filters spoils."""
 
     def __init__(self, seed: int = 0, model: nn.Module | None = None):
         self.seed, self.model = seed, pss.models.digits(seed) if model is None else model
         self.units = pss.Units.of(self.model)
-        names = [name for name, _ in self.model.named_modules()]
-        self.norms = [names[names.index(layer.name) + 1] for layer in self.units.layers]
+        self.norms = norms_of(self.model, self.units)
         self.test, usual = pss.data.mnist("test"), pss.data.mnist("reference")
         self.right = pss.models.predict(self.model, self.test.images).argmax(1) == self.test.labels
         heads = [nn.Sequential(*list(self.model.children())[:first]) for first in _FIRST]
@@ -61,12 +78,20 @@ class Network:
         self.references = {(name, level): pss.Reference.fit(s, level) for name, s in of.items() for level in LEVELS}
         for name in ("gradient", "gain"):
             self.references[name, "free"] = pss.Reference.fit(of[name], scale_free=True)
+        self.sizes = pss.Reference.fit(self.references["output", 0.90].abs_zscore(of["output"]))
 
     def quantities(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Profiles (B, U) of everything that is ranked by."""
         g, c = pss.profile(model, images, labels, self.units, of=("gradient", "gain"), verify=False)
         o = pss.profile(model, images, labels, self.units, of="output", signed=True, verify=False)
-        return {"gradient": g, "gain": c, "output": o, "activation": self._activation(model, images)}
+        return {"gradient": g, "gain": c, "output": o, "activation": mean_activation(model, self.norms, images)}
+
+    def tails(self, of: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gain and output in one: minus the log of the smaller of their tail probabilities, or of their product."""
+        c = pss.ranking.score(of["gain"], self.references["gain", "free"], "scale_free_pot")
+        sizes = self.references["output", 0.90].abs_zscore(of["output"])
+        o = pss.ranking.score(sizes, self.sizes, "pot")
+        return {"smaller p": torch.maximum(c, o), "product of p": c + o}
 
     def broken(self, kind: str, unit: int) -> nn.Module:
         """A copy with this fault in this filter; the same one each time."""
@@ -91,17 +116,6 @@ class Network:
         tried = ((int(unit), self.spoiled(kind, int(unit))) for unit in ids[:TRIES])
         return islice(((unit, at) for unit, at in tried if len(at) >= FEWEST), count)
 
-    @torch.no_grad()
-    def _activation(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Mean over positions of what is left of each normalization's output behind a ReLU; (B, U)."""
-        found: dict[str, Tensor] = {}
-        keep = lambda name: lambda module, inputs, out: found.update({name: out.relu().mean((2, 3))})  # noqa: E731
-        handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in self.norms]
-        model(images)
-        for handle in handles:
-            handle.remove()
-        return torch.cat([found[name] for name in self.norms], dim=1)
-
 
 # What every ranking looks at: quantities, each with its reference (a level, or scale-free), and the method.
 ONE = {"raw": (None, "raw"), "z": (0.90, "zscore"), "free z": ("free", "zscore"), "free POT": ("free", "pot")}
@@ -114,12 +128,15 @@ RANKINGS |= {
     "activation, z": ([("activation", 0.90)], "zscore"),
     "activation, |z|": ([("activation", 0.90)], "abs_zscore"),
     "gain and output, in turns": ([("gain", "free"), ("output", 0.90)], "abs_zscore"),
+    "gain and output, smaller p": ([("smaller p", None)], "raw"),
+    "gain and output, product of p": ([("product of p", None)], "raw"),
 }
 
 
 def look(network: Network, kind: str, unit: int, at: Tensor) -> dict[str, object]:
     """A row: what every ranking makes of the images at these places, which this fault spoils."""
     of = network.quantities(network.broken(kind, unit), network.test.images[at], network.test.labels[at])
+    of |= network.tails(of)
     row = {"network": network.seed, "kind": kind, "stage": network.units.stages[network.units.stage_ids[unit]]}
     row |= {"unit": unit, "images": len(at)}
     for name, (asked, method) in RANKINGS.items():

@@ -5,8 +5,8 @@
 Mistakes of the healthy networks on three shifted sets, each with its own ranking, of which the first 25 filters are set
 to zero one after the other. References are of ``mnist/reference``, which shares no digit with the generated sets. A row
 is one network, set and ranking: the share of mistakes that are read right with exactly 1 and 10 filters pruned and with
-any number up to 25, and the share of other images of that set, read right before, that still are when the first filter
-is pruned, and when as many are as it takes to repair the mistake (of those that were repaired).
+any number up to 2, 5, 10 and 25, and the share of other images of that set, read right before, that still are when the
+first filter is pruned, and when as many are as it takes to repair the mistake (of those that were repaired).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 
 import pss
 from bench import tables
+from bench.planted_faults import mean_activation, norms_of
 
 OUT = tables.EXPERIMENTS / "pruned_filters.csv"
 NETWORKS, DOMAINS, IMAGES, RETAIN, EDITS = (0, 1, 2), ("digits", "svhn_like", "mnist_m"), 30, 100, 25
+WITHIN = (2, 5, 10)
 Labelled = tuple[Tensor, Tensor]  # images and labels
 MARGIN = {"of": "gain", "signed": True, "loss": "logit_difference"}
 
@@ -38,6 +40,8 @@ class Network:
         gradient = profile()
         self.plain, self.free = (pss.Reference.fit(gradient, scale_free=free) for free in (False, True))
         self.output = pss.Reference.fit(profile(of="output", signed=True))
+        self.norms = norms_of(self.model, self.units)
+        self.active = pss.Reference.fit(mean_activation(self.model, self.norms, usual.images))
         self.spread = pss.Reference.fit(profile(**MARGIN)).std
 
     def mistakes(self, domain: str, count: int) -> tuple[Labelled, Labelled]:
@@ -52,6 +56,7 @@ class Network:
         g = pss.profile(self.model, images, labels, self.units)
         c = pss.profile(self.model, images, labels, self.units, **MARGIN)
         o = pss.profile(self.model, images, labels, self.units, of="output", signed=True)
+        a = mean_activation(self.model, self.norms, images)
         asked = {
             "margin gain": (c, None, "raw"),
             "per deviation": (c / self.spread.where(self.spread > 0, torch.inf), None, "raw"),
@@ -60,6 +65,7 @@ class Network:
             "pot": (g, self.plain, "pot"),
             "scale_free_zscore": (g, self.free, "scale_free_zscore"),
             "output, |z|": (o, self.output, "abs_zscore"),
+            "activation, |z|": (a, self.active, "abs_zscore"),
             "random": (g, None, "random"),
         }
         generator = torch.Generator().manual_seed(self.seed)
@@ -82,6 +88,7 @@ def look(
         needed.append(effects["still_right"].to_numpy())
     needed = np.concatenate(needed)
     row = {"images": len(ids), "k = 1": corrected[:, 0].mean(), "k = 10": corrected[:, 9].mean()}
+    row |= {f"within {k}": corrected[:, :k].any(axis=1).mean() for k in WITHIN}
     row |= {"any k": corrected.any(axis=1).mean(), "right at 1": kept[1].mean()}
     row |= {"right when repaired": needed.mean() if len(needed) else np.nan}
     return {name: round(value, 4) for name, value in row.items()}

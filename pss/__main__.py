@@ -7,14 +7,23 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = {  # each has a home with add_options(parser, command) and main(options), imported when it is asked for
-    "run": ("batch", "execute notebooks"),
-    "sweep": ("batch", "execute one notebook over a grid or a table of parameters"),
-    "profile": ("profiling", "profile a data set into a folder"),
-    "train": ("training", "train a ResNet-18 on the built-in digits"),
-    "evaluate": ("training", "accuracy of the built-in model, or one like it, on every built-in set"),
-    "explorer": ("explorer", "write the explorer of the site"),
-    "cache": ("caches", "list what is kept in the cache, or empty it"),
+# Each has a home, with add_options(parser, command) and main(options), imported when it is asked for; and an example.
+COMMANDS = {
+    "run": ("batch", "execute notebooks", "notebooks/11_explain_one_image.ipynb -p model net.yaml -p data_root photos"),
+    "sweep": ("batch", "execute one notebook over a grid or a table of parameters", "sweep.yaml --jobs 2"),
+    "profile": (
+        "profiling",
+        "profile a data set into a folder",
+        "--model pss.models:digits --data pss.data:digits split=test --out runs/digits",
+    ),
+    "train": ("training", "train a ResNet-18 on the built-in digits", "--out net.safetensors --epochs 2"),
+    "evaluate": (
+        "training",
+        "accuracy of the built-in model, or one like it, on every built-in set",
+        "net.safetensors",
+    ),
+    "explorer": ("explorer", "write the explorer of the site", "site/_static/explorer"),
+    "cache": ("caches", "list what is kept in the cache, or empty it", "--empty profiles"),
 }
 
 
@@ -23,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m pss", description="Parameter-space saliency.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (home, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what)
+    for name, (home, what, example) in COMMANDS.items():
+        example = f"example: python -m pss {name} {example}"
+        command = commands.add_parser(name, help=what, description=what, epilog=example)
         if name in arguments[:1]:
             try:
                 module = import_module(f"pss.apps.{home}")

@@ -560,9 +560,11 @@ def reason_of(best: dict, more: dict | None, held: int, budget: float) -> str:
         return ""
     count = best["corrected"] + len(best["left"])
     if more is None:
-        return f"no gains were found that correct more than {best['corrected']} of {count} mistakes"
+        few = f"more than {best['corrected']} of {count} mistakes" if count > 1 else "the mistake"
+        return f"no gains were found that correct {few}"
+    what = f"{more['corrected']} of {count} mistakes" if count > 1 else "the mistake"
     reason = (
-        f"to correct {more['corrected']} of {count} mistakes costs a KL of {more['kl']:.2g} on the {held} retain "
+        f"to correct {what} costs a KL of {more['kl']:.2g} on the {held} retain "
         f"images held out, up to {more['kl_upper']:.2g} at {LEVEL:.0%} confidence: a budget of that would do"
     )
     if (room := budget / 2 - more["kl"]) > 0:

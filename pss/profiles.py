@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import pss
+from pss.engine.checks import check_known
+from pss.engine.recorder import QUANTITIES
 from pss.saliency import Loss, loss_name, profile_and_outputs
 from pss.storage.digests import key_of
 from pss.storage.fingerprints import fingerprint, length_of, name_of, name_of_data
@@ -59,7 +61,8 @@ def profile_dataset(
     model : nn.Module
         Left as it was; profiled in evaluation mode.
     dataset : Dataset
-        Map-style, of ``(image, label)``, with images of one shape.
+        Map-style, of ``(image, label)``, with images of one shape. Labels are asked for also where they play no part
+        (``of="output"``), because the store notes which images are misread.
     units : Units or None
         None for the filters of the model.
     path : path, optional
@@ -67,7 +70,7 @@ def profile_dataset(
         profiled, so that whoever asks for the same profiles again has them at once. Several ranks need it on a file
         system that they share.
     loss, signed, of
-        As in `profile`.
+        As in `profile`; a store holds one quantity.
     batch_size : int, optional
         By default what `choose_batch_size` says. A pass that is resumed keeps the size (and the number of threads) that
         it began with.
@@ -106,6 +109,7 @@ def profile_dataset(
     """
     units = Units.of(model) if units is None else units
     check_units(model, units)
+    check_known("quantity of a store", of, QUANTITIES)
     like = next(model.parameters())
     device = like.device
     provenance = {

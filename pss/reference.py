@@ -327,5 +327,5 @@ def _positive(size: Any) -> Any:
     """An image whose gradient vanishes altogether keeps its zeros; means of signed gradients are no size."""
     if (size < 0).any():
         what = "scale_free divides each profile by its mean over units, which is negative for some image"
-        raise ValueError(f"{what}: take profiles of absolute gradients, signed=False")
+        raise ValueError(f"{what}: take profiles of sizes, signed=False")
     return size + (size == 0)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pss.engine.checks import check_images, check_labels
+from pss.engine.checks import check_images, check_labels, shape_of
 from pss.engine.parts import compute_in_parts, task_of
 from pss.engine.recorder import Options
 from pss.engine.state import laid_out, savable
@@ -116,7 +116,7 @@ def parameter_saliency(
 def profile(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     units: Units | None = None,
     loss: str | Loss = "cross_entropy",
     signed: bool = False,
@@ -155,7 +155,8 @@ def profile(
     model : nn.Module
     images : Tensor, shape (B, ...)
         On the model's device, of its dtype.
-    labels : Tensor of int, shape (B,)
+    labels : Tensor of int, shape (B,), optional
+        What units say needs none, and without them the model's output may be any tensor with a row for each image.
     units : Units, optional
         Units of this model; by default the filters of its convolutions.
     loss : str or callable
@@ -196,9 +197,9 @@ def profile(
     ----------
     Levin et al. 2022, arXiv 2108.01335, section 2.1; Molchanov et al. 2017, arXiv 1611.06440.
     """
-    options = Options(signed, strategy, fold, precision, (of,) if isinstance(of, str) else tuple(of))
+    options = Options(signed, strategy, fold, precision, tuple(of) if isinstance(of, tuple | list) else (of,))
     found = _profiles(model, images, labels, units, loss, options, verify)[0].chunk(len(options.of), dim=1)
-    return found[0] if isinstance(of, str) else found
+    return found if isinstance(of, tuple | list) else found[0]
 
 
 def profile_and_outputs(
@@ -224,10 +225,17 @@ def profile_and_outputs(
         return profiles, outputs, get_loss(loss)(outputs, labels)
 
 
+def _sums(outputs: Any, labels: Tensor) -> Tensor:
+    """In the place of a loss where none is asked for: it shows autograd the weights that the outputs are made of."""
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != labels.shape:
+        raise ValueError(f"outputs are {shape_of(outputs)}: expected a row for each image, or give labels and a loss")
+    return outputs.reshape(len(labels), -1).sum(dim=1)
+
+
 def _profiles(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     units: Units | None,
     loss: str | Loss,
     options: Options,
@@ -236,6 +244,8 @@ def _profiles(
 ) -> tuple[Tensor, Part]:
     """Profiles of all quantities side by side; and outputs and losses, where the passes had them."""
     units, loss = Units.of(model) if units is None else units, get_loss(loss)
+    if labels is None and options.of == ("output",) and isinstance(images, Tensor):
+        labels, loss = torch.zeros(len(images), dtype=torch.int64, device=images.device), _sums
     check_inputs(model, images, labels, units)
     kind = (units.fingerprint, getattr(loss, "__qualname__", type(loss).__qualname__))
     task = task_of(model, units.layers, loss, partial(_check_outputs, loss), options, kind)

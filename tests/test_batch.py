@@ -62,6 +62,33 @@ def test_runs_with_parameters_and_writes_figures(notebook, tmp_path):
         run_notebook(notebook, notebook.parent)
 
 
+def test_a_notebook_is_written_when_it_ends_and_its_kernel_closed_without_an_interrupt(notebook, tmp_path, monkeypatch):
+    """Whatever ends it: a kernel that dies leaves what there was."""
+    from jupyter_client import AsyncKernelManager
+    from nbclient.exceptions import DeadKernelError
+    from papermill import engines
+
+    written, interrupted = [], []
+    write, interrupt = engines.write_ipynb, AsyncKernelManager._async_interrupt_kernel
+    monkeypatch.setattr(engines, "write_ipynb", lambda *args: (written.append(args), write(*args)))
+    monkeypatch.setattr(
+        AsyncKernelManager, "_async_interrupt_kernel", lambda self: (interrupted.append(self), interrupt(self))[1]
+    )
+    run_notebook(notebook, tmp_path / "out")
+    assert len(written) <= 2 and not interrupted  # not twice for each cell
+    book = nbformat.read(notebook, as_version=4)
+    book.cells.append(new_code_cell("import os\nos._exit(1)"))
+    nbformat.write(book, notebook)
+    with pytest.raises(DeadKernelError):
+        run_notebook(notebook, tmp_path / "dead")
+    assert "the answer is 42" in text_of(tmp_path / "dead" / "01_small.ipynb")
+
+
+def test_starting_makes_no_grammar_for_a_format_that_no_notebook_has():
+    code = "import pss.apps.sweep, sys; assert not sys.modules.get('rfc3987_syntax') and 'jsonschema' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_refresh_keeps_outputs_and_drops_noise(notebook):
     refresh(notebook)
     assert "the answer is 42" in text_of(notebook) and "noise" not in text_of(notebook)

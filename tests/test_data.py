@@ -331,6 +331,22 @@ def test_folder_tree(tree):
     torch.testing.assert_close(image, data.load("svhn_like").images[3], rtol=0, atol=1e-6)
 
 
+def test_hidden_files_and_empty_folders_are_no_trouble(tree):
+    """What Jupyter and file managers leave, a class without pictures, endings that ImageFolder does not know."""
+    before = data.folder(tree)
+    for name in (".ipynb_checkpoints", "empty"):
+        (tree / name).mkdir()
+    (tree / "cat" / "._0.png").write_bytes(b"no picture")
+    (tree / "cat" / "notes.txt").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tree / "cat" / "z.GIF", format="GIF")
+    after = data.folder(tree)
+    assert set(after.ids) == {*before.ids, "cat/z.GIF"} and after.classes == sorted([*before.classes, "empty"])
+    assert len({tuple(x.shape) for x, _ in after}) == 1
+    (tree / "new" / "cat").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+        data.folder(tree / "new")
+
+
 def test_folder_tree_with_the_models_classes(tree):
     dataset = data.folder(tree, classes=["dog", "bird", "cat"], transform=lambda image: image.size)
     assert dataset.classes == ["dog", "bird", "cat"]

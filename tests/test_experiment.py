@@ -150,6 +150,13 @@ def test_run_refuses_statistics_of_another_model(network, digits, units, given, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("what", "other"), [("of", "gain"), ("loss", "logit"), ("signed", True)])
+def test_run_refuses_statistics_of_other_profiles(network, digits, units, given, tmp_path, what, other):
+    changed = dataclasses.replace(given.plain, provenance=given.plain.provenance | {what: other})
+    with pytest.raises(ValueError, match=f"{what}: reference {other}, given"):
+        run(network, digits, units, dataclasses.replace(given, plain=changed), tmp_path / "x")
+
+
 def test_published_statistics_have_no_tail(network, digits, units, given, tmp_path):
     file = tmp_path / "ImageNet_val_saliency_stat_digits_filter_wise.pth"
     torch.save({"mean": given.plain.mean.float(), "std": given.plain.std}, file)

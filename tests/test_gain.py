@@ -88,6 +88,13 @@ CHANGED = {  # outputs that are written into, by what cuts values off and by wha
     "ReLU6 in place": net(lambda m, x: F.relu6(m.layer(x) * 9, inplace=True), layer=conv(3)),
     "SiLU in place": net(lambda m, x: F.silu(m.layer(x), inplace=True), layer=conv(3)),
     "SiLU, then ReLU": net(lambda m, x: F.relu_(F.silu(m.layer(x), inplace=True)), layer=conv(3)),
+    "ReLU in place after another use": net(lambda m, x: (lambda y: y * 2 + F.relu_(y))(m.layer(x)), layer=conv(3)),
+    "ReLU, then cut above": net(
+        lambda m, x: (lambda y: F.relu(y) + F.hardtanh_(y, -0.1, 0.1))(m.layer(x)), layer=conv(3)
+    ),
+    "both halves of an activation": net(
+        lambda m, x: (lambda y: (lambda n: y.relu_() - n.relu_())(-y))(m.bn(m.layer(x))), layer=conv(3), bn=bn()
+    ),
     "ReLU of a view": net(lambda m, x: m.layer(x).flatten(2).relu_().unflatten(2, (6, 6)), layer=conv(3)),
     "ReLU of a part": net(lambda m, x: (lambda y: (y[:, 1:].relu_(), y)[1])(m.layer(x)), layer=conv(3)),
     "ReLU after BatchNorm": net(lambda m, x: F.relu_(m.bn(m.layer(x))), layer=conv(3), bn=bn()),
@@ -276,6 +283,49 @@ def test_what_a_filter_says_after_its_normalization(name, fold, strategy):
         torch.testing.assert_close(got, expected[:size].abs(), rtol=1e-9, atol=1e-12)
 
 
+def turned(m, x):
+    return m.after(m.layer(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+TURNED = {  # a view of the output is normalized, where its dimensions lie otherwise
+    "LayerNorm of channels": (turned, {"layer": conv(3), "after": lambda: nn.LayerNorm(6)}, (1, 2)),
+    "LayerNorm of as many channels as rows": (turned, {"layer": conv(1), "after": lambda: nn.LayerNorm(6)}, (1, 2)),
+    "LayerNorm of tokens": (
+        lambda m, x: m.after(m.layer(x).flatten(2).mT).mT,
+        {"layer": conv(3), "after": lambda: nn.LayerNorm(6)},
+        1,
+    ),
+    "BatchNorm of a linear layer": (
+        lambda m, x: m.after(m.layer(x.flatten(2).mT).mT),
+        {"layer": lambda: nn.Linear(6, 6), "after": lambda: nn.BatchNorm1d(6)},
+        2,
+    ),
+    "BatchNorm of all tokens": (
+        lambda m, x: m.after(m.layer(x.flatten(2).mT).flatten(0, 1)).unflatten(0, (len(x), -1)).mT,
+        {"layer": lambda: nn.Linear(6, 6), "after": lambda: nn.BatchNorm1d(6)},
+        None,
+    ),
+    "RMSNorm": (lambda m, x: m.after(m.layer(x)), {"layer": conv(3), "after": lambda: nn.RMSNorm((6, 6, 6))}, (2, 3)),
+}
+
+
+@pytest.mark.parametrize("strategy", ["fast", "loop"])
+@pytest.mark.parametrize("name", TURNED)
+def test_what_is_said_after_the_normalization_of_a_view(name, strategy):
+    middle, layers, positions = TURNED[name]
+    model = seeded(net(middle, **layers))
+    images, labels = batch((3, 6, 6) if "rows" in name else image)
+    said = []
+    model.after.register_forward_hook(lambda module, inputs, output: said.append(output.clone()))
+    with torch.no_grad():
+        model(images)
+    expected = said[0].unflatten(0, (7, -1)).mean(1) if positions is None else said[0].mean(positions)
+    units = Units.of(model, "all")
+    at = units.span([layer.parameter for layer in units.layers].index("layer.weight"))
+    got = profile(model, images, labels, units, of="output", signed=True, strategy=strategy)[:, at]
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_what_the_zoo_says():
     model = seeded(networks.ZOO["resnet18"][0])
     images, labels = batch((3, 64, 64), 3)
@@ -318,6 +368,22 @@ def test_layers_whose_output_is_not_seen_are_refused(name):
             profile(model, images, labels, Units.of(model, kind), of="output", strategy=strategy)
 
 
+def test_what_units_say_needs_no_labels():
+    """Whatever the output is, so long as it shows which weights it is made of; the other quantities need a loss."""
+    (factory, shape, kind), how = SLOW["weight in a product"], {"of": "output", "signed": True}
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)))  # gives maps, no logits
+    images, labels = batch(image)
+    expected = profile(model, images, labels, loss=lambda outputs, _: outputs.sum((1, 2, 3)), **how)
+    assert expected.all() and torch.equal(profile(model, images, **how), expected)
+    with pytest.raises(RuntimeError, match=r"outputs of layer.weight are not seen"):
+        profile(other := seeded(factory), batch(shape)[0], units=Units.of(other, kind), of="output")
+    with pytest.raises(ValueError, match=r"labels are NoneType .*one label per image"):
+        profile(model, images, of="gain")
+    model.register_forward_hook(lambda module, inputs, outputs: {"out": outputs})
+    with pytest.raises(ValueError, match="outputs are dict: expected a row for each image, or give labels and a loss"):
+        profile(model, images, **how)
+
+
 def test_units_that_are_no_rows_say_nothing():
     model = seeded(networks.GENERAL["transposed convolution"][0])
     with pytest.raises(ValueError, match="are no rows of a layer"):
@@ -327,7 +393,9 @@ def test_units_that_are_no_rows_say_nothing():
 # Bad input, references, groups, and the check of every pass
 
 
-@pytest.mark.parametrize("of", ["magnitude", (), ("gain", "gain"), ("gain", "magnitude"), ("gain", "output")])
+@pytest.mark.parametrize(
+    "of", ["magnitude", (), ("gain", "gain"), ("gain", "magnitude"), ("gain", "output"), None, 3, [["gain"]]]
+)
 def test_unknown_quantities(of):
     with pytest.raises(ValueError, match=r"quantity|alone"):
         profile(seeded(networks.Net), *batch(image), of=of)
@@ -351,6 +419,9 @@ def test_references_keep_to_their_quantity(tmp_path):
                 reference.check(units, of=other)
             with pytest.raises(ValueError, match="of"):
                 profile_dataset(model, data, units, tmp_path / of, progress=False, signed=True, of=other)
+    for several in (("gradient", "gain"), ["gain"], None):
+        with pytest.raises(ValueError, match="expected one of gradient, gain, output"):
+            profile_dataset(model, data, units, tmp_path / "several", progress=False, of=several)
     with pytest.raises(ValueError, match="signed=False"):
         Reference.fit(-abs(stores["gain"].profiles[:]), scale_free=True)
 

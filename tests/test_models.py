@@ -227,12 +227,13 @@ def test_saving_is_the_same_bytes_and_round_trips(tmp_path):
     [
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {}},
         lambda state: {"model": state},
         lambda state: {"module." + name: tensor for name, tensor in state.items()},
         lambda state: {"state_dict": {"module.model." + name: tensor for name, tensor in state.items()}},
         lambda state: {"model." + name: tensor for name, tensor in state.items()},
     ],
-    ids=["plain", "state_dict", "model", "module.", "state_dict module.model.", "model."],
+    ids=["plain", "state_dict", "model_state_dict", "model", "module.", "state_dict module.model.", "model."],
 )
 def test_checkpoints_of_others(tmp_path, wrap):
     model = models.resnet18(4)

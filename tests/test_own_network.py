@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from served import Page, is_safe
 
 import pss
 from pss import models
-from pss.apps import explain, reading
+from pss.apps import explain, group, reading
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EXPLAIN, EXPERIMENT = NOTEBOOKS / "11_explain_one_image.ipynb", NOTEBOOKS / "12_experiment.ipynb"
@@ -117,11 +118,29 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
         s = pss.profile(network.model, torch.stack([tree[i][0] for i in kept]), tree.labels[kept], units)
         assert known.reference.n == len(kept) == left
         torch.testing.assert_close(known.reference.mean, s.double().mean(dim=0), rtol=1e-4, atol=1e-9)
-        assert "Of 48 images 9 misread ones and the explained one (found: 1)" in known.told[0]
+        assert (
+            f"Of its 48 images the explained one (found: 1) and {9 - (at in wrong)} more that are misread"
+            in known.told[0]
+        )
         assert len(known.mistakes) == 9 - (at in wrong) and known.reading.right == 39
     named = reading.usual(network, units, str(desk / "training"), str(desk / "photos"), explained)
     assert named.reference.n == 48 and "because you named it as reference" in named.told[0]
     assert reading.usual(network, units, str(desk / "training"), count=30).reference.n == 30
+
+
+def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
+    shutil.copytree(desk / "photos", tmp_path / "some photos")
+    broken = next((tmp_path / "some photos" / "cat").glob("* 9.png"))
+    broken.write_bytes(broken.read_bytes()[:300])
+    network = mistake[0]
+    units, tree = pss.Units.of(network.model), str(tmp_path / "some photos")
+    known, found = reading.usual(network, units, tree=tree), group.find(network, units, tree, str(desk / "training"))
+    for told in (known.reading.told(), found.reading.told()):
+        assert (
+            "38 of 47 images" in told[0] and f"1 file that cannot be read was left out: cat/{broken.name}." in told[0]
+        )
+    retain = explain.retain_images(network, explain.take_image(network, data_root=tree, index=0))
+    assert len(retain[0]) == 46
 
 
 def test_near_chance_nothing_is_ranked(desk):
@@ -153,8 +172,12 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     sure = models.predict(network.model, hidden[None]).softmax(dim=1)[0, int(label)]
     assert lost["true class"][0] == pytest.approx(float(sure), rel=1e-4)
     table = pd.DataFrame({"map": ["top", "random"], "lost": [0.2, 0.3]})
+    assert 'by -20%; those of the map "random" change it by -30%' in explain.map_verdict(table, "top", ["random"])[0]
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
-    assert "more than with" in explain.map_verdict(table, "random", ["top"])[0]
+    assert (
+        "no other map takes more of it. The map of random units takes less (-20%)"
+        in explain.map_verdict(table, "random", ["top"])[0]
+    )
 
 
 def type_in(desk, *arguments):
@@ -193,7 +216,8 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     assert is_safe(page) and "<img src=x onerror=1>" in page.text and verdict in page.text
     assert page.texts["h2"][:2] == ["In short", "What to do next"] and table["name"][0] in "".join(page.texts["p"][:3])
     assert (
-        "39 of 48 images of photos are read right" in page.text and "9 misread ones and the explained one" in page.text
+        "39 of 48 images of photos are read right" in page.text
+        and "the explained one (found: 1) and 8 more that are misread" in page.text
     )
     assert "random units" in page.text and str(desk / "cache") in page.text
     assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()
@@ -203,8 +227,10 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
         assert kept["order"].tolist() == table["unit"].tolist() and int(kept["label"]) == label
     assert verdict.startswith("A patch of") == (out / "mend.safetensors").exists()
     if (out / "mend.safetensors").exists():
-        with pss.Patch.load(out / "mend.safetensors").applied(network.model) as mended:
-            assert int(mended(image[None]).argmax()) == label
+        lines = f"x = pss.models.load('net.yaml').read('photos/{name}')\nprint(model(x[None]).argmax())"
+        pasted = [sys.executable, "-c", f"{page.texts['code'][0]}\n{lines}"]
+        pasted = subprocess.run(pasted, cwd=desk, capture_output=True, text=True, timeout=100)
+        assert pasted.stdout.strip() == f"tensor({int(label)})", pasted.stderr
 
 
 def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
@@ -216,7 +242,11 @@ def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
     assert set(mistakes["id"].str[-5]) == {"0", "1", "2"}, "the odd ones"
     assert (out / "cluster_1.png").exists() and summary["clusters"] == mistakes["cluster"].max() >= 1
     page = Page((out / "report.html").read_text("utf-8"))
-    assert is_safe(page) and summary["shared_unit"] in page.text and "9 images of photos are misread" in page.text
+    assert (
+        is_safe(page)
+        and summary["shared_unit"] in page.text
+        and "9 misread images of photos were looked at" in page.text
+    )
     assert page.texts["h2"][:3] == ["In short", "What to do next", "An example"]
     assert "because you named it as reference" in page.text and "as many random units" in page.text
     advice = page.text.split("What to do next")[1].split("An example")[0]

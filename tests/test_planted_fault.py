@@ -18,6 +18,7 @@ from bench.planted_faults import KINDS, PER_STAGE, RANKINGS, TOP, Network, look
 TABLE = tables.read(planted_faults.OUT)
 FOUR = ("weights x10", "noise", "one weight", "gain x20")
 BOTH = "gain and output, in turns"
+TAILS = ["gain and output, smaller p", "gain and output, product of p"]
 
 
 def found(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,6 +101,7 @@ def test_gain_and_output_in_turns_find_all_kinds_in_every_network():
     assert (of[BOTH].groupby(TABLE["kind"]).mean() >= 0.75).all()
     for share in (of, images(TABLE)):  # the mean activation behind a ReLU is a rival of about the same
         alone = share.drop(columns=[BOTH, "activation, z", "activation, |z|"]).mean().max()
+        assert share[BOTH].mean() > share[TAILS].mean().max() + 0.02
         assert share[BOTH].mean() > alone and share[BOTH].mean() > share["activation, |z|"].mean() - 0.05
 
 
@@ -130,7 +132,7 @@ def test_a_planted_fault_stands_out_more_than_what_is_read_right():
     table = tables.read(groups.OUT)
     assert table["network"].nunique() >= 3
     sort = table["group"].str.split(",").str[0]
-    for quantity in ("gain", "output"):
+    for quantity in ("gain", "output", "activation"):
         top = table.pivot_table(f"{quantity}: score", "network", sort, "median")
         assert (top["broken"] > 2 * top["read right"]).all()
 
@@ -154,7 +156,7 @@ def test_pruning_by_margin_gain_repairs_more_than_gradients_and_random():
     table = tables.read(pruned_filters.OUT)
     assert table["network"].nunique() >= 3
     one, ever = (table.pivot_table(index="ranking", values=k).iloc[:, 0] for k in ("k = 1", "any k"))
-    rivals = ["raw", "zscore", "pot", "scale_free_zscore", "random", "output, |z|"]
+    rivals = ["raw", "zscore", "pot", "scale_free_zscore", "random", "output, |z|", "activation, |z|"]
     assert one["margin gain"] > one[rivals].max() and ever["margin gain"] > ever[rivals].max()
 
 

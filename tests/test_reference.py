@@ -224,7 +224,8 @@ def test_statistics_as_they_are_published(tmp_path):
     torch.save(held, path)
     read = Reference.load(path)
     assert torch.equal(read.mean, held["mean"].double()) and torch.equal(read.std, held["std"])
-    assert read.provenance == {"source": "stat.pth"} and read.n == 0 and read.level == 0.9 and not read.scale_free
+    assert read.provenance == {"source": "stat.pth", "of": "gradient"}
+    assert read.n == 0 and read.level == 0.9 and not read.scale_free
     assert read.threshold is None and "mean and deviation only, 0 dead" in repr(read)
     assert torch.equal(read.zscore(held["mean"][None]), torch.zeros(1, 6))
     for wrong in ({"mean": held["mean"]}, [held["mean"], held["std"]], "mean std"):

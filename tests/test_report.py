@@ -13,6 +13,7 @@ from served import Page, is_safe
 import pss
 from pss import models, patches
 from pss.apps import experiment, explain, group, reading
+from pss.apps.pages import sentence
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 
@@ -196,19 +197,29 @@ def test_a_group_of_images_in_memory():
 
 def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
     """Of a single image whose units all stand out, or none, it does."""
-    case = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it")
+    case, network = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it"), models.load("digits", "random")
     known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
     for significant in (True, False):
         table = pd.DataFrame({"significant": [significant] * 3})
-        given = (case, 0, table, known, pss.Patch("0" * 64), "", 0.1, 1e-3)
+        given = (network, case, 0, table, known, pss.Patch("0" * 64), [], 0.1, 1e-3)
         alone, all_ = (explain.what_next(*given, group=asked) for asked in (None, [("look", "見る")]))
         assert "without index" in alone[-1][0] and "0.1 would" in str(alone)
         assert all_[0] == ("look", "見る") and "without index" not in str(all_) and "more reference" in str(all_)
 
 
+def test_numbers_agree_with_their_nouns():
+    given = {"name": "x", "unit": "u", "k": 3, "count": 1, "chance": 1.0}
+    one, two = (sentence("group", n=n, hits=n, clusters=n, inside=n, **given)[0] for n in (1, 2))
+    assert "1 misread image of x was looked at" in one and "1 cluster, with 1 image." in one
+    assert "2 misread images of x were looked at" in two and "2 clusters, with 2 images." in two
+    assert "1 of 24 images of x is read right" in reading.Reading("x", 24, 1, 3).told()[0]
+
+
 @pytest.mark.parametrize(
     "best, more",
     [
+        ({"left": [1], "corrected": 0}, None),
+        ({"left": [1, 2], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.027}),
         ({"left": [1], "corrected": 3}, None),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0074, "kl_upper": 0.027}),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.027}),

@@ -59,6 +59,7 @@ def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypa
     channels, filters, kernel, stride, padding, dilation, groups, size = geometry
     monkeypatch.setattr(kernels, "CPU_BLOCK", block)
     monkeypatch.setattr(kernels, "SMALL", small)
+    monkeypatch.setattr(kernels, "LARGE", small)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, channels, *size, generator=generator, dtype=torch.float64)
     weight = torch.randn(filters, channels // groups, *kernel, generator=generator, dtype=torch.float64)
@@ -72,6 +73,8 @@ def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypa
             for i in range(5)
         ]
     )
+    shift = torch.randn(filters, generator=generator, dtype=torch.float64)
+    gained = torch.einsum("bo...,bo...->bo", g, y - shift.reshape(-1, *[1] * len(kernel)))
     whole, expected = expected, (expected if signed else expected.abs()).flatten(2).sum(2)
     ways = {"contiguous": (x, g)}
     if x.dim() == 4:
@@ -82,6 +85,10 @@ def test_every_way_to_a_weight_gradient(geometry, block, small, signed, monkeypa
         single = layer.gradients(a.float(), b.float()).double()
         torch.testing.assert_close(single, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
         torch.testing.assert_close(layer.row_sums(a, b, signed), expected)
+        torch.testing.assert_close(layer.sums_with(y, shift, b), gained)
+        torch.testing.assert_close(
+            layer.sums_with(y.float(), shift.float(), b.float()).double(), gained, rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(a, kept[0]) and torch.equal(b, kept[1])
 
 

@@ -5,10 +5,14 @@ set) or `explorer`; ``python -m pss`` takes `batch` (over `sweep`, `execution` a
 `training`, `explorer` and `caches`.
 """
 
+import sys
 from importlib import import_module
 from types import ModuleType
 
 __all__ = ["experiment", "explain", "explorer", "group", "reading", "report"]
+
+# Where JupyterLab is, jsonschema spends two seconds on a grammar for a format that nothing in a notebook has.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> ModuleType:  # imported when first used

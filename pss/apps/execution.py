@@ -11,7 +11,9 @@ from typing import Any
 
 import nbformat
 import papermill
+from jupyter_client import AsyncKernelManager
 from nbconvert import HTMLExporter
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -27,6 +29,29 @@ _OFFLINE = """<script>addEventListener("load", () => window.MathJax || document.
 </script>"""
 # Where kernels and their managers know how, what they say to each other is encrypted (newer ones warn if it is not).
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
+
+
+class _Manager(AsyncKernelManager):
+    """Interrupts no kernel that it closes: one that has just answered would tell of it as an error."""
+
+    async def _async_interrupt_kernel(self) -> None:
+        if not self.shutting_down:
+            await super()._async_interrupt_kernel()
+
+
+class _Engine(NBClientEngine):
+    """Writes the notebook when it has ended, whatever ended it; papermill's own writes all of it twice a cell."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+        place, nb_man.output_path = nb_man.output_path, None
+        try:
+            super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_Manager, **options)
+        finally:
+            nb_man.output_path = place
+
+
+papermill_engines.register("pss", _Engine)
 
 
 def run_notebook(
@@ -109,6 +134,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
             str(notebook),
             str(output),
             dict(parameters),
+            engine_name="pss",
             kernel_name=KERNEL,
             language="python",  # for notebooks that do not say
             cwd=str(notebook.parent),

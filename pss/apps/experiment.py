@@ -331,7 +331,7 @@ def run(
         are the same ranking, or the network misreads no image.
     """
     for reference in filter(None, (usual.plain, usual.scale_free)):
-        reference.check(units, model=network.model)
+        reference.check(units, model=network.model, loss=plan.loss, signed=False, of="gradient")
     plan.check(units, usual)
     settings = {
         **{"network": network.name, "weights": network.weights, "preprocessing": prepared(network)},

@@ -6,6 +6,7 @@ their repair does to it and to others, and whether a patch can be had.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from pss import data, models
-from pss.apps.pages import no_patch, sentence
+from pss.apps.pages import joined, no_patch, sentence
 from pss.apps.reading import Reading, Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
-from pss.patches import Patch, fit_patch
+from pss.patches import LEVEL, Patch, fit_patch
 from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
@@ -33,6 +34,7 @@ from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
+FOLDER = "folder, read right"  # images that took no part in a patch
 MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
     "accuracy_before": "accuracy before",
@@ -40,6 +42,7 @@ _COLUMNS = {
     "still_right": "still right",
     "kl_mean": "mean KL",
     "kl_worst": "worst KL",
+    "kl_upper": f"KL at most ({LEVEL:.0%})",
 }
 
 
@@ -204,12 +207,17 @@ def unit_table(
     return table
 
 
+def _least_at_once(reference: Reference, q: float = 0.05) -> int:
+    """How many units must stand out at once for any to be significant, see `pss.statistics.fdr_significant`."""
+    return math.ceil(len(reference.mean) / (q * (reference.n + 1)))
+
+
 def caution(reference: Reference) -> tuple[str, str]:
     """How far the reference can be trusted: a sentence in English, and in Japanese."""
     if reference.threshold is None:
         return sentence("only mean and deviation")
     kind = "enough images" if reference.n >= ENOUGH else "few images"
-    return sentence(kind, n=reference.n, over=int(reference.n_excess.double().median()))
+    return sentence(kind, n=reference.n, over=int(reference.n_excess.double().median()), least=1 / (reference.n + 1))
 
 
 def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
@@ -236,11 +244,7 @@ def outcome(found: pd.DataFrame) -> tuple[str, str]:
         kind = "fails" if np.isnan(row["repaired at"]) else "corrects"
         numbers = {"first": f"{row['repaired at']:g}", "last": row["edited"], "change": row["after"] - row["before"]}
         told.append(sentence(f"{row['edit']} {kind}", **numbers))
-    return _joined(told)
-
-
-def _joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    return " ".join(english for english, _ in told), "".join(japanese for _, japanese in told)
+    return joined(told)
 
 
 def verdict(patch: Patch) -> tuple[str, str]:
@@ -290,7 +294,9 @@ def opening(
     numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
     stands = [sentence("stands out", **numbers)]
     if "significant" in table:
-        stands = [sentence("significant", **numbers, hits=int(table["significant"].sum()))]
+        hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
+        stands = [sentence("significant", **numbers, hits=hits)]
+        stands += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
     if len(others):
         share = float((others == int(first["unit"])).any(dim=1).double().mean())
         many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
@@ -301,7 +307,7 @@ def opening(
         repairs = [verdict(patch)]
     else:
         repairs = [_best_edit(ends, harm), verdict(patch)]
-    return [_joined(did), _joined(stands), _joined(repairs)]
+    return [joined(did), joined(stands), joined(repairs)]
 
 
 def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]:
@@ -317,40 +323,66 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     if harm is not None:
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
         told.append(sentence("costs", k=int(own["k"]), before=own["accuracy before"], after=own["accuracy after"]))
-    return _joined(told)
+    return joined(told)
+
+
+def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] | str]:
+    """How a written patch is applied: a sentence in English and Japanese, and lines to paste."""
+    lines = [
+        "import pss",
+        "",
+        f"model = {network.loaded_by}.model",
+        f"patch = pss.Patch.load({str(patch.absolute())!r})",
+    ]
+    return [sentence("next apply", file=patch.name), "\n".join([*lines, "model = patch.apply(model)"])]
+
+
+def larger_budget(patch: Patch) -> float:
+    """The budget by which a patch would correct most, as far as was tried; 0 where more than this one is not known."""
+    parts = patch.evidence.set_index("part") if len(patch.evidence) else patch.evidence
+    if not len(patch.gains) and FOLDER in parts.index:  # it corrects, but broke the budget there
+        return 1.05 * parts["kl_upper"][FOLDER]
+    done = parts["n"]["mistakes"] * parts["accuracy_after"]["mistakes"] if len(patch.gains) else 0
+    more = patch.tried[patch.tried["corrected"] > done + 0.5] if len(patch.tried) else patch.tried
+    return 1.05 * float(more["kl_upper"][more["corrected"].idxmax()]) if len(more) else 0.0
 
 
 def what_next(
+    network: models.Network,
     case: Case,
     guess: int,
     table: pd.DataFrame,
     found: Usual,
     patch: Patch,
-    file: str,
+    to_apply: Sequence[tuple[str, str] | str],
     rate: float,
     lr: float,
-    group: Sequence[tuple[str, str]] | None = None,
-) -> list[tuple[str, str]]:
-    """What to do after this outcome, in English and Japanese, most useful first.
+    group: Sequence[tuple[str, str] | str] | None = None,
+) -> list[tuple[str, str] | str]:
+    """What to do after this outcome, in English and Japanese, most useful first; and lines to paste.
 
     Parameters
     ----------
-    file : str
-        Where the patch was written; empty if it was not.
+    to_apply : sequence
+        From `how_to_apply`; empty if the patch was not written.
     rate : float
         From `rate_that_moves`; 0 where the step moved something, or none does.
-    group : sequence of (str, str), optional
+    group : sequence, optional
         What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
         do about the image.
     """
     told = [sentence("next chance")] if found.reading is not None and found.reading.near_chance else []
     few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
+    if network.preprocess == models.Preprocessing():
+        told.append(sentence("next preprocessing"))
     if group is not None:
-        return [*told, *group, *few]
+        return [*told, *group, *to_apply, *few]
     if guess == case.label:
         told.append(sentence("next misread"))
     if len(patch.gains):
-        told.append(sentence("next apply" if file else "next write", file=file))
+        told += to_apply or [sentence("next write")]
+    elif budget := larger_budget(patch):
+        told.append(sentence("next budget one", budget=budget))
     told += few
     if rate:
         told.append(sentence("next rate", rate=rate, lr=lr))
@@ -430,12 +462,13 @@ def masking_test(
 
 def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[str, str]:
     """Whether the first map says more than that of random units, and which map says most."""
-    of = lost.set_index("map")["lost"]
-    best = of.idxmax()
-    told = [sentence("masked", share=MASKED, map=mine, mine=of[mine], best=best, most=of[best])]
-    if beside := [of[name] for name in others if name in of]:
-        told.append(sentence("map no better" if of[mine] <= max(beside) else "map better", random=max(beside)))
-    return _joined(told)
+    changed = -lost.set_index("map")["lost"]
+    best = changed.idxmin()
+    numbers = {"share": MASKED, "map": mine, "mine": changed[mine], "best": best, "most": changed[best]}
+    told = [sentence("masked best" if best == mine else "masked", **numbers)]
+    if beside := [changed[name] for name in others if name in changed]:
+        told.append(sentence("map better" if changed[mine] < min(beside) else "map no better", random=min(beside)))
+    return joined(told)
 
 
 def integrated_gradients(network: models.Network, case: Case) -> Tensor | None:
@@ -510,7 +543,7 @@ def damage(
     for edit, of_edit in (("prune", None), ("finetune", steps)):
         found = side_effects(network.model, units, every, *retain, edit, of_edit, progress=False)
         rows.append(found.assign(edit=edit, units=list(chosen)))
-    return readable(pd.concat(rows, ignore_index=True)[["edit", "units", "k", *_COLUMNS]])
+    return readable(pd.concat(rows, ignore_index=True).filter(items=["edit", "units", "k", *_COLUMNS]))
 
 
 def readable(damages: pd.DataFrame) -> pd.DataFrame:
@@ -560,7 +593,7 @@ def measured(
         items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
         images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         right = predict(network.model, images).argmax(dim=1) == labels
-        named = {"folder, read right": right, "folder, misread": ~right}
+        named = {FOLDER: right, "folder, misread": ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
     return with_evidence(network, patch, parts, seed)
 
@@ -568,10 +601,21 @@ def measured(
 def with_evidence(
     network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
 ) -> Patch:
-    """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units."""
+    """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units.
+
+    One that breaks its budget on the images of the folder that are read right is taken back, with the reason.
+    """
     dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
     shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
     shuffled["part"] = shuffled["part"] + ", shuffled"
     more = patch.measured(network.model, parts).evidence
     more = more[~more["part"].isin(patch.evidence["part"])]
-    return replace(patch, evidence=pd.concat([patch.evidence, more, shuffled], ignore_index=True))
+    found = replace(patch, evidence=pd.concat([patch.evidence, more, shuffled], ignore_index=True))
+    rest, budget = more[more["part"] == FOLDER].to_dict("records"), float(patch.about["budget"])
+    if not rest or rest[0]["kl_mean"] <= budget:
+        return found
+    kl, upper = (f"{rest[0][name]:.2g}" for name in ("kl_mean", "kl_upper"))
+    on = (
+        f"on {rest[0]['n']} other images of the folder that are read right its KL is {kl}, up to {upper} at {LEVEL:.0%}"
+    )
+    return replace(found, gains=patch.gains[:0], reason=f"{on} confidence, more than the budget of {budget:g}")

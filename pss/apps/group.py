@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from pss import models
-from pss.apps.explain import Case, readable, with_evidence
-from pss.apps.pages import no_patch, sentence
-from pss.apps.reading import Reading, pictures, usual
+from pss.apps.explain import FOLDER, Case, how_to_apply, larger_budget, readable, with_evidence
+from pss.apps.pages import joined, no_patch, sentence
+from pss.apps.reading import Reading, damaged_of, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -40,6 +40,7 @@ WORTH = 0.5  # of the mistakes held out that a patch must repair to be recommend
 _LEAST = 3  # images that make a cluster
 _MOST = 200  # mistakes that are looked at
 _SHEETS = 4  # clusters whose pictures are shown, and that a patch is fitted to
+_SHOWN = 8  # pictures of each
 _RETAIN = 8  # other images that a patch needs, at least
 _REST = 600  # other images of the folder, those retained and those that a repair is measured on
 
@@ -157,7 +158,7 @@ def gather(
     """
     every, name = images, str(getattr(images, "name", "the images"))
     wrong = misclassified(network.model, every)
-    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes))
+    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes), damaged_of(every))
     if not len(wrong):
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
@@ -235,7 +236,7 @@ def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFram
     return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
 
 
-def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = 8) -> Figure:
+def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = _SHOWN) -> Figure:
     """The first images of a cluster in a row, with their class and what they are read as."""
     own = group.table[group.table["cluster"] == cluster].head(most)
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
@@ -268,7 +269,7 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
 def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
     """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
 
-    Two thirds of the other images of the folder are retained; those left are the part ``folder, read right``.
+    Two thirds of the other images of the folder are retained; those left are the part `FOLDER`.
     """
     found, (x, y) = {}, group.rest
     kept, rng = 2 * len(x) // 3, np.random.default_rng(0)
@@ -279,9 +280,15 @@ def patches(group: Group, network: models.Network, units: Units, budget: float =
         patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
         if len(patch.gains):
             parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
-            patch = with_evidence(network, patch, parts | {"folder, read right": (x[kept:], y[kept:])}, seed=0)
+            patch = with_evidence(network, patch, parts | {FOLDER: (x[kept:], y[kept:])}, seed=0)
         found[cluster] = patch
     return found
+
+
+def _held_out(patch: Patch) -> tuple[float, float]:
+    """Share of the mistakes held out that the patch repairs, and with its gains dealt to random units."""
+    of = patch.evidence.set_index("part")["accuracy_after"]
+    return float(of["mistakes held out"]), float(of["mistakes held out, shuffled"])
 
 
 def _told(cluster: int, patch: Patch) -> tuple[str, str]:
@@ -289,15 +296,11 @@ def _told(cluster: int, patch: Patch) -> tuple[str, str]:
     if not len(patch.gains):
         return no_patch("no cluster patch", patch.reason, cluster=cluster)
     of = patch.evidence.set_index("part")
-    held_out, rest = of.loc["mistakes held out"], of.loc["folder, read right"]
-    numbers = {
-        "share": held_out["accuracy_after"],
-        "n": int(held_out["n"]),
-        "kl": rest["kl_mean"],
-        "rest": int(rest["n"]),
-    }
-    numbers |= {"shuffled": of.loc["mistakes held out, shuffled", "accuracy_after"]}
-    return sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+    held_out, rest, (share, shuffled) = of.loc["mistakes held out"], of.loc[FOLDER], _held_out(patch)
+    numbers = {"share": share, "n": int(held_out["n"]), "kl": rest["kl_mean"], "rest": int(rest["n"])}
+    numbers |= {"shuffled": shuffled}
+    told = sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+    return told if share > shuffled else joined([told, sentence("cluster patch no better")])
 
 
 def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
@@ -316,6 +319,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
     ends = repairs(group, network, units, chosen)
     (gain, own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
+    wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
@@ -330,41 +334,41 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
         gain=gain[right],
         kept_gain=gain[kept],
     )
-    report.heading("All mistakes of the folder", "フォルダ内の全ての誤分類画像")
+    said = [sentence("group", **numbers), *([sentence("drawn", wrong=wrong)] if count < wrong else [])]
+    report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
-    report.say(*sentence("group", **numbers))
+    report.say(*joined(said))
     report.table(together, "Units that most mistakes have among their first", "多くの誤分類画像で上位に入るユニット")
     report.table(adds, "Units that add most to the margins of the mistakes", "誤りのマージンへの寄与が大きいユニット")
     if len(found):
         report.table(found, "Mistakes that are alike to the units", "ユニットから見て似ている誤分類画像")
-    for cluster in found["cluster"][:_SHEETS]:
-        alt, ja = f"Images of cluster {cluster}, with their class and what they are read as", f"クラスタ{cluster}の画像"
-        report.show(
-            contact_sheet(group, network, cluster), f"cluster_{cluster}", f"{alt}.", f"{ja}．正解クラスと予測を添えた．"
-        )
+    for cluster, images in found[["cluster", "images"]].head(_SHEETS).itertuples(index=False):
+        told = sentence("cluster sheet", cluster=cluster, images=images, n=min(images, _SHOWN))
+        report.say(*told)
+        report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
     if max(own[right], gain[right]) <= other[right]:
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
-    opening = [group.reading.told(), sentence("group", **numbers), verdict]
-    summary = {"mistakes": count, "clusters": len(found), "shared_unit": first["name"]}
+    opening = [group.reading.told(), joined(said), verdict]
+    summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
     summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
     best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
     for cluster, patch in patches(group, network, units, budget).items():
         told = _told(cluster, patch)
         report.say(*told)
         opening.append(told)
-        if len(patch.gains):
+        if len(patch.evidence):
             en, ja = f"Before and after the patch of cluster {cluster}", f"クラスタ{cluster}のパッチの適用前と適用後"
-            share = patch.evidence.set_index("part")["accuracy_after"]["mistakes held out"]
-            best, most = (told, share) if share > most else (best, most)
-            if share >= WORTH:
-                advice.append(sentence("next apply", file=f"cluster_{cluster}.safetensors"))
             report.table(readable(patch.evidence), en, ja)
-            patch.save(report.folder / f"cluster_{cluster}.safetensors")
+        share, shuffled = _held_out(patch) if len(patch.gains) else (0.0, 0.0)
+        if share > shuffled:
+            patch.save(file := report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
-        elif len(would := patch.tried.query("corrected > 0")):
-            dearest = would.loc[would["corrected"].idxmax()]
-            advice.append(sentence("next budget", cluster=cluster, budget=1.05 * dearest["kl_upper"]))
+        if share > shuffled and share >= WORTH:
+            best, most = (told, share) if share > most else (best, most)
+            advice += how_to_apply(network, file)
+        elif budget_needed := larger_budget(patch):
+            advice.append(sentence("next budget", cluster=cluster, budget=budget_needed))
     return summary | {"opening": opening, "next": advice, "verdict": best}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,23 @@ def words() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((_HERE / "words.yaml").read_text(encoding="utf-8"))
 
 
+class _Words(string.Formatter):
+    """``{n:image|images}`` is the first word where n is 1, otherwise the second."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        one, either, many = spec.partition("|")
+        return (one if value == 1 else many) if either else super().format_field(value, spec)
+
+
 def sentence(name: str, /, **values: Any) -> tuple[str, str]:
     """A sentence of ``words.yaml`` with these values, in English and in Japanese."""
-    told = words()["sentences"][name]
-    return told["en"].format(**values), told["ja"].format(**values)
+    told, fill = words()["sentences"][name], _Words().format
+    return fill(told["en"], **values), fill(told["ja"], **values)
+
+
+def joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Sentences as one text, in English and in Japanese."""
+    return " ".join(english for english, _ in told), "".join(japanese for _, japanese in told)
 
 
 def no_patch(name: str, reason: str, **values: Any) -> tuple[str, str]:
@@ -39,5 +54,4 @@ def no_patch(name: str, reason: str, **values: Any) -> tuple[str, str]:
         for text, pattern in words()["reasons"].items()
         if (found := re.fullmatch(text, reason))
     )
-    told = words()["sentences"][name]
-    return told["en"].format(reason=reason, **values), told["ja"].format(reason=next(said, reason), **values)
+    return sentence(name, reason=reason, **values)[0], sentence(name, reason=next(said, reason), **values)[1]

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from pss import models
-from pss.apps.pages import sentence
+from pss import data, models
+from pss.apps.pages import joined, sentence
 from pss.models import misclassified
 from pss.reference import MIN_IMAGES, Reference
 from pss.storage.fingerprints import name_of
@@ -32,12 +33,16 @@ _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
 
 @dataclass(frozen=True)
 class Reading:
-    """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from."""
+    """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from.
+
+    ``damaged`` names the files that were left out, because they cannot be read.
+    """
 
     name: str
     n: int
     right: int
     classes: int
+    damaged: tuple[str, ...] = ()
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -55,7 +60,11 @@ class Reading:
         low, high = self.interval
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.right / self.n}
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
-        return sentence("near chance" if self.near_chance else "accuracy", **numbers)
+        told = [sentence("near chance" if self.near_chance else "accuracy", **numbers)]
+        if self.damaged:
+            names = ", ".join(self.damaged[:5]) + ", …" * (len(self.damaged) > 5)
+            told.append(sentence("damaged", n=len(self.damaged), names=names))
+        return joined(told)
 
     def summary(self) -> dict[str, object]:
         """For ``summary.json``."""
@@ -95,7 +104,8 @@ def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     own = getattr(images, "own_answer", np.zeros(len(images), bool))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
     wrong = misclassified(network.model, Subset(images, rows.tolist()))
-    return Reading(str(getattr(images, "name", "images")), len(rows), len(rows) - len(wrong), len(network.classes))
+    right, name = len(rows) - len(wrong), str(getattr(images, "name", "images"))
+    return Reading(name, len(rows), right, len(network.classes), damaged_of(images))
 
 
 def pictures(
@@ -107,14 +117,35 @@ def pictures(
 ) -> Dataset:
     """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many.
 
-    Where none are named and none built in fit, a ValueError says what is missing.
+    Files that cannot be read are left out, see `damaged_of`. Where none are named and none built in fit, a ValueError
+    says what is missing.
     """
     if not source:
         if not has_built_in(network):
             raise ValueError(f"no built-in images fit {network.name}: give {missing} of pictures per class")
         return models.reference_set(network, "", count, seed)
     every = models.reference_set(network, source)
-    return every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
+    few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
+    reasons = Parallel(n_jobs=-1, prefer="threads")(delayed(_damage)(path) for path, _ in few.samples)
+    if not any(reasons):
+        return few
+    whole = few.subset([i for i, reason in enumerate(reasons) if not reason])
+    whole.damaged = tuple(str(few.ids[i]) for i, reason in enumerate(reasons) if reason)
+    return whole
+
+
+def _damage(path: str) -> str:
+    """Why a picture cannot be read; empty if it can."""
+    try:
+        data.read_image(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def damaged_of(images: Dataset) -> tuple[str, ...]:
+    """Names of the files that `pictures` left out."""
+    return getattr(images, "damaged", ())
 
 
 def has_built_in(network: models.Network) -> bool:
@@ -243,20 +274,26 @@ def fit_usual(
     wrong, itself = store.misclassified, _rows_of(store, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
     right = len(told) - len(np.intersect1d(wrong, told))
-    reading = Reading(name, len(told), right, len(network.classes)).check(network, allow_chance)
+    reading = Reading(name, len(told), right, len(network.classes), damaged_of(images)).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
-    numbers = {"name": name, "n": len(store), "wrong": len(wrong), "itself": len(itself), "left": len(store) - len(out)}
+    others = np.setdiff1d(wrong, itself)
+    numbers = {
+        "name": name,
+        "n": len(store),
+        "wrong": len(others),
+        "itself": len(itself),
+        "left": len(store) - len(out),
+    }
     if numbers["left"] < MIN_IMAGES:
         raise ValueError(
-            f"{numbers['left']} images of {name} are left to say what is usual: of {len(store)} {len(wrong)} are "
-            f"misread and {len(itself)} is the explained one; {MIN_IMAGES} are needed: give {parameter}, a folder with "
-            "more of them (training images, if you have them), or a larger reference_count"
+            f"to say what is usual {MIN_IMAGES} images are needed, and {numbers['left']} of {name} would be left: of "
+            f"{len(store)} images {len(others)} more than the explained one (found: {len(itself)}) are misread; give "
+            f"{parameter}, a folder with more of them (training images, if you have them), or a larger reference_count"
         )
     made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
     found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)
     said = sentence("usual chance" if reading.near_chance else f"usual {kind}", **numbers)
-    others = np.setdiff1d(wrong, itself)[:_SHOWN]
-    return Usual(found, said, reading, torch.from_numpy(store.profiles[others]))
+    return Usual(found, said, reading, torch.from_numpy(store.profiles[others[:_SHOWN]]))
 
 
 def read_saved(

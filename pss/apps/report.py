@@ -69,6 +69,11 @@ class Report:
         print(ja if self.language == "ja" else text)
         self.blocks.append({"kind": "sentence", "en": text, "ja": ja})
 
+    def code(self, lines: str) -> None:
+        """Print lines to be pasted, and put them on the page."""
+        print(lines)
+        self.blocks.append({"kind": "code", "en": lines, "ja": lines})
+
     def table(self, frame: pd.DataFrame, text: str, ja: str) -> pd.DataFrame:
         """Put a table on the page, with a caption; returns it, for the notebook to show."""
         ours = frame.columns.intersection(["edit", "part", "setting", "units"])
@@ -78,13 +83,13 @@ class Report:
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})
         return frame
 
-    def open_with(self, *sections: tuple[tuple[str, str], list[tuple[str, str]]]) -> None:
-        """Print sections, each a heading and its sentences, and put them before everything else on the page."""
+    def open_with(self, *sections: tuple[tuple[str, str], list[tuple[str, str] | str]]) -> None:
+        """Print sections, a heading and its sentences or lines to be pasted, and put them first on the page."""
         rest, self.blocks = self.blocks, []
         for heading, sentences in sections:
             self.heading(*heading)
             for told in sentences:
-                self.say(*told)
+                self.code(told) if isinstance(told, str) else self.say(*told)
         self.blocks += rest
 
     def settings(self, values: Mapping[str, object]) -> None:
@@ -136,6 +141,8 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "✓" if value else "–"
     if isinstance(value, float):
         return "–" if pd.isna(value) else f"{value:.3g}"
     return str(value)

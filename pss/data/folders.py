@@ -14,7 +14,7 @@ from PIL import Image
 
 from pss.data.builtin import SIZE, built_in_set, load, normalize, resize
 from pss.data.image_set import MEAN, STD, ImageSet, hash_arrays
-from pss.data.pictures import read_image
+from pss.data.pictures import is_picture, read_image
 from pss.data.vision import torchvision
 from pss.engine.checks import check_known
 
@@ -69,7 +69,10 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test") -> 
 class _Folder(torchvision.datasets.ImageFolder):
     def __init__(self, root, transform, classes):
         self._wanted = classes
-        super().__init__(root, transform=transform, loader=read_image)
+        super().__init__(root, transform, loader=read_image, is_valid_file=is_picture, allow_empty=True)
+        if not self.samples:
+            folders = ", ".join(self.classes[:5]) or "none"
+            raise FileNotFoundError(f"{root} holds no pictures in its folders by class, {folders}: expected some")
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
         self.sources = np.arange(len(self))
@@ -92,7 +95,8 @@ class _Folder(torchvision.datasets.ImageFolder):
         return chosen
 
     def find_classes(self, directory):
-        names, numbers = super().find_classes(directory)
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        numbers = {name: number for number, name in enumerate(names)}
         if self._wanted is None:
             return names, numbers
         if unknown := sorted(set(names) - set(self._wanted)):
@@ -115,6 +119,9 @@ def folder(
         From a PIL image to the model's input; by default `preprocess`.
     classes : sequence of str, optional
         The model's classes in its order, if the tree holds only some of them, or their order is not alphabetical.
+
+    Hidden files and folders (their names begin with a point, as ``.ipynb_checkpoints``) are left out; a folder may be
+    empty.
 
     Returns
     -------

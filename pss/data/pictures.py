@@ -18,6 +18,13 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that run
 _SKLEARN = ("china.jpg", "flower.jpg")  # the others are scikit-image's
 
 
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a file, by its name, is a picture that `read_image` reads, and none that a system has hidden there."""
+    Image.init()  # otherwise Pillow knows a few endings only
+    path = Path(path)
+    return not path.name.startswith(".") and Image.EXTENSION.get(path.suffix.lower()) in _FORMATS
+
+
 def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture file, whatever its colours, as 8-bit RGB, the way up that its EXIF entry says.
 

@@ -60,6 +60,7 @@ class LayerCall:
     passed: Tensor | None = None  # the gradient that came by way of the computed output
     kept: Tensor | None = None  # the output, where it is asked for, and its version when it was as it is
     version: int = 0
+    used: bool = False  # by something through which a gradient comes where values are cut off afterwards
     added: tuple[Tensor, int] | None = None  # what was added to it in place, and its version then
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,24 +90,17 @@ class LayerCall:
         return output
 
     def products(self, x: Tensor, g: Tensor) -> Tensor:
-        """The output without its bias, times its gradient: their sum over positions is that of weight times gradient.
+        """The output without its bias, times its gradient, summed over positions: that of weight times gradient.
 
         An output that was written into is computed again, unless by a function that only cuts off values: where it did
         the gradient is zero; or by the addition of something that is still there.
         """
         added, version = self.added or (None, 0)
         if self.kept is None or self.kept._version != self.version or (self.added and added._version != version):
-            return self.layer.forward(x, self.weight, None).mul_(g)
-        terms = [] if added is None else [added]
-        if self.bias is not None:
-            shape = (-1, *[1] * (g.dim() - 2)) if isinstance(self.layer, Convolution) else (-1,)
-            terms.append(self.bias.detach().reshape(shape))
-        if not terms:
-            return self.kept * g
-        output = self.kept - terms[0]
-        for term in terms[1:]:
-            output -= term
-        return output.mul_(g)
+            return self.layer.sums_with(self.layer.forward(x, self.weight, None), None, g)
+        bias = None if self.bias is None else self.bias.detach()
+        sums = self.layer.sums_with(self.kept, bias, g)
+        return sums if added is None else sums.sub_(self.layer.sums_with(added, None, g))
 
 
 class _Output(torch.autograd.Function):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pss.engine.calls import LayerCall
 from pss.engine.folding import NORMALIZATIONS
 from pss.engine.kernels import Convolution
 
-_LAYER_NORMS = {F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm}
+_LAYER_NORMS = {F.group_norm, F.layer_norm, F.rms_norm, torch.group_norm, torch.layer_norm, torch.rms_norm}
 _CUTTING = {F.relu, F.relu6, F.hardtanh, F.relu_, F.hardtanh_, torch.relu, torch.relu_, Tensor.relu_}
 _ADDING = {Tensor.add_, Tensor.__iadd__}
 FOLLOWED = _LAYER_NORMS | NORMALIZATIONS.keys() | _CUTTING | _ADDING
@@ -30,25 +31,37 @@ class KeptOutputs:
         self.calls[output.data_ptr()] = call
         self._hear(call, output)
 
+    def use(self, function, args, kwargs) -> None:
+        """Know which outputs are used, but for those that values are cut off or something is added to."""
+        own = (*args, *kwargs.values())[:1] if function in _CUTTING | _ADDING else ()
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and all(tensor is not t for t in own):
+                call = self.calls.get(tensor.data_ptr())
+                if call is not None:
+                    call.used = True
+
     def follow(self, function, run, input: Tensor, *args, **kwargs):
         """Run a function, in the form given, and remember what it does to an output that it may have been handed.
 
-        Where values are cut off in place, the gradient is zero, so that they may be. What is added in place is taken
-        off again. After a normalization an output is heard instead of before it.
+        Where values are cut off in place, the gradient is zero, so that they may be, if nothing else used the output
+        before. What is added in place is taken off again. After a normalization, also of a view, an output is heard
+        instead of before it.
         """
         call = self.calls.get(input.data_ptr())
         if call is None or call.kept._version != call.version:
             return run(input, *args, **kwargs)
         term = _term(call, input, *args, **kwargs) if function in _ADDING and not self.listens else None
         result = run(input, *args, **kwargs)
-        if function in _CUTTING or term is not None:
+        if function in _CUTTING and call.kept._version == call.version:
+            call.used = True
+        elif (function in _CUTTING and not call.used) or term is not None:
             call.added, call.version = term or call.added, call.kept._version
-        elif function not in _ADDING and call.kept.shape == result.shape and call.scale is None:  # not normalized yet
-            self._hear(call, result)
+        elif function not in _ADDING | _CUTTING and self.listens and call.scale is None:  # not normalized yet
+            self._hear(call, _laid_as(call.kept, input, result))
         return result
 
-    def _hear(self, call: LayerCall, output: Tensor) -> None:
-        if self.listens:
+    def _hear(self, call: LayerCall, output: Tensor | None) -> None:
+        if self.listens and output is not None:
             positions = isinstance(call.layer, Convolution)
             self.heard[call] = output.detach().flatten(2).mean(2) if positions else output.detach().clone()
 
@@ -59,3 +72,12 @@ def _term(call: LayerCall, input: Tensor, other, *options, **more) -> tuple[Tens
         return None
     alike = len({(t.shape, t.dtype) for t in (call.kept, input, other)}) == 1 and input.stride() == call.kept.stride()
     return (other.detach(), other._version) if alike else None
+
+
+def _laid_as(output: Tensor, view: Tensor, result: Tensor) -> Tensor | None:
+    """What was made of a view of a whole output, with the shape of that output; None where it is another thing."""
+    if view.numel() != output.numel() or result.shape != view.shape or 0 in view.stride():
+        return None
+    laid = torch.empty_strided(output.shape, output.stride(), dtype=result.dtype, device=result.device)
+    laid.as_strided(view.shape, view.stride()).copy_(result.detach())
+    return laid

@@ -24,6 +24,7 @@ from torch import Tensor
 # Elements of a block of weight gradients: 2 MB on a CPU, the second-level cache of one core. A GPU wants long kernels.
 CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
 SMALL = 2**19  # multiplications of a matrix product that is not worth a call of its own
+LARGE = 2**16  # elements of an output of a sample that are worth one
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -50,6 +51,19 @@ class Convolution:
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""
         return torch.ops.aten.convolution_backward(g, x, weight, None, *self._geometry, (True, False, False))[0]
+
+    def sums_with(self, output: Tensor, shift: Tensor | None, g: Tensor) -> Tensor:
+        r"""Sum over positions of :math:`g_{bop} (z_{bop} - s_o)`, ``(B, O)``, of values z and a shift of each filter.
+
+        That is the gradient to the gain of a BatchNorm of mean s and variance one, which PyTorch has for a CPU in one
+        pass over the memory. It sums over samples too: worth a call for each where they are large.
+        """
+        shift = g.new_zeros(self.shape[0]) if shift is None else shift
+        if g.is_cuda or g.dtype in _LOW or g[0].numel() < LARGE:
+            return (output - shift.reshape(-1, *[1] * (g.dim() - 2))).mul_(g).flatten(2).sum(2)
+        options = (None, shift, torch.ones_like(shift), None, None, False, 0.0, (False, True, False))
+        pairs = zip(g.split(1), output.split(1), strict=True)
+        return torch.stack([torch.ops.aten.native_batch_norm_backward(*pair, *options)[1] for pair in pairs])
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each filter of the (absolute) gradient of each sample, ``(B, O)``.
@@ -187,6 +201,10 @@ class Linear:
     def input_gradient(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the loss to the input."""
         return g @ weight
+
+    def sums_with(self, output: Tensor, shift: Tensor | None, g: Tensor) -> Tensor:
+        """Output without a shift of each row, times gradient; positions are summed over where the batch is known."""
+        return output * g if shift is None else (output - shift).mul_(g)
 
     def row_sums(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over each row of the (absolute) gradient of each sample, ``(B, O)``."""

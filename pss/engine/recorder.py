@@ -41,7 +41,7 @@ class Options:
     of: tuple[str, ...] = ("gradient",)  # and "gain", the sum of weight times gradient; or "output", alone
 
     def __post_init__(self):
-        if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set(QUANTITIES):
+        if not self.of or any(of not in QUANTITIES or self.of.count(of) > 1 for of in self.of):
             raise ValueError(f"unknown quantity in of={self.of}: expected some of {QUANTITIES}, each once")
         if "output" in self.of and len(self.of) > 1:
             raise ValueError("of='output' needs no backward pass: ask for it alone")
@@ -136,8 +136,10 @@ class GradientRecorder(TorchFunctionMode):
         if function is F.batch_norm and self.samples > 1 and mixes_samples(*args, **kwargs):
             raise Unsupported("BatchNorm without running statistics mixes the samples of a batch")
         run = NORMALIZATIONS.get(function, function)
-        if self.kept is not None and function in FOLLOWED:
-            return self.kept.follow(function, run, *args, **kwargs)
+        if self.kept is not None and function not in METADATA:
+            self.kept.use(function, args, kwargs)
+            if function in FOLLOWED:
+                return self.kept.follow(function, run, *args, **kwargs)
         if function in _ELEMENTWISE and not constant:
             return self._elementwise(function, *args, **kwargs)
         if function is F.scaled_dot_product_attention and not constant:
@@ -273,7 +275,6 @@ class GradientRecorder(TorchFunctionMode):
         if "gain" not in self.options.of or not self._may_collect(call):
             return
         products = call.products(x, g)
-        products = products.flatten(2).sum(2) if isinstance(call.layer, Convolution) else products
         products = products if call.batch is None else call.batch.first(products)
         rows = products.reshape(self.samples, -1, products.shape[-1]).sum(1)
         self.products[call.name] = rows + self.products[call.name] if call.name in self.products else rows

@@ -85,7 +85,11 @@ def load(name: str = "digits", weights: str | os.PathLike = "published", seed: i
     ModuleNotFoundError
         If the package of EfficientNet-Lite0 is not installed.
     """
-    return _checked(_find(os.fspath(name), os.fspath(weights), seed, arguments))
+    name, weights = os.fspath(name), os.fspath(weights)
+    asked = {"weights": weights} if weights != "published" else {}
+    asked |= ({"seed": seed} if seed else {}) | arguments
+    call = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in asked.items())])
+    return replace(_checked(_find(name, weights, seed, arguments)), loaded_by=f"pss.models.load({call})")
 
 
 def _find(name: str, weights: str, seed: int, arguments: dict) -> Network:

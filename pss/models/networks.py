@@ -89,6 +89,8 @@ class Network:
         Names in the order of the outputs.
     weights : str
         Which they are: ``IMAGENET1K_V2``, ``random (seed 0)``, or a file's name and the start of its SHA-256.
+    loaded_by : str
+        The call that loads it, as a line to paste.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Network:
     preprocess: Callable[[Image.Image], Tensor]
     classes: tuple[str, ...]
     weights: str
+    loaded_by: str = ""
 
     def read(self, path: str | os.PathLike) -> Tensor:
         """Read a picture file into an input of the network, (3, H, W); raises as `pss.data.read_image`."""

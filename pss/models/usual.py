@@ -206,7 +206,8 @@ class PhotographCrops(Dataset):
 
 def _tree(network: Network, root: Path) -> Dataset:
     """A tree of pictures by class; folders are named by class names or numbers, or there is one for every class."""
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     wanted = [f"{i} {name}" for i, name in enumerate(network.classes)]  # no folder has such a name
     try:
         for name in folders:

@@ -60,8 +60,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         Changed in place, and only if everything fits.
     path : path
         safetensors, or what ``torch.save`` wrote and ``torch.load(weights_only=True)`` reads: a state dict, or a dict
-        that holds one as ``state_dict`` or ``model``. The prefixes ``module.``, ``model.`` and ``state_dict.`` are
-        taken off where every name has them and the model's names have not.
+        that holds one as ``state_dict``, ``model_state_dict`` or ``model``. The prefixes ``module.``, ``model.`` and
+        ``state_dict.`` are taken off where every name has them and the model's names have not.
 
     Returns
     -------
@@ -88,11 +88,12 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return _read_weights(path)[0]
     content = load_tensors(path)
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected names and tensors, or these under state_dict or model")
+        kept = "state_dict, model_state_dict or model"
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or these under {kept}")
     return dict(content)
 
 

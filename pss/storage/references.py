@@ -43,4 +43,4 @@ def _read_published(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict) or not {"mean", "std"} <= held.keys():
         raise ValueError(f"{path.name} holds no published statistics: expected a dict with 'mean' and 'std'")
     statistics = {key: held[key].double() if isinstance(held[key], Tensor) else held[key] for key in ("mean", "std")}
-    return {**statistics, "provenance": {"source": path.name}}
+    return {**statistics, "provenance": {"source": path.name, "of": "gradient"}}

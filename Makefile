@@ -65,7 +65,7 @@ notebooks: $(RUN)  ## run the committed notebooks again, in place
 site: .venv/.installed-site  ## the pages of the notebooks, English and Japanese, into site/
 	@$(PY) docs/build.py site
 
-bench: $(TEST)  ## measure speed and memory against plain loops, under 15 minutes
+bench: $(TEST)  ## measure speed and memory against plain loops; take half an hour without other work
 	@$(PY) -m bench
 
 lint: $(TEST)  ## style, format, types, which room knows which

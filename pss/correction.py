@@ -110,7 +110,7 @@ class Curvature:
     def of(cls, model: nn.Module, images: Tensor, units: Units, seed: int = 0, temperature: float = 1.0) -> Curvature:
         """Of the KL on these images: over all classes where the factor stays small, otherwise of labels drawn.
 
-        At another temperature of `divergences` of the logits over it, times its square.
+        At another temperature T: of :math:`T^2` times the KL of logits divided by T.
         """
         p = (logits_of(model, images).double() / temperature).softmax(dim=1)
         eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)

@@ -342,11 +342,8 @@ def side_effects(
 
     def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
         with torch.no_grad():
-            return (
-                torch.cat([laid_out(model, part, model) for part in images.split(RETAIN_BATCH)])
-                .double()
-                .log_softmax(dim=1)
-            )
+            logits = torch.cat([laid_out(model, part, model) for part in images.split(RETAIN_BATCH)])
+        return logits.double().log_softmax(dim=1)
 
     with preserved(model):
         before = forward()

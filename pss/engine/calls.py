@@ -90,7 +90,9 @@ class LayerCall:
         return output
 
     def products(self, x: Tensor, g: Tensor) -> Tensor:
-        """The output without its bias, times its gradient, summed over positions: that of weight times gradient.
+        """The output without its bias, times its gradient: over positions, the sum of weight times gradient.
+
+        Of a convolution it is summed over positions here, of a linear layer where its positions are known.
 
         An output that was written into is computed again, unless by a function that only cuts off values: where it did
         the gradient is zero; or by the addition of something that is still there.

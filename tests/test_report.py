@@ -207,6 +207,26 @@ def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
         assert all_[0] == ("look", "見る") and "without index" not in str(all_) and "more reference" in str(all_)
 
 
+@pytest.mark.parametrize("budget", [1e-6, 10.0])
+def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
+    network, images = models.load("digits"), pss.data.mnist("test").subset(range(40))
+    units = pss.Units.of(network.model)
+    gains = 1 + 0.1 * torch.randn(len(units), generator=torch.Generator().manual_seed(0))
+    own = patches.base_fingerprint(network.model)
+    patch = pss.Patch(own, units.layers, gains, about={"budget": str(budget)})
+    patch = patch.measured(network.model, {"mistakes": (images.images[:5], images.labels[:5])})
+    found = explain.with_evidence(network, patch, {explain.FOLDER: (images.images[5:], images.labels[5:])}, seed=0)
+    kl, upper = found.evidence.set_index("part").loc[explain.FOLDER, ["kl_mean", "kl_upper"]]
+    assert 1e-6 < kl < 10
+    if budget > kl:
+        assert torch.equal(found.gains, gains) and not found.reason
+    else:
+        assert not len(found.gains) and f"its KL is {kl:.2g}, up to {upper:.2g}" in found.reason
+        assert explain.larger_budget(found) == pytest.approx(1.05 * upper) and upper > kl
+        with pytest.raises(ValueError, match="more than the budget of 1e-06"):
+            found.apply(network.model)
+
+
 def test_numbers_agree_with_their_nouns():
     given = {"name": "x", "unit": "u", "k": 3, "count": 1, "chance": 1.0}
     one, two = (sentence("group", n=n, hits=n, clusters=n, inside=n, **given)[0] for n in (1, 2))

@@ -128,7 +128,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
     """Let papermill execute it, with the kernel of this environment and the caller's modules."""
     before = dict(os.environ)
     path = os.pathsep.join([str(caller), *filter(None, [before.get("PYTHONPATH")])])
-    os.environ.update(KEEPS | before | {"PYTHONPATH": path})  # which the kernel inherits
+    quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # of captum's progress bar, on pages for people
+    os.environ.update(KEEPS | quiet | before | {"PYTHONPATH": path})  # which the kernel inherits
     try:
         papermill.execute_notebook(
             str(notebook),

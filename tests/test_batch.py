@@ -38,7 +38,7 @@ def notebook(tmp_path):
         new_code_cell("factor = 2\nname = 'a'", metadata={"tags": ["parameters"]}),
         new_code_cell("import sys\nprint(sys.executable)\nprint('the answer is', 21 * factor)"),
         new_code_cell(PICTURE),
-        new_code_cell("import sys\nfor done in range(3):\n    print(f'\\rat {done}', end='', file=sys.stderr, flush=True)"),
+        new_code_cell("for done in range(3):\n    print(f'\\rat {done}', end='', file=sys.stderr, flush=True)"),
         new_code_cell("print('noise', file=sys.stderr)\nassert factor < 100, 'too large'"),
     ]
     path = tmp_path / "my notebooks" / "01_small.ipynb"

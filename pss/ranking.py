@@ -70,11 +70,11 @@ def rank(
     """Ids of the k most anomalous units of every image, most anomalous first.
 
     Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went
-    wrong, of ``of="output", signed=True`` by ``layer_relative_zscore``. It names nearly all planted faults first, and
-    nothing so high where nothing is broken; rankings of the gradient find less than half, ``pot`` fewer than
-    ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin (``of="gain",
-    signed=True, loss="logit_difference"``). Which to fine-tune: ``zscore`` corrects at less damage than random units,
-    the last layer at less still.
+    wrong, of ``of="output", signed=True`` by ``layer_relative_zscore``, with a reference from before. It names nearly
+    all planted faults first, and its scores stay low where nothing is broken; rankings of the gradient find less than
+    half, ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin
+    (``of="gain", signed=True, loss="logit_difference"``). Which to fine-tune: ``zscore`` corrects at less damage than
+    random units, the last layer at less still.
 
     Parameters
     ----------
@@ -84,13 +84,13 @@ def rank(
         come last.
     method : str
         ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``layer_relative_zscore`` (that over its mean
-        in the other units of the layer: what comes before a fault is as usual, what comes after it unusual as a whole,
-        and only in its own layer does it stand alone), ``pot`` (Wang and Sato 2023), ``exponential``
-        (POT with the shape held at zero), ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference
-        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself),
-        ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
-        of the last stage at random, or by raw saliency), ``random``, ``layer_matched_random`` (random units with as
-        many in each layer as the top k by ``match``), ``lowest_zscore`` (the lowest z-scores first).
+        in the other units of the layer: what a fault does to all that comes after it is taken out, and alone in its own
+        layer it stays), ``pot`` (Wang and Sato 2023), ``exponential`` (POT with the shape held at zero),
+        ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference fitted with ``scale_free=True``),
+        ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``random_last_stage`` and ``last_stage_raw`` (the
+        papers' conv5 heuristic: units of the last stage at random, or by raw saliency), ``random``,
+        ``layer_matched_random`` (random units with as many in each layer as the top k by ``match``), ``lowest_zscore``
+        (the lowest z-scores first).
     k : int, optional
         How many; all units by default.
     units : Units, optional
@@ -141,7 +141,7 @@ def rank_together(
     A unit's score is the mean of its scores over the images. Several quantities, as gradient, gain and output, rank for
     themselves and name their next unit in turns, the first quantity first. So a unit is near the top that stands out in
     any of them, and their scores need not mean the same: the far tail of one would otherwise hide the others. Combined
-    by tail probabilities, the smaller one or the product, gain and output find fewer broken filters (notebook 13).
+    by tail probabilities, the smaller one or the product, output and gain find fewer broken filters (notebook 13).
 
     Parameters
     ----------
@@ -149,8 +149,9 @@ def rank_together(
         Of the same images, a tensor for each quantity.
     reference : Reference, or a sequence of as many
     method : str, or a sequence of as many
-    units
         As in `rank`.
+    units : Units, optional
+        As in `rank`; and for the names.
     k : int
         An image counts for a unit that is among its own first k.
 

@@ -23,7 +23,7 @@ from bench.planted_faults import IMAGES, KINDS, Network
 
 OUT = tables.EXPERIMENTS / "groups.csv"
 NETWORKS, SETS, EACH, MARKED, CORNER, EPOCHS = (0, 1, 2), ("digits", "svhn_like", "mnist_m", "noise"), 6, 7, 4, 3
-ASKED = ("gain, free z", "output, |z|", "output, in layer", "activation, |z|", "activation, in layer")
+ASKED = ("gain, root", "output, |z|", "output, in layer", "activation, |z|", "activation, in layer")
 
 Group = tuple[str, Network, nn.Module, Tensor, Tensor]  # its sort, its references, who reads it, images and labels
 

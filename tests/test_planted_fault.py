@@ -100,7 +100,7 @@ def test_the_output_relative_to_its_layer_names_all_kinds_in_every_network():
     for how in (OWN, BOTH):
         assert (of[how].groupby(TABLE["network"]).mean() >= 0.95).all()
         assert (of[how].groupby(TABLE["kind"]).mean() >= 0.85).all()
-        assert of[how].mean() > of[[*TAILS, "output, |z|", "gain, free z"]].mean().max() + 0.02
+        assert of[how].mean() > of[[*TAILS, "output, |z|", "gain, root"]].mean().max() + 0.02
     rivals = first.drop(columns=[f"{how}: place" for how in (OWN, BOTH)]).mean()
     assert first[f"{OWN}: place"].mean() > max(0.9, rivals.max() + 0.02)
     assert images(TABLE)[OWN].mean() > images(TABLE)["output, |z|"].mean() + 0.02
@@ -142,7 +142,7 @@ def test_relative_to_its_layer_a_planted_fault_stands_out_more_than_anything_whe
     table = tables.read(groups.OUT)
     broken, scores = table["sort"] == "broken", table.filter(like=": score")
     above = (scores[broken] > scores[~broken].max()).mean()
-    assert above[f"{OWN}: score"] > max(0.7, above["gain, free z: score"] + 0.3, above["output, |z|: score"] + 0.3)
+    assert above[f"{OWN}: score"] > max(0.7, above["gain, root: score"] + 0.3, above["output, |z|: score"] + 0.3)
 
 
 def test_a_row_of_the_groups_is_made_again(network):

@@ -92,6 +92,7 @@ def test_what_contributes_is_found_by_gain_and_not_by_gradient():
     for how in ("raw", "z", "free z", "POT 0.90"):
         assert (by.loc[["weights x10", "shift"], f"gradient, {how}"] <= 0.2).all()
     assert (by.loc[list(FOUR), "gain, free z"] >= 0.8).all()
+    assert (by.loc[[*FOUR, "zeroed"], "gain, root"] >= 0.8).all()
     assert by.loc["gain x20", "gradient, free z"] >= 0.9 and by.loc[["zeroed", "shift"], "gain, free z"].max() <= 0.3
 
 

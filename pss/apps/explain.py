@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pss import data, models
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, has_built_in, pictures
+from pss.apps.reading import Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
@@ -286,21 +286,16 @@ def opening(
     ends, harm : DataFrame
         From `outcomes` and `damage`.
     """
-    guess, first = int(confidences.argmax()), table.iloc[0]
+    guess = int(confidences.argmax())
     named = {"image": case.name, "guess": network.classes[guess], "label": network.classes[case.label]}
     sure = {"sure": float(confidences[guess]), "own": float(confidences[case.label])}
     did = [sentence("read right" if guess == case.label else "misread", **named, **sure)]
-    did.append(known.reading.told() if known.reading else sentence("accuracy unknown"))
-    numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
-    stands = [sentence("stands out", **numbers)]
-    if "significant" in table:
-        hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
-        stands = [sentence("significant", **numbers, hits=hits)]
-        stands += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
+    did.append(known.at_hand.told() if known.at_hand else sentence("accuracy unknown"))
+    stands = [stands_out(table, known)]
     if len(others):
-        share = float((others == int(first["unit"])).any(dim=1).double().mean())
+        share = float((others == int(table["unit"][0])).any(dim=1).double().mean())
         many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
-        stands.append(sentence("shared", name=first["name"], **many))
+        stands.append(sentence("shared", name=table["name"][0], **many))
     if guess == case.label:
         repairs = [sentence("nothing to repair")]
     elif len(patch.gains):
@@ -308,6 +303,23 @@ def opening(
     else:
         repairs = [_best_edit(ends, harm), verdict(patch)]
     return [joined(did), joined(stands), joined(repairs)]
+
+
+def stands_out(table: pd.DataFrame, known: Usual) -> tuple[str, str]:
+    """Which unit stands out most, and how many are significant, as far as the reference lets that be said."""
+    first, right = table.iloc[0], {"n": len(known.right), "hits": known.alarms()}
+    numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
+    if "significant" not in table:
+        return joined([sentence("stands out", **numbers), sentence("no tail")])
+    if not known.calibrated():
+        told = [sentence("stands out", **numbers), sentence("not calibrated", folder=known.own.name, **right)]
+        if known.reading and known.reading.interval[0] > known.own.interval[1]:
+            told.append(sentence("read better", of=known.reading.name, share=known.reading.share, own=known.own.share))
+        return joined(told)
+    hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
+    told = [sentence("most significant" if 2 * hits > len(table) else "significant", **numbers, hits=hits)]
+    told += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
+    return joined(told)
 
 
 def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]:
@@ -322,7 +334,7 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
     if harm is not None:
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
-        told.append(sentence("costs", k=int(own["k"]), before=own["accuracy before"], after=own["accuracy after"]))
+        told.append(sentence("costs", before=own["accuracy before"], after=own["accuracy after"]))
     return joined(told)
 
 
@@ -371,7 +383,8 @@ def what_next(
         What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
         do about the image.
     """
-    told = [sentence("next chance")] if found.reading is not None and found.reading.near_chance else []
+    told = [sentence("next chance")] if found.at_hand is not None and found.at_hand.near_chance else []
+    told += [] if found.calibrated() else [sentence("next held out")]
     few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
     if network.preprocess == models.Preprocessing():
         told.append(sentence("next preprocessing"))
@@ -386,21 +399,20 @@ def what_next(
     told += few
     if rate:
         told.append(sentence("next rate", rate=rate, lr=lr))
-    if "significant" in table and guess != case.label:
+    if "significant" in table and guess != case.label and found.calibrated():
         share = table["significant"].mean()
-        if share > 0.5:
-            told.append(sentence("next common factor"))
         if share > 0.5 or not share:
             told.append(sentence("next group"))
     return told
 
 
 def results(
-    table: pd.DataFrame, ends: pd.DataFrame, harm: pd.DataFrame | None, patch: Patch, reading: Reading | None
+    table: pd.DataFrame, ends: pd.DataFrame, harm: pd.DataFrame | None, patch: Patch, known: Usual
 ) -> dict[str, Any]:
     """Outcomes for ``summary.json``, the columns of a sweep: what stands out, what repairs it at which k and cost."""
     found: dict[str, Any] = {"top_unit": str(table["name"].iloc[0]), "z": float(table["z"].iloc[0])}
-    found["significant"] = int(table["significant"].sum()) if "significant" in table else None
+    claimed = "significant" in table and known.calibrated()
+    found["significant"] = int(table["significant"].sum()) if claimed else None
     found["confidence_before"] = float(ends["before"].iloc[0])
     for row in ends.to_dict("records"):
         name = _column(row)
@@ -412,7 +424,7 @@ def results(
     if len(patch.gains):
         kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
         found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
-    return found | (reading.summary() if reading else {})
+    return found | (known.at_hand.summary() if known.at_hand else {})
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -532,17 +544,22 @@ def damage(
     case: Case,
     retain: tuple[Tensor, Tensor],
     chosen: Mapping[str, Tensor],
+    ends: pd.DataFrame,
+    k: int,
     units: Units,
     lr: float,
     loss: str,
 ) -> pd.DataFrame:
-    """What editing these units for the image does to the retain images: a row for each edit of those of each name."""
-    every, rows = torch.stack(list(chosen.values())), []
-    image, label = (part.expand(len(every), *part.shape[1:]) for part in (case.image, case.labels))
-    steps = unit_steps(network.model, image, label, units, every, lr=lr, loss=loss)
-    for edit, of_edit in (("prune", None), ("finetune", steps)):
-        found = side_effects(network.model, units, every, *retain, edit, of_edit, progress=False)
-        rows.append(found.assign(edit=edit, units=list(chosen)))
+    """What editing these units for the image does to the retain images: a row for each edit of those of each name.
+
+    As many of them are edited as repair the image, see `outcomes`; where none do, k.
+    """
+    rows = []
+    for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
+        ids = chosen[name][None, : k if np.isnan(first) else int(first)]
+        steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)
+        found = side_effects(network.model, units, ids, *retain, edit, steps, progress=False)
+        rows.append(found.assign(edit=edit, units=name))
     return readable(pd.concat(rows, ignore_index=True).filter(items=["edit", "units", "k", *_COLUMNS]))
 
 
@@ -587,10 +604,10 @@ def measured(
         return patch
     used = [case.image[0], *([] if retain is None else retain[0])]
     parts = {"mistakes": (case.image, case.labels)}
-    if case.tree:
-        every = pictures(network, case.tree, most, seed)
-        items = [every[i][:2] for i in range(len(every))]
-        items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+    every = pictures(network, case.tree, most, seed) if case.tree else []
+    items = [every[i][:2] for i in range(len(every))]
+    items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+    if items:
         images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         right = predict(network.model, images).argmax(dim=1) == labels
         named = {FOLDER: right, "folder, misread": ~right}

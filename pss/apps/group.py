@@ -7,7 +7,7 @@ hundred does not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.explain import FOLDER, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, damaged_of, pictures, usual
+from pss.apps.reading import Reading, Usual, damaged_of, pictures, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -66,6 +66,8 @@ class Group:
         Of the whole folder.
     tree, name : str
         Place and name of the folder.
+    known : Usual, optional
+        What is usual, if `find` looked for it.
     """
 
     table: pd.DataFrame
@@ -77,6 +79,7 @@ class Group:
     reading: Reading
     tree: str
     name: str
+    known: Usual | None = None
 
     @property
     def example(self) -> int:
@@ -127,8 +130,9 @@ def find(
         If nothing is misread, or as `pss.apps.reading.usual`.
     """
     tree = str(Path(tree).expanduser().absolute())
-    found = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
-    return gather(network, units, pictures(network, tree), found.reference, method, k, loss, signed, tree)
+    known = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
+    group = gather(network, units, pictures(network, tree), known.reference, method, k, loss, signed, tree)
+    return replace(group, known=replace(known, **{"own" if reference else "reading": group.reading}))
 
 
 def gather(
@@ -204,14 +208,14 @@ def shared(group: Group, units: Units, first: int = 10) -> pd.DataFrame:
     -------
     DataFrame
         ``unit``, ``name``, ``mistakes`` (how many have it), ``by chance`` (how many would by chance), and a column for
-        each cluster with the share of its images.
+        each of the largest clusters with the share of its images.
     """
     has = torch.zeros(len(group.top), len(units)).scatter_(1, group.top, 1.0)
     order = has.sum(dim=0).argsort(descending=True, stable=True)[:first]
     table = pd.DataFrame({"unit": order.tolist(), "name": [units.name(int(u)) for u in order]})
     table["mistakes"] = has.sum(dim=0)[order].int().tolist()
     table["by chance"] = round(len(group.top) * group.top.shape[1] / len(units), 1)
-    for cluster in _numbers(group):
+    for cluster in _numbers(group)[:_SHEETS]:
         inside = torch.from_numpy((group.table["cluster"] == cluster).to_numpy(copy=True))
         table[f"cluster {cluster}"] = has[inside].mean(dim=0)[order].tolist()
     return table
@@ -303,8 +307,12 @@ def _told(cluster: int, patch: Patch) -> tuple[str, str]:
     return told if share > shuffled else joined([told, sentence("cluster patch no better")])
 
 
-def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
+def tell(
+    group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01, name: str = ""
+) -> dict[str, Any]:
     """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
+
+    The best patch is written under the name, too, if one is given.
 
     Returns
     -------
@@ -355,6 +363,7 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
     summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
     best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
+    named: list[tuple[str, str]] = [sentence("named no patch", name=name)] if name else []
     for cluster, patch in patches(group, network, units, budget).items():
         told = _told(cluster, patch)
         report.say(*told)
@@ -367,8 +376,14 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
             patch.save(file := report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
         if share > shuffled and share >= WORTH:
-            best, most = (told, share) if share > most else (best, most)
+            if share > most:
+                best, most = told, share
+                if name:
+                    patch.save(report.folder / name)
+                    named = [sentence("named patch", name=name, cluster=cluster)]
             advice += how_to_apply(network, file)
-        elif budget_needed := larger_budget(patch):
+        elif (share > shuffled or not len(patch.gains)) and (budget_needed := larger_budget(patch)):
             advice.append(sentence("next budget", cluster=cluster, budget=budget_needed))
-    return summary | {"opening": opening, "next": advice, "verdict": best}
+    for told in named:
+        report.say(*told)
+    return summary | {"opening": [*opening, *named], "next": advice, "verdict": best}

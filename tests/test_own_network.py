@@ -141,6 +141,10 @@ def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
         )
     retain = explain.retain_images(network, explain.take_image(network, data_root=tree, index=0))
     assert len(retain[0]) == 46
+    for file in Path(tree).glob("*/*.png"):
+        file.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"none of the 48 files of some photos can be read as a picture, as .* 0.png"):
+        reading.usual(network, units, str(desk / "training"), tree)
 
 
 def test_pictures_are_decoded_once(desk, mistake, monkeypatch):

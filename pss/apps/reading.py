@@ -93,8 +93,8 @@ class Reading:
         if self.near_chance and not allow_chance:
             names = ", ".join(network.classes[:5]) + ", …" * (len(network.classes) > 5)
             raise ValueError(
-                f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong. The pictures "
-                f"went in so: {prepared(network)}; classes: {names}. Say under "
+                f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
+                f"too few to tell. The pictures went in so: {prepared(network)}; classes: {names}. Say under "
                 "preprocessing and classes in the network's YAML file what it was trained with, or set allow_chance"
             )
         return self

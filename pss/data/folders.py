@@ -74,7 +74,7 @@ class _Folder(torchvision.datasets.ImageFolder):
         self._wanted = classes
         super().__init__(root, transform, loader=read_image, is_valid_file=is_picture, allow_empty=True)
         if not self.samples:
-            folders = ", ".join(self.classes[:5]) or "none"
+            folders = ", ".join(list(self.class_to_idx)[:5])
             raise FileNotFoundError(f"{root} holds no pictures in its folders by class, {folders}: expected some")
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
@@ -96,6 +96,9 @@ class _Folder(torchvision.datasets.ImageFolder):
             rows.append(row)
             if (room := room - image.nbytes) >= 0:
                 kept[self.samples[row][0]] = image
+        if not rows:
+            names = ", ".join(self.ids[:3])
+            raise ValueError(f"none of the {len(self)} files of {self.name} can be read as a picture, as {names}")
         whole = self.subset(rows)
         whole.damaged = tuple(str(name) for name in np.delete(self.ids, rows))
         whole._kept = kept
@@ -125,7 +128,9 @@ class _Folder(torchvision.datasets.ImageFolder):
         return chosen
 
     def find_classes(self, directory):
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        if not names:
+            raise FileNotFoundError(f"{directory} holds no folders: expected one for each class, with its pictures")
         numbers = {name: number for number, name in enumerate(names)}
         if self._wanted is None:
             return names, numbers

@@ -295,15 +295,15 @@ def _held_out(patch: Patch) -> tuple[float, float]:
     return float(of["mistakes held out"]), float(of["mistakes held out, shuffled"])
 
 
-def _told(cluster: int, patch: Patch) -> tuple[str, str]:
-    """What came of the patch of a cluster."""
+def _told(patch: Patch, what: Mapping[str, Any]) -> tuple[str, str]:
+    """What came of the patch of a cluster: ``cluster``, how many ``images``, and ``most``, what these are read as."""
     if not len(patch.gains):
-        return no_patch("no cluster patch", patch.reason, cluster=cluster)
+        return no_patch("no cluster patch", patch.reason, **what)
     of = patch.evidence.set_index("part")
     held_out, rest, (share, shuffled) = of.loc["mistakes held out"], of.loc[FOLDER], _held_out(patch)
     numbers = {"share": share, "n": int(held_out["n"]), "kl": rest["kl_mean"], "rest": int(rest["n"])}
     numbers |= {"shuffled": shuffled}
-    told = sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+    told = sentence("cluster patch", **what, units=len(patch.gains), size=patch.kilobytes, **numbers)
     return told if share > shuffled else joined([told, sentence("cluster patch no better")])
 
 
@@ -365,7 +365,8 @@ def tell(
     best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
     named: list[tuple[str, str]] = [sentence("named no patch", name=name)] if name else []
     for cluster, patch in patches(group, network, units, budget).items():
-        told = _told(cluster, patch)
+        kind = found.set_index("cluster").loc[cluster]
+        told = _told(patch, {"cluster": cluster, "images": int(kind["images"]), "most": kind["most frequent"]})
         report.say(*told)
         opening.append(told)
         if len(patch.evidence):

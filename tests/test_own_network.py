@@ -287,6 +287,7 @@ def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
         "120 of 120 images of fitted" in page.text and "Its own images (fitted) are read better, 100% agai" in page.text
     )
     assert "units are significant at" not in page.text and summary["significant"] is None
+    assert "significant" not in pd.read_csv(out / "ranking.csv")
     assert "that took no part in training; or leave reference out" in advice
 
     cluster = int(re.search(r"mend\.safetensors is the patch of cluster (\d)", short)[1])

@@ -126,7 +126,8 @@ def test_table_of_units_and_a_reference_without_tail():
     reference = pss.Reference(mean=torch.ones(len(units)).double(), std=torch.ones(len(units)).double())
     saliency = torch.arange(len(units), dtype=torch.float32)[None]
     order = pss.rank(saliency, reference, "zscore")[0]
-    table = explain.unit_table(saliency, reference, units, order)
+    known = reading.Usual(reference, ("", ""), None, torch.empty(0))
+    table = explain.unit_table(saliency, known, units, order)
     assert table["unit"].tolist() == order.tolist() == list(range(len(units)))[::-1] and "p" not in table
     assert table["z"].iloc[0] == len(units) - 2 and table["rank"].tolist() == list(range(1, len(units) + 1))
     assert "cannot" in explain.caution(reference)[0]
@@ -154,7 +155,7 @@ def test_what_stands_out_is_said_as_far_as_the_reference_goes(significant, n, ri
     if n:
         usual = pss.Reference.fit(torch.rand(n, 4, generator=torch.Generator().manual_seed(0)))
     table = pd.DataFrame({"unit": [1, 0, 2, 3], "name": [f"conv[{i}]" for i in (1, 0, 2, 3)], "z": [4.0, 1, 0, 0]})
-    if significant is not None:
+    if significant is not None and right != 9.0:
         table["significant"] = np.arange(4) < significant
     known = reading.Usual(usual, ("", ""), None, torch.empty(0), reading.Reading("own", 40, 30, 3))
     if right is not None:

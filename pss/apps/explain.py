@@ -175,7 +175,7 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
 
 
 def unit_table(
-    saliency: Tensor, reference: Reference, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
+    saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
 ) -> pd.DataFrame:
     """Every unit in the order given, with its layer, stage, saliency, z-score and tail probability.
 
@@ -193,15 +193,18 @@ def unit_table(
     -------
     DataFrame
         ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail. ``p`` is at least 1 / (n + 1) with n reference images.
+        are missing where the reference has no tail, and the last where it is not calibrated, see `Usual.calibrated`.
+        ``p`` is at least 1 / (n + 1) with n reference images.
     """
+    reference = known.reference
     table = units.table()[["unit", "name", "layer", "stage"]]
     table["saliency"] = saliency[0].cpu().numpy()
     table["z"] = reference.zscore(saliency)[0].cpu().numpy()
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
         table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
-        table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
+        if known.calibrated(q):
+            table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -309,9 +312,9 @@ def stands_out(table: pd.DataFrame, known: Usual) -> tuple[str, str]:
     """Which unit stands out most, and how many are significant, as far as the reference lets that be said."""
     first, right = table.iloc[0], {"n": len(known.right), "hits": known.alarms()}
     numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
-    if "significant" not in table:
+    if known.reference.threshold is None:
         return joined([sentence("stands out", **numbers), sentence("no tail")])
-    if not known.calibrated():
+    if "significant" not in table:
         told = [sentence("stands out", **numbers), sentence("not calibrated", folder=known.own.name, **right)]
         if known.reading and known.reading.interval[0] > known.own.interval[1]:
             told.append(sentence("read better", of=known.reading.name, share=known.reading.share, own=known.own.share))
@@ -384,7 +387,7 @@ def what_next(
         do about the image.
     """
     told = [sentence("next chance")] if found.at_hand is not None and found.at_hand.near_chance else []
-    told += [] if found.calibrated() else [sentence("next held out")]
+    told += [sentence("next held out")] if "p" in table and "significant" not in table else []
     few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
     if network.preprocess == models.Preprocessing():
         told.append(sentence("next preprocessing"))
@@ -399,7 +402,7 @@ def what_next(
     told += few
     if rate:
         told.append(sentence("next rate", rate=rate, lr=lr))
-    if "significant" in table and guess != case.label and found.calibrated():
+    if "significant" in table and guess != case.label:
         share = table["significant"].mean()
         if share > 0.5 or not share:
             told.append(sentence("next group"))
@@ -411,8 +414,7 @@ def results(
 ) -> dict[str, Any]:
     """Outcomes for ``summary.json``, the columns of a sweep: what stands out, what repairs it at which k and cost."""
     found: dict[str, Any] = {"top_unit": str(table["name"].iloc[0]), "z": float(table["z"].iloc[0])}
-    claimed = "significant" in table and known.calibrated()
-    found["significant"] = int(table["significant"].sum()) if claimed else None
+    found["significant"] = int(table["significant"].sum()) if "significant" in table else None
     found["confidence_before"] = float(ends["before"].iloc[0])
     for row in ends.to_dict("records"):
         name = _column(row)

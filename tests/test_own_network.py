@@ -105,6 +105,19 @@ def test_retain_images_are_without_the_explained_image(desk, mistake):
     assert sorted([*labels.tolist(), int(label)]) == sorted([0, 1, 2] * 16)
 
 
+def test_a_picture_and_a_folder_of_others(desk, mistake):
+    """What is usual comes from the folder; the picture is left out of it, and of what is to stay as it is."""
+    network, name, image, label = mistake
+    case = explain.take_image(network, str(desk / "photos" / name), int(label), data_root=str(desk / "photos"))
+    assert (
+        torch.equal(case.image[0], image) and case.label == label and len(explain.retain_images(network, case)[0]) == 47
+    )
+    units = pss.Units.of(network.model)
+    explained = (pss.profile(network.model, case.image, case.labels, units), case.label)
+    known = reading.usual(network, units, "", case.tree, explained)
+    assert "the explained one (found: 1)" in known.told[0] and known.reference.n == 39
+
+
 def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
     """By what name it comes; the training images are taken where they are named; the sentence says which and why."""
     network = mistake[0]

@@ -57,7 +57,7 @@ class Case:
     name : str
         What to call it: the file's name, or the set and the position in it.
     tree : str
-        Folder by class that it comes from; empty for one that comes from elsewhere.
+        Folder by class that it comes from, or that was named beside it; empty where there is none.
     """
 
     image: Tensor
@@ -107,7 +107,7 @@ def take_image(
         ``"photographs"``, or a built-in set of digits (its test images); with ``data_root`` a folder below that. By
         default what the network has built in.
     data_root : path
-        A tree of folders by class, instead of a built-in set.
+        A tree of folders by class, instead of a built-in set; beside a picture of its own what is like it.
     index : int or str
         Position in the set, or the name that the set has for an image: of a photograph, or a path below the tree, as
         `Case.name` has it.
@@ -118,12 +118,12 @@ def take_image(
         If the image or its label is not given, or not among those of the set or the network.
     """
     label, index = (None if given == "" else given for given in (label, index))
+    tree = _absolute(Path(data_root) / data_to_use) if data_root else ""
     if image_path:
         if label is None:
             raise ValueError("image_path without label: give the true class, by its name or its number")
         image = network.read(_absolute(image_path))
-        return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name)
-    tree = _absolute(Path(data_root) / data_to_use) if data_root else ""
+        return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name, tree)
     name, pictures, ids, first = _open(network, data_to_use, tree)
     place = _place(first if index is None else index, ids, name)
     image, own = pictures[place]

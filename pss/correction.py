@@ -36,6 +36,7 @@ _RIVALS = 5  # classes that a mistake must pass
 _EXACT = 2**26  # numbers in the factor of F up to which it is taken over all classes
 _DRAWS = 3  # labels drawn for each image beyond
 _NUMBERS = 2**20  # in the images of one pass
+_ROWS = 256  # of a batch that holds each image once for every combination of its logits
 _SIZES = 25  # step sizes tried first, over six decades
 
 
@@ -82,10 +83,14 @@ def gain_jacobian(
         classes = logits_of(model, images[:1]).shape[1]
         combinations = torch.eye(classes, device=images.device).expand(len(images), -1, -1)
     steps = torch.zeros(len(units)) if steps is None else steps
-    numbers = torch.arange(len(images), device=images.device)
+    many, rows = combinations.shape[1], combinations.flatten(0, 1)
+    numbers = torch.arange(len(rows), device=images.device)
+    size = max(1, min(_ROWS, _NUMBERS // images[0].numel()) // many)
+    loss = lambda z, at: (rows[at].to(z) * z).sum(dim=1)  # noqa: E731
+    parts = zip(images.split(size), numbers.split(size * many), strict=True)
     with shifted(model, changes(model, unit_maps(units), steps)):  # the profile is of the weights as they are there
-        sums = [lambda z, at, m=m: (combinations[at, m].to(z) * z).sum(dim=1) for m in range(combinations.shape[1])]
-        found = torch.stack([profile(model, images, numbers, units, s, signed=True, of="gain") for s in sums], dim=1)
+        found = [profile(model, x.repeat_interleave(many, 0), at, units, loss, True, of="gain") for x, at in parts]
+    found = torch.cat(found).unflatten(0, combinations.shape[:2])
     gains = (1 + steps).to(found)
     return found / gains.where(gains != 0, 1)
 

@@ -7,7 +7,7 @@ their repair does to it and to others, and whether a patch can be had.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -124,9 +124,9 @@ def take_image(
             raise ValueError("image_path without label: give the true class, by its name or its number")
         image = network.read(_absolute(image_path))
         return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name, tree)
-    name, pictures, ids, first = _open(network, data_to_use, tree)
+    name, read, ids, first = _open(network, data_to_use, tree)
     place = _place(first if index is None else index, ids, name)
-    image, own = pictures[place]
+    image, own = read(place)
     if label is None and own is None:
         raise ValueError(f"{name}: {ids[place]} shows no class that {network.name} knows: say which label to explain")
     labels = torch.tensor([int(own) if label is None else network.label(label)])
@@ -137,32 +137,29 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
-    """A set's name, itself, the names of its images, and the one to begin with."""
+def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Callable, list[str], int | str]:
+    """A set's name, what gives an image and its label, the names of its images, and the one to begin with."""
     chosen = chosen or {"digits": "digits", "efficientnet_lite0": "photographs"}.get(network.name, "")
     if tree:
         found = models.reference_set(network, tree)
-        return Path(tree).name, found, [str(i) for i in found.ids], 0
+        return Path(tree).name, found.__getitem__, [str(i) for i in found.ids], 0
     if chosen == "photographs":
         own = data.photographs()
-        pairs = [(partial(network.preprocess, photo.image), photo.label) for photo in own]
-        return chosen, _Prepared(pairs), [photo.name for photo in own], "clock"
+        read = lambda place: (network.preprocess(own[place].image), own[place].label)  # noqa: E731
+        return chosen, read, [photo.name for photo in own], "clock"
     if chosen in data.SETS:
         found = data.load(chosen, "test")
-        return f"{chosen}/test", found, [str(i) for i in range(len(found))], 658 if chosen == "digits" else 0
+        return (
+            f"{chosen}/test",
+            found.__getitem__,
+            [str(i) for i in range(len(found))],
+            658 if chosen == "digits" else 0,
+        )
     if chosen:
         raise ValueError(
             f"data_to_use {chosen!r}: expected photographs, {', '.join(data.SETS)}, or with data_root a folder below it"
         )
     raise ValueError("no image: give image_path and label, or data_root with folders by class, and index")
-
-
-class _Prepared(list):
-    """Pairs of how to make an image and its label; made when asked for."""
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int | None]:
-        make, label = super().__getitem__(place)
-        return make(), label
 
 
 def _place(index: int | str, ids: list[str], name: str) -> int:
@@ -238,16 +235,6 @@ def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
         numbers = {"edited": int(own["k"].max()), "before": confidence.iloc[0], "after": confidence.iloc[-1]}
         rows.append({"edit": edit, "units": chosen, "repaired at": float(first), **numbers})
     return pd.DataFrame(rows)
-
-
-def outcome(found: pd.DataFrame) -> tuple[str, str]:
-    """What `outcomes` found for the top units: sentences in English, and in Japanese."""
-    told = []
-    for row in found[found["units"] == "top"].to_dict("records"):
-        kind = "fails" if np.isnan(row["repaired at"]) else "corrects"
-        numbers = {"first": f"{row['repaired at']:g}", "last": row["edited"], "change": row["after"] - row["before"]}
-        told.append(sentence(f"{row['edit']} {kind}", **numbers))
-    return joined(told)
 
 
 def verdict(patch: Patch) -> tuple[str, str]:

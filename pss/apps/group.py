@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.explain import FOLDER, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, damaged_of, pictures, usual
+from pss.apps.reading import Reading, Usual, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -160,9 +160,9 @@ def gather(
     ValueError
         If nothing is misread.
     """
-    every, name = images, str(getattr(images, "name", "the images"))
+    every, name = images, str(getattr(images, "name", "images"))
     wrong = misclassified(network.model, every)
-    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes), damaged_of(every))
+    reading = reading_of(network, every, len(every), len(wrong))
     if not len(wrong):
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
@@ -312,7 +312,7 @@ def tell(
 ) -> dict[str, Any]:
     """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
 
-    The best patch is written under the name, too, if one is given.
+    The patch that repairs most mistakes is written under the name, too, if one is given.
 
     Returns
     -------
@@ -326,22 +326,12 @@ def tell(
     adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
     chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
     ends = repairs(group, network, units, chosen)
-    (gain, own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
+    edit = {row["units"]: row for row in ends.to_dict("records")}
+    verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
-    right, kept = "mistakes read right", "rest after"
-    verdict = sentence(
-        "group repair",
-        k=own["k"],
-        right=own[right],
-        kept=own[kept],
-        random=other[right],
-        kept_random=other[kept],
-        gain=gain[right],
-        kept_gain=gain[kept],
-    )
     said = [sentence("group", **numbers), *([sentence("drawn", wrong=wrong)] if count < wrong else [])]
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
@@ -355,16 +345,27 @@ def tell(
         report.say(*told)
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
-    if max(own[right], gain[right]) <= other[right]:
+    right = {units: row["mistakes read right"] for units, row in edit.items()}
+    if max(right["shared"], right["gains"]) <= right["random"]:
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
-    opening = [group.reading.told(), joined(said), verdict]
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
-    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
-    best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
-    named: list[tuple[str, str]] = [sentence("named no patch", name=name)] if name else []
-    for cluster, patch in patches(group, network, units, budget).items():
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": right["gains"], "verdict": verdict}
+    summary |= {"rest_after": edit["gains"]["rest after"]}
+    offer = _offer(patches(group, network, units, budget), found, network, report, name)
+    opening = [group.reading.told(), joined(said), verdict, *offer.pop("opening")]
+    advice = [sentence("next look" if len(found) else "next alike"), *offer.pop("next")]
+    return summary | offer | {"opening": opening, "next": advice}
+
+
+def _offer(
+    made: Mapping[int, Patch], found: pd.DataFrame, network: models.Network, report: Report, name: str
+) -> dict[str, Any]:
+    """Put the patches of the clusters on the page, and write those that are better than chance; as `tell`."""
+    opening, advice, most, summary = [], [], 0.0, {}
+    named = [sentence("named no patch", name=name)] if name else []
+    for cluster, patch in made.items():
         kind = found.set_index("cluster").loc[cluster]
         told = _told(patch, {"cluster": cluster, "images": int(kind["images"]), "most": kind["most frequent"]})
         report.say(*told)
@@ -377,14 +378,14 @@ def tell(
             patch.save(file := report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
         if share > shuffled and share >= WORTH:
-            if share > most:
-                best, most = told, share
+            advice += how_to_apply(network, file)
+            if share * kind["images"] > most:
+                most, summary["verdict"] = share * kind["images"], told
                 if name:
                     patch.save(report.folder / name)
                     named = [sentence("named patch", name=name, cluster=cluster)]
-            advice += how_to_apply(network, file)
-        elif (share > shuffled or not len(patch.gains)) and (budget_needed := larger_budget(patch)):
-            advice.append(sentence("next budget", cluster=cluster, budget=budget_needed))
+        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch)):
+            advice.append(sentence("next budget", cluster=cluster, budget=needed))
     for told in named:
         report.say(*told)
-    return summary | {"opening": [*opening, *named], "next": advice, "verdict": best}
+    return summary | {"opening": [*opening, *named], "next": advice}

@@ -133,8 +133,12 @@ def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     own = getattr(images, "own_answer", np.zeros(len(images), bool))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
     wrong = misclassified(network.model, Subset(images, rows.tolist()))
-    right, name = len(rows) - len(wrong), str(getattr(images, "name", "images"))
-    return Reading(name, len(rows), right, len(network.classes), damaged_of(images))
+    return reading_of(network, images, len(rows), len(wrong))
+
+
+def reading_of(network: models.Network, images: Dataset, n: int, wrong: int) -> Reading:
+    """What it is to misread so many of n of the images."""
+    return Reading(str(getattr(images, "name", "images")), n, n - wrong, len(network.classes), damaged_of(images))
 
 
 def pictures(
@@ -280,7 +284,7 @@ def _tried(
         return known
     some = pictures(network, tree, _MOST)
     wrong = np.isin(np.arange(len(some)), misclassified(network.model, some).index)
-    own = Reading(str(some.name), len(some), int((~wrong).sum()), len(network.classes), damaged_of(some))
+    own = reading_of(network, some, len(some), int(wrong.sum()))
     found = {}
     for name, which in (("right", ~wrong), ("mistakes", wrong)):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(which))[: _TRIED + 1]
@@ -330,8 +334,8 @@ def fit_usual(
     name = str(getattr(images, "name", "images")) if kind != "built in" else "built-in images"
     wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
-    right = len(told) - len(np.intersect1d(wrong, told))
-    reading = Reading(name, len(told), right, len(network.classes), damaged_of(images)).check(network, allow_chance)
+    reading = reading_of(network, images, len(told), len(np.intersect1d(wrong, told)))
+    reading = replace(reading, name=name).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
     others = np.setdiff1d(wrong, itself)
     numbers = {

@@ -84,7 +84,8 @@ def gain_jacobian(
         combinations = torch.eye(classes, device=images.device).expand(len(images), -1, -1)
     steps = torch.zeros(len(units)) if steps is None else steps
     many, rows = combinations.shape[1], combinations.flatten(0, 1)
-    numbers, size = torch.arange(len(rows), device=images.device), max(1, _ROWS // many)
+    numbers = torch.arange(len(rows), device=images.device)
+    size = max(1, min(_ROWS, _NUMBERS // images[0].numel()) // many)
     loss = lambda z, at: (rows[at].to(z) * z).sum(dim=1)  # noqa: E731
     parts = zip(images.split(size), numbers.split(size * many), strict=True)
     with shifted(model, changes(model, unit_maps(units), steps)):  # the profile is of the weights as they are there

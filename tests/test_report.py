@@ -53,6 +53,18 @@ def test_both_languages_each_with_its_own_texts(filled):
     assert filled.files == ["bars.png", "report.html"]
 
 
+def test_a_caption_stays_on_a_narrow_screen(tmp_path, browser):
+    """A wide table is scrolled, what it shows is read without."""
+    report = Report(tmp_path, "title", "題")
+    report.table(pd.DataFrame([[0.5] * 20], columns=[f"column {i}" for i in range(20)]), "What it is " * 20, "表" * 100)
+    page = browser.new_page(viewport={"width": 500, "height": 900})
+    page.goto(report.write().as_uri())
+    right = "e => e.getBoundingClientRect().right"
+    assert page.locator("#en table").evaluate(right) > 900 and page.locator("#en caption").evaluate(right) <= 500
+    assert page.evaluate("document.documentElement.scrollWidth") == 500
+    page.close()
+
+
 def test_one_language(tmp_path, capsys):
     report = Report(tmp_path, "title", "題", language="ja")
     report.say("sentence", "文")

@@ -256,7 +256,7 @@ def test_a_group_says_that_it_was_drawn_and_keeps_no_patch_that_chance_would_mat
     units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
     monkeypatch.setattr(group, "_MOST", len(wrong) - 2)
     found = group.gather(network, units, some, models.reference(network, units, count=60, progress=False))
-    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.FOLDER: 1, "mistakes held out": 0.5}
+    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.OTHERS: 1, "mistakes held out": 0.5}
     evidence = pd.DataFrame({"part": [*parts, "mistakes held out, shuffled"], "accuracy_after": [*parts.values(), 0.5]})
     evidence = evidence.assign(n=8, kl_mean=0.001, kl_upper=0.002)
     tried = pd.DataFrame({"corrected": [8], "kl_upper": [0.5]})  # a larger budget would correct more of the fitted ones
@@ -292,8 +292,8 @@ def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
     own = patches.base_fingerprint(network.model)
     patch = pss.Patch(own, units.layers, gains, about={"budget": str(budget)})
     patch = patch.measured(network.model, {"mistakes": (images.images[:5], images.labels[:5])})
-    found = explain.with_evidence(network, patch, {explain.FOLDER: (images.images[5:], images.labels[5:])}, seed=0)
-    kl, upper = found.evidence.set_index("part").loc[explain.FOLDER, ["kl_mean", "kl_upper"]]
+    found = explain.with_evidence(network, patch, {explain.OTHERS: (images.images[5:], images.labels[5:])}, seed=0)
+    kl, upper = found.evidence.set_index("part").loc[explain.OTHERS, ["kl_mean", "kl_upper"]]
     assert 1e-6 < kl < 10
     if budget > kl:
         assert torch.equal(found.gains, gains) and not found.reason

@@ -53,6 +53,18 @@ def test_both_languages_each_with_its_own_texts(filled):
     assert filled.files == ["bars.png", "report.html"]
 
 
+def test_a_caption_stays_on_a_narrow_screen(tmp_path, browser):
+    """A wide table is scrolled, what it shows is read without."""
+    report = Report(tmp_path, "title", "題")
+    report.table(pd.DataFrame([[0.5] * 20], columns=[f"column {i}" for i in range(20)]), "What it is " * 20, "表" * 100)
+    page = browser.new_page(viewport={"width": 500, "height": 900})
+    page.goto(report.write().as_uri())
+    right = "e => e.getBoundingClientRect().right"
+    assert page.locator("#en table").evaluate(right) > 900 and page.locator("#en caption").evaluate(right) <= 500
+    assert page.evaluate("document.documentElement.scrollWidth") == 500
+    page.close()
+
+
 def test_one_language(tmp_path, capsys):
     report = Report(tmp_path, "title", "題", language="ja")
     report.say("sentence", "文")
@@ -244,7 +256,7 @@ def test_a_group_says_that_it_was_drawn_and_keeps_no_patch_that_chance_would_mat
     units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
     monkeypatch.setattr(group, "_MOST", len(wrong) - 2)
     found = group.gather(network, units, some, models.reference(network, units, count=60, progress=False))
-    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.FOLDER: 1, "mistakes held out": 0.5}
+    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.OTHERS: 1, "mistakes held out": 0.5}
     evidence = pd.DataFrame({"part": [*parts, "mistakes held out, shuffled"], "accuracy_after": [*parts.values(), 0.5]})
     evidence = evidence.assign(n=8, kl_mean=0.001, kl_upper=0.002)
     tried = pd.DataFrame({"corrected": [8], "kl_upper": [0.5]})  # a larger budget would correct more of the fitted ones
@@ -280,8 +292,8 @@ def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
     own = patches.base_fingerprint(network.model)
     patch = pss.Patch(own, units.layers, gains, about={"budget": str(budget)})
     patch = patch.measured(network.model, {"mistakes": (images.images[:5], images.labels[:5])})
-    found = explain.with_evidence(network, patch, {explain.FOLDER: (images.images[5:], images.labels[5:])}, seed=0)
-    kl, upper = found.evidence.set_index("part").loc[explain.FOLDER, ["kl_mean", "kl_upper"]]
+    found = explain.with_evidence(network, patch, {explain.OTHERS: (images.images[5:], images.labels[5:])}, seed=0)
+    kl, upper = found.evidence.set_index("part").loc[explain.OTHERS, ["kl_mean", "kl_upper"]]
     assert 1e-6 < kl < 10
     if budget > kl:
         assert torch.equal(found.gains, gains) and not found.reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ SAVED = (".safetensors", ".pth", ".pt")
 _MOST = 500  # images of a large folder that the accuracy is measured on
 _SHOWN = 500  # profiles of misread images that are kept in memory
 _TRIED = 50  # images that are read right, to try the reference on
+_READ: WeakKeyDictionary = WeakKeyDictionary()  # pictures that were read, by the preprocessing that they went through
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
 
 
@@ -159,7 +161,7 @@ def pictures(
         return models.reference_set(network, "", count, seed)
     every = models.reference_set(network, source)
     few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
-    return few.readable()
+    return few.readable(_READ.setdefault(network.preprocess, {}))
 
 
 def damaged_of(images: Dataset) -> tuple[str, ...]:

@@ -546,11 +546,11 @@ def damage(
 ) -> pd.DataFrame:
     """What editing these units for the image does to the retain images: a row for each edit of those of each name.
 
-    As many of them are edited as repair the image, see `outcomes`; where none do, k.
+    As many of them are edited as repair the image, see `outcomes`; where none do, or it is read right, k.
     """
     rows = []
     for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
-        ids = chosen[name][None, : k if np.isnan(first) else int(first)]
+        ids = chosen[name][None, : int(first) if first > 0 else k]
         steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)
         found = side_effects(network.model, units, ids, *retain, edit, steps, progress=False)
         rows.append(found.assign(edit=edit, units=name))

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 from jupyter_client import AsyncKernelManager
 
-# Imported there and not used: no thread has started when a kernel is forked.
-_IMPORTED = ("ipykernel.kernelapp", "matplotlib.pyplot", "pss.input_space", "pss.neighbors", "pss.patches")
-_IMPORTED += ("pss.data", "pss.models", "pss.plots", "pss.statistics")
+# Imported there and not used: torch has no threads yet when a kernel is forked, and OpenBLAS ends its own before. The
+# third line is what torch imports when first asked for a gradient of every sample, or whether tensors are close.
+_IMPORTED = ("ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "sklearn.datasets", "pss.data", "pss.input_space")
+_IMPORTED += ("pss.models", "pss.neighbors", "pss.patches", "pss.plots", "pss.statistics")
+_IMPORTED += ("torch._dynamo", "torch.distributed.tensor")
 BACKEND = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as ipykernel has it; read when first imported
 
 
@@ -84,7 +87,8 @@ class _Process:
 def serve() -> None:
     """Fork a kernel for every line that is read, and write its process id."""
     for module in _IMPORTED:
-        import_module(module)
+        with suppress(ImportError):
+            import_module(module)
     usual = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGCHLD)}
     for line in sys.stdin:
         if (pid := os.fork()) == 0:

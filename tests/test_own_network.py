@@ -312,9 +312,10 @@ def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
         and summary["shared_unit"] in page.text
         and "9 misread images of photos were looked at" in page.text
     )
-    assert page.texts["h2"][:3] == ["In short", "What to do next", "An example"]
+    order = ["In short", "What to do next", "The mistakes of the folder", "An example", "The image"]
+    assert page.texts["h2"][:5] == order
     assert "because you named it as reference" in page.text and "as many random units" in page.text
-    short, advice = page.text.split("What to do next")[0], page.text.split("What to do next")[1].split("An example")[0]
+    short, advice = page.text.split("What to do next")[0], page.text.split("What to do next")[1].split(order[2])[0]
     assert "pictures of each cluster" in advice and "without index" not in page.text, "it is the group's report already"
 
     assert re.search(r"of 39 other images of photos that are read right 1\d have significant units, too", page.text)

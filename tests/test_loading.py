@@ -40,6 +40,16 @@ def fixed():
 def no_model():
     return "not a model"
 
+def single():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))
+
+def twice():
+    from pss.models import logits_of
+    return logits_of(single(), lambda z: torch.cat([0 * z, z], dim=1))
+
+def shares():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Softmax(dim=1))
+
 def no_logits():
     return nn.Conv2d(3, 4, 3)
 
@@ -243,6 +253,13 @@ def test_pictures_of_an_own_network_stay_as_they_are_unless_told(own, told):
     np.testing.assert_allclose(network.to_image(network.preprocess(Image.fromarray(pixels))), pixels / 255, atol=1e-6)
 
 
+def test_one_number_for_two_classes_is_wrapped_as_the_message_says(own):
+    network = models.load(own.read_text().split()[1].partition(":")[0] + ":twice")
+    x = torch.rand(2, 3, 9, 9)
+    both = network.model(x)
+    assert both.shape == (2, 2) and torch.equal(both[:, 0], torch.zeros(2)) and len(network.classes) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -261,7 +278,13 @@ def test_pictures_of_an_own_network_stay_as_they_are_unless_told(own, told):
         ({"model": "MODULE:number", "arguments": {}}, ValueError, "is a int: expected a callable"),
         ({"model": "MODULE:no_model", "arguments": {}}, ValueError, "gave a str: expected a callable that gives"),
         ({"model": "MODULE:no_logits", "arguments": {}, "checkpoint": None}, ValueError, "expected logits of shape"),
-        ({"model": "MODULE:fixed", "arguments": {}, "checkpoint": None}, ValueError, "does not take what its prep"),
+        ({"model": "MODULE:fixed", "arguments": {}, "checkpoint": None}, ValueError, r"does not take .* as resize: \["),
+        (
+            {"model": "MODULE:single", "arguments": {}, "checkpoint": None},
+            ValueError,
+            r"one number .* lambda z: torch.cat",
+        ),
+        ({"model": "MODULE:shares", "arguments": {}, "checkpoint": None}, ValueError, "gives probabilities .* softmax"),
         ("a: [", ValueError, "cannot be read as YAML"),
     ],
 )

@@ -184,7 +184,7 @@ def test_units_are_filters_or_where_most_layers_are_no_convolutions_all():
     mixer = dataclasses.replace(network, model=torch.nn.Sequential(*layers))
     assert len(reading.units_of(mixer, "auto")) == 26
     told = reading.ranked(mixer, reading.units_of(mixer, "filters"))[0]
-    assert "8 units in 1 layers are ranked; they hold 8% of the network's parameters. -p units all" in told
+    assert "8 units in one layer are ranked; they hold 8% of the network's parameters. -p units all" in told
     assert "-p units" not in reading.ranked(network, reading.units_of(network, "auto"))[0]
 
 

@@ -348,7 +348,10 @@ def tell(
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
     report.say(*joined(said))
-    report.table(together, "Units that most mistakes have among their first", "多くの誤分類画像で上位に入るユニット")
+    k = numbers["k"]
+    report.table(
+        together, f"Units that most mistakes have among their first {k}", f"多くの誤分類画像で上位{k}個に入るユニット"
+    )
     report.table(adds, "Units that add most to the margins of the mistakes", "誤りのマージンへの寄与が大きいユニット")
     if len(found):
         report.table(found, "Mistakes that are alike to the units", "ユニットから見て似ている誤分類画像")

@@ -83,9 +83,9 @@ class Report:
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})
         return frame
 
-    def open_with(self, *sections: tuple[tuple[str, str], list[tuple[str, str] | str]]) -> None:
-        """Print sections, a heading and its sentences or lines to be pasted, and put them first on the page."""
-        rest, self.blocks = self.blocks, []
+    def open_with(self, *sections: tuple[tuple[str, str], list[tuple[str, str] | str]], at: int = 0) -> None:
+        """Print sections, a heading and its sentences or lines to paste; put them first, or behind ``at`` blocks."""
+        self.blocks, rest = self.blocks[:at], self.blocks[at:]
         for heading, sentences in sections:
             self.heading(*heading)
             for told in sentences:

@@ -304,13 +304,24 @@ def _checked(network: Network) -> Network:
             failed = error
     else:
         raise ValueError(
-            f"{network.name} does not take what its preprocessing gives, {tuple(x.shape)}: say under preprocessing in "
-            f"a YAML file (see pss.models) which size it needs and whether it is grey; it says: {failed}"
+            f"{network.name} does not take what its preprocessing gives of squares, the last {tuple(x.shape)}: say "
+            "under preprocessing in a YAML file which size it needs, as resize: [height, width], and whether it is "
+            f"grey; it says: {failed}"
         ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         raise ValueError(
             f"{network.name} gives {shape_of(outputs)} for one picture: expected logits of shape (1, classes), "
             "as pss.models.logits_of makes them"
+        )
+    if outputs.shape[1] == 1:
+        raise ValueError(
+            f"{network.name} gives one number for a picture: expected a logit for each class; of one for two classes "
+            "pss.models.logits_of(model, lambda z: torch.cat([0 * z, z], dim=1)) makes two"
+        )
+    if (outputs >= 0).all() and torch.allclose(outputs.sum(dim=1), torch.ones(1), atol=1e-4):
+        raise ValueError(
+            f"{network.name} gives probabilities (none is negative, their sum is 1): expected logits, what goes into "
+            "its softmax; leave that out"
         )
     classes = network.classes or tuple(str(i) for i in range(outputs.shape[1]))
     if len(classes) != outputs.shape[1]:

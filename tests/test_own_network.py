@@ -180,13 +180,16 @@ def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
 
 
 def test_pictures_are_decoded_once(desk, mistake, monkeypatch):
-    """Only what cannot be read is left out; an error of the preprocessing is one of the run."""
-    network, opened = mistake[0], []
+    """However often a run looks at them, if they stay as they are; an error of the preprocessing is one of the run."""
+    network, opened = dataclasses.replace(mistake[0], preprocess=models.Preprocessing(resize=(16, 16))), []
     counted = lambda path: opened.append(path) or data.read_image(path)  # noqa: E731
     monkeypatch.setattr(data.folders, "read_image", counted)
     images = reading.pictures(network, str(desk / "photos"), 20)
     every = [images[i] for i in range(20)] + [images.subset([3])[0]]
     assert len(opened) == len(set(opened)) == 20
+    assert len(reading.pictures(network, str(desk / "photos"))) == len(opened) == len(set(opened)) == 48
+    Path(images.samples[5][0]).touch()
+    assert torch.equal(reading.pictures(network, str(desk / "photos"), 20)[5][0], images[5][0]) and len(opened) == 49
     x = network.preprocess(data.read_image(images.samples[3][0]))
     assert torch.equal(every[3][0], x) and torch.equal(every[-1][0], x) and every[3][1] == images.labels[3]
     odd = dataclasses.replace(network, preprocess=lambda picture: picture.no_such_thing)

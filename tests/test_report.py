@@ -229,6 +229,22 @@ def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
     assert ids.tolist() == gains.topk(3).indices.tolist() and (gains[ids] > 0).all()
 
 
+def test_the_cost_of_editing_is_that_of_as_many_as_repair_the_image():
+    """Of k where none do, or the image is read right."""
+    network, some = models.load("digits"), pss.data.digits("test").subset(range(40))
+    case, units = explain.take_image(network, index=0), pss.Units.of(network.model)
+    ends = ends_of(("prune", "top", 2.0), ("prune", "random", float("nan")), ("finetune", "top", 0.0))
+    chosen, retain = {"top": torch.arange(5), "random": torch.arange(7, 12)}, (some.images, some.labels)
+    found = explain.damage(network, case, retain, chosen, ends, 3, units, 0.1, "cross_entropy")
+    assert found[["edit", "units", "k"]].to_numpy().tolist() == [
+        ["prune", "top", 2],
+        ["prune", "random", 3],
+        ["finetune", "top", 3],
+    ]
+    expected = pss.side_effects(network.model, units, torch.tensor([[0, 1]]), *retain, progress=False)
+    assert found["mean KL"][0] == expected["kl_mean"][0]
+
+
 def test_mistakes_are_alike_if_the_same_units_add_to_their_margins():
     """However much; the largest cluster is the first, and what is like no two others belongs to none."""
     gains = torch.tensor([[1, 0.1], [-5, 0.2], [-1, 0], [1, -0.1], [3, 0], [9, 0.2], [-2, -0.2], [0, -1], [0, 0]])

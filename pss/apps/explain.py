@@ -546,12 +546,12 @@ def damage(
 ) -> pd.DataFrame:
     """What editing these units for the image does to the retain images: a row for each edit of those of each name.
 
-    As many of them are edited as repair the image, see `outcomes`; where none do, k.
+    As many of them are edited as repair the image, see `outcomes`; where none do, or it is read right, k.
     """
     log_p, rows = lambda: predict(network.model, retain[0]).double().log_softmax(dim=1), []
     before = log_p()
     for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
-        ids = chosen[name][None, : k if np.isnan(first) else int(first)]
+        ids = chosen[name][None, : int(first) if first > 0 else k]
         steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)[0]
         with edited(network.model, units, ids[0], edit, steps):
             rows.append({"edit": edit, "units": name, "k": ids.shape[1], **editing.damage(before, log_p(), retain[1])})

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pss import data, models
+from pss import data, editing, models
 from pss.apps.pages import joined, no_patch, sentence
 from pss.apps.reading import Usual, has_built_in, pictures
-from pss.editing import edit_curve, side_effects, unit_steps
+from pss.editing import edit_curve, edited, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
 from pss.patches import LEVEL, Patch, fit_patch
@@ -548,13 +548,14 @@ def damage(
 
     As many of them are edited as repair the image, see `outcomes`; where none do, or it is read right, k.
     """
-    rows = []
+    log_p, rows = lambda: predict(network.model, retain[0]).double().log_softmax(dim=1), []
+    before = log_p()
     for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
         ids = chosen[name][None, : int(first) if first > 0 else k]
-        steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)
-        found = side_effects(network.model, units, ids, *retain, edit, steps, progress=False)
-        rows.append(found.assign(edit=edit, units=name))
-    return readable(pd.concat(rows, ignore_index=True).filter(items=["edit", "units", "k", *_COLUMNS]))
+        steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)[0]
+        with edited(network.model, units, ids[0], edit, steps):
+            rows.append({"edit": edit, "units": name, "k": ids.shape[1], **editing.damage(before, log_p(), retain[1])})
+    return readable(pd.DataFrame(rows).filter(items=["edit", "units", "k", *_COLUMNS]))
 
 
 def readable(damages: pd.DataFrame) -> pd.DataFrame:

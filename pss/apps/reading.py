@@ -171,11 +171,7 @@ def damaged_of(images: Dataset) -> tuple[str, ...]:
 
 def has_built_in(network: models.Network) -> bool:
     """Whether there are images of the package that it can read."""
-    try:
-        models.reference_set(network, count=1)
-    except ValueError:
-        return False
-    return True
+    return network.name == "digits" or network.classes == models.imagenet()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Networks: the built-in one, published ones and your own; what they predict; what is usual for them."""
 
 from pss.engine.process import keep_freed_memory
-from pss.models.loading import load, names
+from pss.models.loading import imagenet, load, names
 from pss.models.networks import Network, Preprocessing, logits_of
 from pss.models.predictions import accuracy, evaluate, misclassified, predict
 from pss.models.resnet import EPOCHS, WIDTH, digits, resnet18, train

@@ -297,9 +297,12 @@ def transplants(
     right = predicts(logits_of(model, carriers[0]), carriers[1])
     common = mistakes[0].median(dim=0).values - carriers[0].median(dim=0).values
     rng, made, rows = np.random.default_rng(seed), [(carriers[0][:0], carriers[1][:0])], []
+    taken = torch.zeros_like(right)
     for x, read in zip(mistakes[0], logits_of(model, mistakes[0]).argmax(dim=1), strict=True):
         order = torch.from_numpy(rng.permutation((right & (carriers[1] != read)).nonzero()[:, 0].cpu().numpy()))
-        images, labels = (part[order.to(part.device)] for part in carriers)
+        order = order.to(right.device)
+        order = order[taken[order].byte().argsort(stable=True)]  # first those that carry nothing yet
+        images, labels = (part[order] for part in carriers)
         share, place = _to_blame(model, x, images[:tries], read, eighths=2)
         pasted = _pasted(images, x, place)
         if share < _NEARLY_ALL and len(mistakes[0]) >= _SEVERAL:
@@ -313,6 +316,7 @@ def transplants(
         most = per_mistake if share >= _NEARLY_ALL or len(mistakes[0]) >= _SEVERAL else 0
         turned = (logits_of(model, pasted).argmax(dim=1) == read).nonzero()[:most, 0]
         made.append((pasted[turned], labels[turned]))
+        taken[order[turned]] = True
         corner = {"top": place[0].start, "left": place[1].start}
         sides = {name: side.stop - side.start for name, side in zip(("height", "width"), place, strict=True)}
         rows.append(corner | sides | {"share": share, "made": len(turned)})

@@ -443,6 +443,7 @@ def test_a_cause_that_fills_the_image_is_what_the_mistakes_have_in_common():
     common = mistakes[0].median(dim=0).values - plain[5:].median(dim=0).values
     expected = (plain[5:] + common).clamp(plain[5:].min(), plain[5:].max())
     assert len(made) == len(own) == 20 and table["made"].tolist() == [4] * 5
+    assert len(made.unique(dim=0)) == 20  # in as many carriers, since all get the same
     assert table[["height", "width"]].drop_duplicates().to_numpy().tolist() == [[8, 12]]
     assert all((expected == image).flatten(1).all(dim=1).any() for image in made)
     assert (Halves()(made).argmax(dim=1) == 1).all() and not own.any()

@@ -36,6 +36,7 @@ _RIVALS = 5  # classes that a mistake must pass
 _EXACT = 2**26  # numbers in the factor of F up to which it is taken over all classes
 _DRAWS = 3  # labels drawn for each image beyond
 _NUMBERS = 2**20  # in the images of one pass
+_ROWS = 256  # of a batch that holds each image once for every combination of its logits
 _SIZES = 25  # step sizes tried first, over six decades
 
 
@@ -82,10 +83,14 @@ def gain_jacobian(
         classes = logits_of(model, images[:1]).shape[1]
         combinations = torch.eye(classes, device=images.device).expand(len(images), -1, -1)
     steps = torch.zeros(len(units)) if steps is None else steps
-    numbers = torch.arange(len(images), device=images.device)
+    many, rows = combinations.shape[1], combinations.flatten(0, 1)
+    numbers = torch.arange(len(rows), device=images.device)
+    size = max(1, min(_ROWS, _NUMBERS // images[0].numel()) // many)
+    loss = lambda z, at: (rows[at].to(z) * z).sum(dim=1)  # noqa: E731
+    parts = zip(images.split(size), numbers.split(size * many), strict=True)
     with shifted(model, changes(model, unit_maps(units), steps)):  # the profile is of the weights as they are there
-        sums = [lambda z, at, m=m: (combinations[at, m].to(z) * z).sum(dim=1) for m in range(combinations.shape[1])]
-        found = torch.stack([profile(model, images, numbers, units, s, signed=True, of="gain") for s in sums], dim=1)
+        found = [profile(model, x.repeat_interleave(many, 0), at, units, loss, True, of="gain") for x, at in parts]
+    found = torch.cat(found).unflatten(0, combinations.shape[:2])
     gains = (1 + steps).to(found)
     return found / gains.where(gains != 0, 1)
 
@@ -296,6 +301,7 @@ def smallest_correction(
     with preserved(model):
         for b, image_id in enumerate(tqdm(image_ids, unit="image", delay=2, disable=not progress)):
             x, y = images[b : b + 1], labels[b : b + 1]
+            gradient = search.gradient(x, y) if "weights" in ways or parameters else {}
             jobs = [(name, count, way) for way in ways for count in ks for name in rankings]
             found: dict[tuple, dict] = {}  # all units are the same whatever the ranking
             for name, count, way in jobs:
@@ -304,14 +310,14 @@ def smallest_correction(
                     line = (
                         search.by_gains(x, y, ids, curvature, usual)
                         if way == "gains"
-                        else search.by_gradient(x, y, ids)
+                        else search.by_gradient(x, y, gradient, ids)
                     )
                     found[way, ids] = search.measure(*line)
                 rows.append(
                     {"image": image_id, "label": int(y), "ranking": name, "k": count, "through": way} | found[way, ids]
                 )
             for name, whole in (parameters or {}).items():
-                cost = search.measure(*search.by_gradient(x, y, (), whole))
+                cost = search.measure(*search.by_gradient(x, y, gradient, (), whole))
                 rows.append({"image": image_id, "label": int(y), "ranking": name, "k": 0, "through": "weights"} | cost)
     return pd.DataFrame(rows)
 
@@ -332,12 +338,17 @@ class _Search:
         self.longest, self.tolerance, self.maps = longest, tolerance, unit_maps(units)
         self.before = logits_of(model, retain[0]).double().log_softmax(dim=1)
 
-    def by_gradient(self, x: Tensor, y: Tensor, ids: Sequence[int], whole: Sequence[str] = ()) -> tuple:
+    def gradient(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Of the loss of one image, to every parameter."""
+        return {name: g[0] for name, g in parameter_saliency(self.model, x, y, self.loss, signed=True).items()}
+
+    def by_gradient(
+        self, x: Tensor, y: Tensor, gradient: Mapping[str, Tensor], ids: Sequence[int], whole: Sequence[str] = ()
+    ) -> tuple:
         """Line along the gradient of the loss through the units, or through whole parameters, and the size on it."""
         mask = {name: torch.ones_like(self.model.get_parameter(name), dtype=torch.bool) for name in whole}
         mask |= self._mask(ids)
-        gradient = parameter_saliency(self.model, x, y, self.loss, signed=True)
-        delta = {name: -torch.where(where, gradient[name][0], 0).double() for name, where in mask.items()}
+        delta = {name: -torch.where(where, gradient[name], 0).double() for name, where in mask.items()}
         line, length = self._line(delta, mask)
         return line, length, self._smallest(x, y, line)
 
@@ -350,9 +361,10 @@ class _Search:
         ids, mask, before = list(ids), self._mask(ids), logits_of(self.model, usual)
         own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, ids])
         found: list[tuple] = [(np.inf, ({}, 0.0, np.inf), 1, torch.zeros(len(self.units)).to(own.rows))]
+        unmoved = margins(self.model, x, y, self.units)
         for factor in (*_CAUTION, None):
             _, _, again, start = min(found, key=lambda each: each[0])
-            gaps, slopes = (values[0] for values in margins(self.model, x, y, self.units, start * (factor is None)))
+            gaps, slopes = (v[0] for v in (unmoved if factor else margins(self.model, x, y, self.units, start)))
             needs = (slopes @ start) * (factor is None) - gaps
             factor, steps = factor or again, torch.zeros_like(start)
             steps[ids] = own.correction(slopes[:, ids], needs, damping=factor * own.damping)

@@ -63,7 +63,7 @@ from pss.units import UnitGroup, Units
 Images = tuple[Tensor, Tensor]
 LEVEL = 0.95  # of the upper bound of the damage
 _PRICES = 40  # tried, each 1.4 times the one before, and up to 4 times while there is next to no damage
-_NOTHING = 1e-4  # nats
+_NOTHING = 3e-4  # nats
 _STEPS = 3  # Newton steps at each price
 _NEARLY_ALL, _SEVERAL = 0.9, 3  # carriers that a part to blame turns; mistakes that have something in common
 _TEMPERATURE = 4  # of the KL that is made least: images that the model is sure of count too
@@ -518,7 +518,8 @@ def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bo
         enough = right.all() or (more and not to_the_end)
         if (upper > budget and enough) or (fit.margin - lead).clamp(min=0).mean() <= _ENOUGH * fit.margin:
             break
-        towards = (_NOTHING / max(upper, 1e-12)) ** 0.5  # since the damage goes with the square
+        done = float(divergences(fit.before, fit.now[0]).mean())  # on the images used: no test chooses the next one
+        towards = (_NOTHING / max(done, 1e-12)) ** 0.5  # since the damage goes with the square
         price *= 2**0.5 if right.any() else float(np.clip(towards, 2**0.5, 4))
     return path
 

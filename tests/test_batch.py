@@ -38,7 +38,8 @@ def notebook(tmp_path):
         new_code_cell("factor = 2\nname = 'a'", metadata={"tags": ["parameters"]}),
         new_code_cell("import sys\nprint(sys.executable)\nprint('the answer is', 21 * factor)"),
         new_code_cell(PICTURE),
-        new_code_cell("import sys\nprint('noise', file=sys.stderr)\nassert factor < 100, 'too large'"),
+        new_code_cell("for done in range(3):\n    print(f'\\rat {done}', end='', file=sys.stderr, flush=True)"),
+        new_code_cell("print('noise', file=sys.stderr)\nassert factor < 100, 'too large'"),
     ]
     path = tmp_path / "my notebooks" / "01_small.ipynb"
     path.parent.mkdir()
@@ -57,7 +58,8 @@ def test_runs_with_parameters_and_writes_figures(notebook, tmp_path):
     assert "the answer is 63" in text_of(tmp_path / "out" / "01_small.ipynb")
     assert figures == [tmp_path / "out" / "figures" / "01.png"] and figures[0].read_bytes().startswith(b"\x89PNG")
     assert "63" not in text_of(notebook)
-    assert "the answer is 63" in (tmp_path / "out" / "01_small.html").read_text()
+    page = (tmp_path / "out" / "01_small.html").read_text()
+    assert "the answer is 63" in page and "at 2" in page and "at 1" not in page, "a bar of progress is one line"
     with pytest.raises(ValueError, match="would take the place of"):
         run_notebook(notebook, notebook.parent)
 
@@ -144,7 +146,7 @@ def test_command_line_says_what_was_made_and_fails_with_a_notebook(notebook, tmp
     assert main(["run", "--out", str(runs), "-p", "factor", "100", str(notebook)]) == 1
     told = capsys.readouterr().out
     assert "FAILED: AssertionError: too large" in told and "factor=100" in told.splitlines()[-1]
-    assert "(cell 5 of" in told and "the answer is 42" in text_of(runs / "01_small" / "01_small.ipynb")
+    assert "(cell 6 of" in told and "the answer is 42" in text_of(runs / "01_small" / "01_small.ipynb")
 
 
 def test_a_folder_of_notebooks_has_an_index(notebook, tmp_path, capsys):

@@ -342,9 +342,12 @@ def test_hidden_files_and_empty_folders_are_no_trouble(tree):
     after = data.folder(tree)
     assert set(after.ids) == {*before.ids, "cat/z.GIF"} and after.classes == sorted([*before.classes, "empty"])
     assert len({tuple(x.shape) for x, _ in after}) == 1
-    (tree / "new" / "cat").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+    (tree / "new" / ".cache").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="new holds no folders: expected one for each class, with its pictures"):
         data.folder(tree / "new")
+    (tree / "new" / "cat").mkdir()
+    with pytest.raises(FileNotFoundError, match="new holds no pictures in its folders by class, cat: expected some"):
+        data.folder(tree / "new", classes=["ape", "cat"])
 
 
 def test_folder_tree_with_the_models_classes(tree):

@@ -12,6 +12,7 @@ from torch import nn
 from pss import Reference, Units, profile, profile_dataset, rank_together
 from pss.engine import calls, kernels
 from pss.saliency import LOSSES
+from pss.units import UnitGroup
 
 
 def alone(model, images, labels, units, signed=True, loss=None):
@@ -385,9 +386,63 @@ def test_what_units_say_needs_no_labels():
 
 
 def test_units_that_are_no_rows_say_nothing():
-    model = seeded(networks.GENERAL["transposed convolution"][0])
+    model = seeded(networks.Net)
     with pytest.raises(ValueError, match="are no rows of a layer"):
-        profile(model, *batch(image), of="output")
+        profile(model, *batch(image), Units.of(model, own("first.bias")), of="output")
+
+
+def upward(dims, norm=None, middle=lambda m, x: F.silu(m.after(m.layer(x))), **geometry):
+    """A transposed convolution of six channels, and what follows it."""
+    conv_transpose = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    return net(middle, dims=dims, layer=lambda: conv_transpose(6, 6, **geometry), after=norm or nn.Identity)
+
+
+TRANSPOSED = {
+    "1-D": upward(1, kernel_size=3, stride=2, output_padding=1),
+    "2-D": upward(2, kernel_size=(3, 2), stride=(2, 1), padding=1, dilation=(1, 2)),
+    "3-D": upward(3, kernel_size=2, stride=(1, 2, 1), bias=False),
+    "groups": upward(2, kernel_size=3, groups=3),
+    "depthwise": upward(2, kernel_size=4, stride=2, padding=1, groups=6),
+    "BatchNorm": upward(2, bn(), kernel_size=3, groups=2),
+    "GroupNorm": upward(2, lambda: nn.GroupNorm(3, 6), kernel_size=3),
+    "called twice": upward(
+        2, middle=lambda m, x: F.silu(m.layer(F.silu(m.layer(x)))), kernel_size=2, stride=2, groups=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_say_and_contribute_in_one_pass(name):
+    model = seeded(TRANSPOSED[name])
+    shape = (3, *[4] * model.dims)
+    images, labels = batch(shape)
+    said = []
+    where = model.after if "Norm" in name else model.layer
+    handle = where.register_forward_hook(lambda module, inputs, output: said.append(output.flatten(2).mean(2)))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    expected, at = torch.stack(said).mean(0), slice(6, 12)
+    for size in (1, 7):
+        got = profile(model, images[:size], of="output", signed=True, strategy="fast")
+        torch.testing.assert_close(got[:, at], expected[:size], rtol=1e-9, atol=1e-12)
+        gain = profile(model, images[:size], labels[:size], of="gain", signed=True, strategy="fast")
+        assert_close(gain, alone(model, images[:size], labels[:size], Units.of(model)), Units.of(model))
+    assert_gain(model, shape, "filters", strategy="auto")
+
+
+def test_a_weight_that_convolves_both_ways():
+    """As in an autoencoder with tied weights: the units are the filters of one of the two."""
+    middle = lambda m, x: F.conv_transpose2d(F.silu(m.layer(x)), m.layer.weight)  # noqa: E731
+    model = seeded(net(middle, layer=conv(3)))
+    assert_gain(model, image, "filters", strategy="auto")
+    columns = Units.of(model, lambda model: [UnitGroup("layer.weight", (6, 6, 3, 3), 6, dim=1)])
+    images, labels = batch(image)
+    got = profile(model, images, labels, columns, of="gain", signed=True)
+    assert_close(got, alone(model, images, labels, columns), columns)
+    for units in (columns, None):
+        with pytest.raises(RuntimeError, match=r"outputs of layer.weight are not seen"):
+            profile(model, images, labels, units, of="output")
 
 
 # Bad input, references, groups, and the check of every pass

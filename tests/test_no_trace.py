@@ -352,9 +352,22 @@ OTHERS = {  # how often each is called
 TENSORS, MEGABYTES = 0, 0.5  # what may be left after 1,000 calls
 
 
-def live_tensors() -> int:
-    gc.collect()
+def live_tensors(collect: bool = True) -> int:
+    if collect:
+        gc.collect()
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("of", ["gradient", "gain", "output", ("gradient", "gain")])
+def test_no_tensor_waits_for_the_collector_of_cycles(w, of):
+    pss.profile(w.model, w.x, w.y, of=of)
+    before = live_tensors()
+    gc.disable()
+    try:
+        pss.profile(w.model, w.x, w.y, of=of)
+        assert live_tensors(collect=False) == before
+    finally:
+        gc.enable()
 
 
 class _Heap(ctypes.Structure):

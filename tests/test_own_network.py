@@ -1,5 +1,6 @@
 """A network and pictures of one's own, through the command line as a user types it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 from served import Page, is_safe
 
 import pss
-from pss import models
+from pss import data, models
 from pss.apps import explain, group, reading
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -65,12 +66,12 @@ def desk(tmp_path_factory):
     exec(MODULE, scope)
     torch.manual_seed(0)
     model, rng = scope["make"](8), np.random.default_rng(0)
-    for folder, odd in (("photos", 3), ("training", 0)):
+    for folder, odd, count, noise in (("photos", 3, 16, 120), ("training", 0, 16, 120), ("fitted", 0, 40, 12)):
         for label, name in enumerate(CLASSES):
             (desk / folder / name).mkdir(parents=True)
-            for n in range(16):
+            for n in range(count):
                 shows = (label + 1) % 3 if n < odd else label  # the first are as bright as another class
-                pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * shows
+                pixels = rng.integers(60 - noise // 2, 60 + noise // 2, (20, 24, 3)) + 60 * shows
                 picture = Image.fromarray(pixels.astype(np.uint8))
                 picture.save(desk / folder / name / f"<img src=x onerror=1> {n}.png")
     torch.save(model.state_dict(), desk / "net.pth")
@@ -104,6 +105,19 @@ def test_retain_images_are_without_the_explained_image(desk, mistake):
     assert sorted([*labels.tolist(), int(label)]) == sorted([0, 1, 2] * 16)
 
 
+def test_a_picture_and_a_folder_of_others(desk, mistake):
+    """What is usual comes from the folder; the picture is left out of it, and of what is to stay as it is."""
+    network, name, image, label = mistake
+    case = explain.take_image(network, str(desk / "photos" / name), int(label), data_root=str(desk / "photos"))
+    assert (
+        torch.equal(case.image[0], image) and case.label == label and len(explain.retain_images(network, case)[0]) == 47
+    )
+    units = pss.Units.of(network.model)
+    explained = (pss.profile(network.model, case.image, case.labels, units), case.label)
+    known = reading.usual(network, units, "", case.tree, explained)
+    assert "the explained one (found: 1)" in known.told[0] and known.reference.n == 39
+
+
 def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
     """By what name it comes; the training images are taken where they are named; the sentence says which and why."""
     network = mistake[0]
@@ -119,8 +133,7 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
         assert known.reference.n == len(kept) == left
         torch.testing.assert_close(known.reference.mean, s.double().mean(dim=0), rtol=1e-4, atol=1e-9)
         assert (
-            f"Of its 48 images the explained one (found: 1) and {9 - (at in wrong)} more that are misread"
-            in known.told[0]
+            f"Of 48 images the explained one (found: 1) and {9 - (at in wrong)} more that are misread" in known.told[0]
         )
         assert len(known.mistakes) == 9 - (at in wrong) and known.reading.right == 39
     named = reading.usual(network, units, str(desk / "training"), str(desk / "photos"), explained)
@@ -141,6 +154,25 @@ def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
         )
     retain = explain.retain_images(network, explain.take_image(network, data_root=tree, index=0))
     assert len(retain[0]) == 46
+    for file in Path(tree).glob("*/*.png"):
+        file.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"none of the 48 files of some photos can be read as a picture, as .* 0.png"):
+        reading.usual(network, units, str(desk / "training"), tree)
+
+
+def test_pictures_are_decoded_once(desk, mistake, monkeypatch):
+    """Only what cannot be read is left out; an error of the preprocessing is one of the run."""
+    network, opened = mistake[0], []
+    counted = lambda path: opened.append(path) or data.read_image(path)  # noqa: E731
+    monkeypatch.setattr(data.folders, "read_image", counted)
+    images = reading.pictures(network, str(desk / "photos"), 20)
+    every = [images[i] for i in range(20)] + [images.subset([3])[0]]
+    assert len(opened) == len(set(opened)) == 20
+    x = network.preprocess(data.read_image(images.samples[3][0]))
+    assert torch.equal(every[3][0], x) and torch.equal(every[-1][0], x) and every[3][1] == images.labels[3]
+    odd = dataclasses.replace(network, preprocess=lambda picture: picture.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        reading.pictures(odd, str(desk / "photos"))
 
 
 def test_near_chance_nothing_is_ranked(desk):
@@ -210,6 +242,13 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     )
     edited = {"prune_repaired_at", "prune_gains_repaired_at", "finetune_random_kl"}
     assert edited | {"confidence_before", "patch_units"} <= summary.keys()
+    units, first = pss.Units.of(network.model), summary["prune_gains_repaired_at"]
+    case = explain.Case(image[None], torch.tensor([label]), name, str(desk / "photos"))
+    ids, retain = explain.by_gain(network, case, units, first)[None], explain.retain_images(network, case)
+    cost = pss.side_effects(network.model, units, ids, *retain, progress=False)
+    assert first != 4 and summary["prune_gains_kl"] == pytest.approx(cost["kl_mean"][0], rel=1e-3), (
+        "at that k, not at 4"
+    )
     assert {p.name for p in out.glob("*.png")} == {"image.png", "profile.png", "input_saliency.png", "edits.png"}
     assert (out / EXPLAIN.name).exists() and len(list((out / "figures").glob("*.png"))) >= 4
     page = Page(Path(place).read_text("utf-8"))
@@ -234,7 +273,11 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
 
 
 def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
-    done = type_in(desk, "run", EXPLAIN, *set_all(model="net.yaml", data_root="photos", reference="training", k=3))
+    """The reference is of images that are read more surely, as those are that a network was fitted to."""
+    asked = set_all(
+        model="net.yaml", data_root="photos", reference="fitted", k=3, patch="mend.safetensors", budget=100.0
+    )
+    done = type_in(desk, "run", EXPLAIN, *asked)
     assert done.returncode == 0, done.stdout + done.stderr
     out = Path(done.stdout.splitlines()[-1]).parent
     summary, mistakes = json.loads((out / "summary.json").read_text()), pd.read_csv(out / "mistakes.csv")
@@ -249,8 +292,20 @@ def test_a_folder_without_an_index_gives_the_report_of_its_mistakes(desk):
     )
     assert page.texts["h2"][:3] == ["In short", "What to do next", "An example"]
     assert "because you named it as reference" in page.text and "as many random units" in page.text
-    advice = page.text.split("What to do next")[1].split("An example")[0]
+    short, advice = page.text.split("What to do next")[0], page.text.split("What to do next")[1].split("An example")[0]
     assert "pictures of each cluster" in advice and "without index" not in page.text, "it is the group's report already"
+
+    assert re.search(r"of 39 other images of photos that are read right 1\d have significant units, too", page.text)
+    assert (
+        "120 of 120 images of fitted" in page.text and "Its own images (fitted) are read better, 100% agai" in page.text
+    )
+    assert "units are significant at" not in page.text and summary["significant"] is None
+    assert "significant" not in pd.read_csv(out / "ranking.csv")
+    assert "that took no part in training; or leave reference out" in advice
+
+    cluster = int(re.search(r"mend\.safetensors is the patch of cluster (\d)", short)[1])
+    mend, own = (pss.Patch.load(out / name) for name in ("mend.safetensors", f"cluster_{cluster}.safetensors"))
+    assert torch.equal(mend.gains, own.gains) and len(mend.gains) == summary[f"patch_{cluster}_units"]
 
 
 def test_one_picture_with_published_statistics(desk):
@@ -309,7 +364,7 @@ def test_what_a_run_lacks_is_said_before_it_starts(desk, arguments, says):
     ("notebook", "asked", "says"),
     [
         (EXPLAIN, {"model": "broken.yaml"}, ["does not fit Sequential: 0.weight is (8, 3, 3, 3)", "in .*broken.yaml"]),
-        (EXPLAIN, {"model": "net.yaml", "image_path": "{picture}", "label": 0}, ["give reference, .* or data_root"]),
+        (EXPLAIN, {"model": "net.yaml", "image_path": "{picture}", "label": 0}, ["give reference or data_root"]),
         (EXPLAIN, {"model": "swapped.yaml", "data_root": "photos", "index": 0}, ["Nothing is ranked, .* allow_chance"]),
         (
             EXPLAIN,

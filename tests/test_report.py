@@ -126,10 +126,54 @@ def test_table_of_units_and_a_reference_without_tail():
     reference = pss.Reference(mean=torch.ones(len(units)).double(), std=torch.ones(len(units)).double())
     saliency = torch.arange(len(units), dtype=torch.float32)[None]
     order = pss.rank(saliency, reference, "zscore")[0]
-    table = explain.unit_table(saliency, reference, units, order)
+    known = reading.Usual(reference, ("", ""), None, torch.empty(0))
+    table = explain.unit_table(saliency, known, units, order)
     assert table["unit"].tolist() == order.tolist() == list(range(len(units)))[::-1] and "p" not in table
     assert table["z"].iloc[0] == len(units) - 2 and table["rank"].tolist() == list(range(1, len(units) + 1))
     assert "cannot" in explain.caution(reference)[0]
+
+
+@pytest.mark.parametrize(
+    ("significant", "n", "right", "says"),
+    [
+        (None, 0, 9.0, "conv[1] stands out most (z = 4.0). How many are significant cannot be said without a tail"),
+        (
+            0,
+            999,
+            None,
+            "0 of 4 units are significant at a false-discovery rate of 5%; conv[1] stands out most (z = 4.0).",
+        ),
+        (0, 20, None, "With 20 reference images no unit can be significant unless 4 or more stand out at once"),
+        (1, 999, 0.5, "1 of 4 units is significant"),
+        (3, 999, 0.5, "Most units do so (3 of 4 are significant at a false-discovery rate of 5%), because the whole"),
+        (3, 999, 9.0, "How many are significant cannot be said: of 30 other images of own that are read right 30 have"),
+    ],
+)
+def test_what_stands_out_is_said_as_far_as_the_reference_goes(significant, n, right, says):
+    """Not at all without a tail; not as a number where images that are read right are significant, too."""
+    usual = pss.Reference(mean=torch.ones(4).double(), std=torch.ones(4).double())
+    if n:
+        usual = pss.Reference.fit(torch.rand(n, 4, generator=torch.Generator().manual_seed(0)))
+    table = pd.DataFrame({"unit": [1, 0, 2, 3], "name": [f"conv[{i}]" for i in (1, 0, 2, 3)], "z": [4.0, 1, 0, 0]})
+    if significant is not None and right != 9.0:
+        table["significant"] = np.arange(4) < significant
+    known = reading.Usual(usual, ("", ""), None, torch.empty(0), reading.Reading("own", 40, 30, 3))
+    if right is not None:
+        known = dataclasses.replace(known, right=torch.full((30, 4), right))
+    told, japanese = explain.stands_out(table, known)
+    assert says in told and ("no unit can be" in told) == (n == 20)
+    assert sorted(re.findall(r"\d+", told.replace("one in twenty", "20 1"))) == sorted(re.findall(r"\d+", japanese))
+
+
+def test_units_are_filters_or_where_most_layers_are_no_convolutions_all():
+    network = models.load("digits", "random")
+    assert reading.units_of(network, "auto").kind == "filters" and reading.units_of(network, "rows").kind == "rows"
+    layers = [torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(512, 8), torch.nn.Linear(8, 10)]
+    mixer = dataclasses.replace(network, model=torch.nn.Sequential(*layers))
+    assert len(reading.units_of(mixer, "auto")) == 26
+    told = reading.ranked(mixer, reading.units_of(mixer, "filters"))[0]
+    assert "8 units in 1 layers are ranked; they hold 8% of the network's parameters. -p units all" in told
+    assert "-p units" not in reading.ranked(network, reading.units_of(network, "auto"))[0]
 
 
 def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
@@ -195,6 +239,24 @@ def test_a_group_of_images_in_memory():
         group.gather(network, units, some.subset(np.setdiff1d(np.arange(120), wrong.index)[:60]), usual)
 
 
+def test_a_group_says_that_it_was_drawn_and_keeps_no_patch_that_chance_would_match(tmp_path, monkeypatch):
+    network, some = models.load("digits"), pss.data.digits("test").subset(range(120))
+    units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
+    monkeypatch.setattr(group, "_MOST", len(wrong) - 2)
+    found = group.gather(network, units, some, models.reference(network, units, count=60, progress=False))
+    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.FOLDER: 1, "mistakes held out": 0.5}
+    evidence = pd.DataFrame({"part": [*parts, "mistakes held out, shuffled"], "accuracy_after": [*parts.values(), 0.5]})
+    evidence = evidence.assign(n=8, kl_mean=0.001, kl_upper=0.002)
+    tried = pd.DataFrame({"corrected": [8], "kl_upper": [0.5]})  # a larger budget would correct more of the fitted ones
+    patch = pss.Patch("0" * 64, units.layers, torch.ones(len(units)) / 2, evidence=evidence, tried=tried)
+    monkeypatch.setattr(group, "patches", lambda *_: {1: patch})
+    told = group.tell(found, network, units, Report(tmp_path, "title", "題"), name="mend.safetensors")
+    opening, advice = str(told["opening"]), str(told["next"])
+    assert f"They were drawn at random from {len(wrong)}." in opening and len(found.table) == len(wrong) - 2
+    assert "no better than chance, so it is not written" in opening and "mend.safetensors was not written" in opening
+    assert not list(tmp_path.glob("*.safetensors")) and "budget" not in advice
+
+
 def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
     """Of a single image whose units all stand out, or none, it does."""
     case, network = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it"), models.load("digits", "random")
@@ -203,6 +265,9 @@ def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
         table = pd.DataFrame({"significant": [significant] * 3})
         given = (network, case, 0, table, known, pss.Patch("0" * 64), [], 0.1, 1e-3)
         alone, all_ = (explain.what_next(*given, group=asked) for asked in (None, [("look", "見る")]))
+        assert "went in as they are" not in str(alone)
+        plain = dataclasses.replace(network, preprocess=models.Preprocessing())
+        assert "went in as they are" in str(explain.what_next(plain, *given[1:]))
         assert "without index" in alone[-1][0] and "0.1 would" in str(alone)
         assert all_[0] == ("look", "見る") and "without index" not in str(all_) and "more reference" in str(all_)
 

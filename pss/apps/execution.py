@@ -13,6 +13,7 @@ import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -150,7 +151,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
 def _keep(beside: Path, output: Path) -> list[Path]:
     """Put the executed notebook in its place, and beside it as a page that a browser opens, and its figures."""
     write_whole(output, beside.read_bytes())  # papermill's own file may not be on the disk yet
-    page = HTMLExporter().from_filename(str(output))[0].replace("</body>", f"{_OFFLINE}</body>")
+    exporter = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)])  # bars of progress as they ended
+    page = exporter.from_filename(str(output))[0].replace("</body>", f"{_OFFLINE}</body>")
     write_whole(output.with_suffix(".html"), page)
     return write_figures(output)
 

@@ -190,9 +190,7 @@ def usual_of(
     """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
     if not needed and not str(root) and not has_built_in(network):
         return None
-    return pictures(
-        network, str(root), count, seed, "reference_images_path, a folder, best of its training images, with folders"
-    )
+    return pictures(network, str(root), count, seed, "reference_images_path, a folder with folders")
 
 
 # --- the experiment ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ their repair does to it and to others, and whether a patch can be had.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pss import data, models
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, has_built_in, pictures
+from pss.apps.reading import Usual, has_built_in, pictures
 from pss.editing import edit_curve, side_effects, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
@@ -57,7 +57,7 @@ class Case:
     name : str
         What to call it: the file's name, or the set and the position in it.
     tree : str
-        Folder by class that it comes from; empty for one that comes from elsewhere.
+        Folder by class that it comes from, or that was named beside it; empty where there is none.
     """
 
     image: Tensor
@@ -107,7 +107,7 @@ def take_image(
         ``"photographs"``, or a built-in set of digits (its test images); with ``data_root`` a folder below that. By
         default what the network has built in.
     data_root : path
-        A tree of folders by class, instead of a built-in set.
+        A tree of folders by class, instead of a built-in set; beside a picture of its own what is like it.
     index : int or str
         Position in the set, or the name that the set has for an image: of a photograph, or a path below the tree, as
         `Case.name` has it.
@@ -118,15 +118,15 @@ def take_image(
         If the image or its label is not given, or not among those of the set or the network.
     """
     label, index = (None if given == "" else given for given in (label, index))
+    tree = _absolute(Path(data_root) / data_to_use) if data_root else ""
     if image_path:
         if label is None:
             raise ValueError("image_path without label: give the true class, by its name or its number")
         image = network.read(_absolute(image_path))
-        return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name)
-    tree = _absolute(Path(data_root) / data_to_use) if data_root else ""
-    name, pictures, ids, first = _open(network, data_to_use, tree)
+        return Case(image[None], torch.tensor([network.label(label)]), Path(image_path).name, tree)
+    name, read, ids, first = _open(network, data_to_use, tree)
     place = _place(first if index is None else index, ids, name)
-    image, own = pictures[place]
+    image, own = read(place)
     if label is None and own is None:
         raise ValueError(f"{name}: {ids[place]} shows no class that {network.name} knows: say which label to explain")
     labels = torch.tensor([int(own) if label is None else network.label(label)])
@@ -137,32 +137,29 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Sequence, list[str], int | str]:
-    """A set's name, itself, the names of its images, and the one to begin with."""
+def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Callable, list[str], int | str]:
+    """A set's name, what gives an image and its label, the names of its images, and the one to begin with."""
     chosen = chosen or {"digits": "digits", "efficientnet_lite0": "photographs"}.get(network.name, "")
     if tree:
         found = models.reference_set(network, tree)
-        return Path(tree).name, found, [str(i) for i in found.ids], 0
+        return Path(tree).name, found.__getitem__, [str(i) for i in found.ids], 0
     if chosen == "photographs":
         own = data.photographs()
-        pairs = [(partial(network.preprocess, photo.image), photo.label) for photo in own]
-        return chosen, _Prepared(pairs), [photo.name for photo in own], "clock"
+        read = lambda place: (network.preprocess(own[place].image), own[place].label)  # noqa: E731
+        return chosen, read, [photo.name for photo in own], "clock"
     if chosen in data.SETS:
         found = data.load(chosen, "test")
-        return f"{chosen}/test", found, [str(i) for i in range(len(found))], 658 if chosen == "digits" else 0
+        return (
+            f"{chosen}/test",
+            found.__getitem__,
+            [str(i) for i in range(len(found))],
+            658 if chosen == "digits" else 0,
+        )
     if chosen:
         raise ValueError(
             f"data_to_use {chosen!r}: expected photographs, {', '.join(data.SETS)}, or with data_root a folder below it"
         )
     raise ValueError("no image: give image_path and label, or data_root with folders by class, and index")
-
-
-class _Prepared(list):
-    """Pairs of how to make an image and its label; made when asked for."""
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int | None]:
-        make, label = super().__getitem__(place)
-        return make(), label
 
 
 def _place(index: int | str, ids: list[str], name: str) -> int:
@@ -175,7 +172,7 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
 
 
 def unit_table(
-    saliency: Tensor, reference: Reference, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
+    saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
 ) -> pd.DataFrame:
     """Every unit in the order given, with its layer, stage, saliency, z-score and tail probability.
 
@@ -193,15 +190,18 @@ def unit_table(
     -------
     DataFrame
         ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail. ``p`` is at least 1 / (n + 1) with n reference images.
+        are missing where the reference has no tail, and the last where it is not calibrated, see `Usual.calibrated`.
+        ``p`` is at least 1 / (n + 1) with n reference images.
     """
+    reference = known.reference
     table = units.table()[["unit", "name", "layer", "stage"]]
     table["saliency"] = saliency[0].cpu().numpy()
     table["z"] = reference.zscore(saliency)[0].cpu().numpy()
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
         table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
-        table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
+        if known.calibrated(q):
+            table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -235,16 +235,6 @@ def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
         numbers = {"edited": int(own["k"].max()), "before": confidence.iloc[0], "after": confidence.iloc[-1]}
         rows.append({"edit": edit, "units": chosen, "repaired at": float(first), **numbers})
     return pd.DataFrame(rows)
-
-
-def outcome(found: pd.DataFrame) -> tuple[str, str]:
-    """What `outcomes` found for the top units: sentences in English, and in Japanese."""
-    told = []
-    for row in found[found["units"] == "top"].to_dict("records"):
-        kind = "fails" if np.isnan(row["repaired at"]) else "corrects"
-        numbers = {"first": f"{row['repaired at']:g}", "last": row["edited"], "change": row["after"] - row["before"]}
-        told.append(sentence(f"{row['edit']} {kind}", **numbers))
-    return joined(told)
 
 
 def verdict(patch: Patch) -> tuple[str, str]:
@@ -286,21 +276,16 @@ def opening(
     ends, harm : DataFrame
         From `outcomes` and `damage`.
     """
-    guess, first = int(confidences.argmax()), table.iloc[0]
+    guess = int(confidences.argmax())
     named = {"image": case.name, "guess": network.classes[guess], "label": network.classes[case.label]}
     sure = {"sure": float(confidences[guess]), "own": float(confidences[case.label])}
     did = [sentence("read right" if guess == case.label else "misread", **named, **sure)]
-    did.append(known.reading.told() if known.reading else sentence("accuracy unknown"))
-    numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
-    stands = [sentence("stands out", **numbers)]
-    if "significant" in table:
-        hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
-        stands = [sentence("significant", **numbers, hits=hits)]
-        stands += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
+    did.append(known.at_hand.told() if known.at_hand else sentence("accuracy unknown"))
+    stands = [stands_out(table, known)]
     if len(others):
-        share = float((others == int(first["unit"])).any(dim=1).double().mean())
+        share = float((others == int(table["unit"][0])).any(dim=1).double().mean())
         many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
-        stands.append(sentence("shared", name=first["name"], **many))
+        stands.append(sentence("shared", name=table["name"][0], **many))
     if guess == case.label:
         repairs = [sentence("nothing to repair")]
     elif len(patch.gains):
@@ -308,6 +293,23 @@ def opening(
     else:
         repairs = [_best_edit(ends, harm), verdict(patch)]
     return [joined(did), joined(stands), joined(repairs)]
+
+
+def stands_out(table: pd.DataFrame, known: Usual) -> tuple[str, str]:
+    """Which unit stands out most, and how many are significant, as far as the reference lets that be said."""
+    first, right = table.iloc[0], {"n": len(known.right), "hits": known.alarms()}
+    numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
+    if known.reference.threshold is None:
+        return joined([sentence("stands out", **numbers), sentence("no tail")])
+    if "significant" not in table:
+        told = [sentence("stands out", **numbers), sentence("not calibrated", folder=known.own.name, **right)]
+        if known.reading and known.reading.interval[0] > known.own.interval[1]:
+            told.append(sentence("read better", of=known.reading.name, share=known.reading.share, own=known.own.share))
+        return joined(told)
+    hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
+    told = [sentence("most significant" if 2 * hits > len(table) else "significant", **numbers, hits=hits)]
+    told += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
+    return joined(told)
 
 
 def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]:
@@ -322,7 +324,7 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
     if harm is not None:
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
-        told.append(sentence("costs", k=int(own["k"]), before=own["accuracy before"], after=own["accuracy after"]))
+        told.append(sentence("costs", before=own["accuracy before"], after=own["accuracy after"]))
     return joined(told)
 
 
@@ -371,7 +373,8 @@ def what_next(
         What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
         do about the image.
     """
-    told = [sentence("next chance")] if found.reading is not None and found.reading.near_chance else []
+    told = [sentence("next chance")] if found.at_hand is not None and found.at_hand.near_chance else []
+    told += [sentence("next held out")] if "p" in table and "significant" not in table else []
     few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
     if network.preprocess == models.Preprocessing():
         told.append(sentence("next preprocessing"))
@@ -388,15 +391,13 @@ def what_next(
         told.append(sentence("next rate", rate=rate, lr=lr))
     if "significant" in table and guess != case.label:
         share = table["significant"].mean()
-        if share > 0.5:
-            told.append(sentence("next common factor"))
         if share > 0.5 or not share:
             told.append(sentence("next group"))
     return told
 
 
 def results(
-    table: pd.DataFrame, ends: pd.DataFrame, harm: pd.DataFrame | None, patch: Patch, reading: Reading | None
+    table: pd.DataFrame, ends: pd.DataFrame, harm: pd.DataFrame | None, patch: Patch, known: Usual
 ) -> dict[str, Any]:
     """Outcomes for ``summary.json``, the columns of a sweep: what stands out, what repairs it at which k and cost."""
     found: dict[str, Any] = {"top_unit": str(table["name"].iloc[0]), "z": float(table["z"].iloc[0])}
@@ -412,7 +413,7 @@ def results(
     if len(patch.gains):
         kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
         found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
-    return found | (reading.summary() if reading else {})
+    return found | (known.at_hand.summary() if known.at_hand else {})
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -532,17 +533,22 @@ def damage(
     case: Case,
     retain: tuple[Tensor, Tensor],
     chosen: Mapping[str, Tensor],
+    ends: pd.DataFrame,
+    k: int,
     units: Units,
     lr: float,
     loss: str,
 ) -> pd.DataFrame:
-    """What editing these units for the image does to the retain images: a row for each edit of those of each name."""
-    every, rows = torch.stack(list(chosen.values())), []
-    image, label = (part.expand(len(every), *part.shape[1:]) for part in (case.image, case.labels))
-    steps = unit_steps(network.model, image, label, units, every, lr=lr, loss=loss)
-    for edit, of_edit in (("prune", None), ("finetune", steps)):
-        found = side_effects(network.model, units, every, *retain, edit, of_edit, progress=False)
-        rows.append(found.assign(edit=edit, units=list(chosen)))
+    """What editing these units for the image does to the retain images: a row for each edit of those of each name.
+
+    As many of them are edited as repair the image, see `outcomes`; where none do, k.
+    """
+    rows = []
+    for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
+        ids = chosen[name][None, : k if np.isnan(first) else int(first)]
+        steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)
+        found = side_effects(network.model, units, ids, *retain, edit, steps, progress=False)
+        rows.append(found.assign(edit=edit, units=name))
     return readable(pd.concat(rows, ignore_index=True).filter(items=["edit", "units", "k", *_COLUMNS]))
 
 
@@ -587,10 +593,10 @@ def measured(
         return patch
     used = [case.image[0], *([] if retain is None else retain[0])]
     parts = {"mistakes": (case.image, case.labels)}
-    if case.tree:
-        every = pictures(network, case.tree, most, seed)
-        items = [every[i][:2] for i in range(len(every))]
-        items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+    every = pictures(network, case.tree, most, seed) if case.tree else []
+    items = [every[i][:2] for i in range(len(every))]
+    items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
+    if items:
         images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         right = predict(network.model, images).argmax(dim=1) == labels
         named = {FOLDER: right, "folder, misread": ~right}

@@ -7,7 +7,7 @@ hundred does not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.explain import FOLDER, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, damaged_of, pictures, usual
+from pss.apps.reading import Reading, Usual, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -66,6 +66,8 @@ class Group:
         Of the whole folder.
     tree, name : str
         Place and name of the folder.
+    known : Usual, optional
+        What is usual, if `find` looked for it.
     """
 
     table: pd.DataFrame
@@ -77,6 +79,7 @@ class Group:
     reading: Reading
     tree: str
     name: str
+    known: Usual | None = None
 
     @property
     def example(self) -> int:
@@ -127,8 +130,9 @@ def find(
         If nothing is misread, or as `pss.apps.reading.usual`.
     """
     tree = str(Path(tree).expanduser().absolute())
-    found = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
-    return gather(network, units, pictures(network, tree), found.reference, method, k, loss, signed, tree)
+    known = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
+    group = gather(network, units, pictures(network, tree), known.reference, method, k, loss, signed, tree)
+    return replace(group, known=replace(known, **{"own" if reference else "reading": group.reading}))
 
 
 def gather(
@@ -156,9 +160,9 @@ def gather(
     ValueError
         If nothing is misread.
     """
-    every, name = images, str(getattr(images, "name", "the images"))
+    every, name = images, str(getattr(images, "name", "images"))
     wrong = misclassified(network.model, every)
-    reading = Reading(name, len(every), len(every) - len(wrong), len(network.classes), damaged_of(every))
+    reading = reading_of(network, every, len(every), len(wrong))
     if not len(wrong):
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
@@ -204,14 +208,14 @@ def shared(group: Group, units: Units, first: int = 10) -> pd.DataFrame:
     -------
     DataFrame
         ``unit``, ``name``, ``mistakes`` (how many have it), ``by chance`` (how many would by chance), and a column for
-        each cluster with the share of its images.
+        each of the largest clusters with the share of its images.
     """
     has = torch.zeros(len(group.top), len(units)).scatter_(1, group.top, 1.0)
     order = has.sum(dim=0).argsort(descending=True, stable=True)[:first]
     table = pd.DataFrame({"unit": order.tolist(), "name": [units.name(int(u)) for u in order]})
     table["mistakes"] = has.sum(dim=0)[order].int().tolist()
     table["by chance"] = round(len(group.top) * group.top.shape[1] / len(units), 1)
-    for cluster in _numbers(group):
+    for cluster in _numbers(group)[:_SHEETS]:
         inside = torch.from_numpy((group.table["cluster"] == cluster).to_numpy(copy=True))
         table[f"cluster {cluster}"] = has[inside].mean(dim=0)[order].tolist()
     return table
@@ -291,20 +295,24 @@ def _held_out(patch: Patch) -> tuple[float, float]:
     return float(of["mistakes held out"]), float(of["mistakes held out, shuffled"])
 
 
-def _told(cluster: int, patch: Patch) -> tuple[str, str]:
-    """What came of the patch of a cluster."""
+def _told(patch: Patch, what: Mapping[str, Any]) -> tuple[str, str]:
+    """What came of the patch of a cluster: ``cluster``, how many ``images``, and ``most``, what these are read as."""
     if not len(patch.gains):
-        return no_patch("no cluster patch", patch.reason, cluster=cluster)
+        return no_patch("no cluster patch", patch.reason, **what)
     of = patch.evidence.set_index("part")
     held_out, rest, (share, shuffled) = of.loc["mistakes held out"], of.loc[FOLDER], _held_out(patch)
     numbers = {"share": share, "n": int(held_out["n"]), "kl": rest["kl_mean"], "rest": int(rest["n"])}
     numbers |= {"shuffled": shuffled}
-    told = sentence("cluster patch", cluster=cluster, units=len(patch.gains), size=patch.kilobytes, **numbers)
+    told = sentence("cluster patch", **what, units=len(patch.gains), size=patch.kilobytes, **numbers)
     return told if share > shuffled else joined([told, sentence("cluster patch no better")])
 
 
-def tell(group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01) -> dict[str, Any]:
+def tell(
+    group: Group, network: models.Network, units: Units, report: Report, budget: float = 0.01, name: str = ""
+) -> dict[str, Any]:
     """Put the group on the page: shared units, clusters with their pictures and patches, what pruning does to it.
+
+    The patch that repairs most mistakes is written under the name, too, if one is given.
 
     Returns
     -------
@@ -318,22 +326,12 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
     adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
     chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
     ends = repairs(group, network, units, chosen)
-    (gain, own, other), first, count = ends.to_dict("records"), together.iloc[0], len(group.table)
+    edit = {row["units"]: row for row in ends.to_dict("records")}
+    verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
-    right, kept = "mistakes read right", "rest after"
-    verdict = sentence(
-        "group repair",
-        k=own["k"],
-        right=own[right],
-        kept=own[kept],
-        random=other[right],
-        kept_random=other[kept],
-        gain=gain[right],
-        kept_gain=gain[kept],
-    )
     said = [sentence("group", **numbers), *([sentence("drawn", wrong=wrong)] if count < wrong else [])]
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
@@ -347,16 +345,29 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
         report.say(*told)
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
-    if max(own[right], gain[right]) <= other[right]:
+    right = {units: row["mistakes read right"] for units, row in edit.items()}
+    if max(right["shared"], right["gains"]) <= right["random"]:
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
-    opening = [group.reading.told(), joined(said), verdict]
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
-    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": gain[right], "rest_after": gain[kept]}
-    best, most, advice = verdict, 0.0, [sentence("next look" if len(found) else "next alike")]
-    for cluster, patch in patches(group, network, units, budget).items():
-        told = _told(cluster, patch)
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": right["gains"], "verdict": verdict}
+    summary |= {"rest_after": edit["gains"]["rest after"]}
+    offer = _offer(patches(group, network, units, budget), found, network, report, name)
+    opening = [group.reading.told(), joined(said), verdict, *offer.pop("opening")]
+    advice = [sentence("next look" if len(found) else "next alike"), *offer.pop("next")]
+    return summary | offer | {"opening": opening, "next": advice}
+
+
+def _offer(
+    made: Mapping[int, Patch], found: pd.DataFrame, network: models.Network, report: Report, name: str
+) -> dict[str, Any]:
+    """Put the patches of the clusters on the page, and write those that are better than chance; as `tell`."""
+    opening, advice, most, summary = [], [], 0.0, {}
+    named = [sentence("named no patch", name=name)] if name else []
+    for cluster, patch in made.items():
+        kind = found.set_index("cluster").loc[cluster]
+        told = _told(patch, {"cluster": cluster, "images": int(kind["images"]), "most": kind["most frequent"]})
         report.say(*told)
         opening.append(told)
         if len(patch.evidence):
@@ -367,8 +378,14 @@ def tell(group: Group, network: models.Network, units: Units, report: Report, bu
             patch.save(file := report.folder / f"cluster_{cluster}.safetensors")
             summary[f"patch_{cluster}_units"] = len(patch.gains)
         if share > shuffled and share >= WORTH:
-            best, most = (told, share) if share > most else (best, most)
             advice += how_to_apply(network, file)
-        elif budget_needed := larger_budget(patch):
-            advice.append(sentence("next budget", cluster=cluster, budget=budget_needed))
-    return summary | {"opening": opening, "next": advice, "verdict": best}
+            if share * kind["images"] > most:
+                most, summary["verdict"] = share * kind["images"], told
+                if name:
+                    patch.save(report.folder / name)
+                    named = [sentence("named patch", name=name, cluster=cluster)]
+        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch)):
+            advice.append(sentence("next budget", cluster=cluster, budget=needed))
+    for told in named:
+        report.say(*told)
+    return summary | {"opening": [*opening, *named], "next": advice}

@@ -29,11 +29,11 @@ def words() -> dict[str, dict[str, Any]]:
 
 
 class _Words(string.Formatter):
-    """``{n:image|images}`` is the first word where n is 1, otherwise the second."""
+    """``{n:unit|# units}`` is the first text where n is 1, otherwise the second; # is the number."""
 
     def format_field(self, value: Any, spec: str) -> str:
         one, either, many = spec.partition("|")
-        return (one if value == 1 else many) if either else super().format_field(value, spec)
+        return (one if value == 1 else many.replace("#", f"{value:,}")) if either else super().format_field(value, spec)
 
 
 def sentence(name: str, /, **values: Any) -> tuple[str, str]:

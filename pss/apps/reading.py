@@ -6,29 +6,36 @@ Where a network reads hardly more than chance would, its labels or its preproces
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from pss import data, models
+from pss import models
 from pss.apps.pages import joined, sentence
 from pss.models import misclassified
 from pss.reference import MIN_IMAGES, Reference
+from pss.saliency import profile
+from pss.statistics import fdr_significant
 from pss.storage.fingerprints import name_of
-from pss.storage.store import ProfileStore
 from pss.units import Units
 
 SAVED = (".safetensors", ".pth", ".pt")
 _MOST = 500  # images of a large folder that the accuracy is measured on
 _SHOWN = 500  # profiles of misread images that are kept in memory
+_TRIED = 50  # images that are read right, to try the reference on
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """Where a share of which ``hits`` of n were seen lies, at 95% (Wilson 1927)."""
+    found = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,13 @@ class Reading:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the accuracy, at 95% (Wilson 1927)."""
-        found = stats.binomtest(self.right, self.n).proportion_ci(0.95, "wilson")
-        return float(found.low), float(found.high)
+        """Of the accuracy, at 95%."""
+        return share_interval(self.right, self.n)
+
+    @property
+    def share(self) -> float:
+        """The accuracy."""
+        return self.right / self.n
 
     @property
     def near_chance(self) -> bool:
@@ -58,7 +69,7 @@ class Reading:
     def told(self) -> tuple[str, str]:
         """A sentence in English, and in Japanese."""
         low, high = self.interval
-        numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.right / self.n}
+        numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.share}
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
         told = [sentence("near chance" if self.near_chance else "accuracy", **numbers)]
         if self.damaged:
@@ -69,7 +80,7 @@ class Reading:
     def summary(self) -> dict[str, object]:
         """For ``summary.json``."""
         low, high = self.interval
-        return {"images": self.n, "accuracy": self.right / self.n, "accuracy_low": low, "accuracy_high": high}
+        return {"images": self.n, "accuracy": self.share, "accuracy_low": low, "accuracy_high": high}
 
     def check(self, network: models.Network, allow_chance: bool) -> Reading:
         """Refuse to go on where the network reads no better than chance, unless that is allowed; returns itself.
@@ -82,8 +93,8 @@ class Reading:
         if self.near_chance and not allow_chance:
             names = ", ".join(network.classes[:5]) + ", …" * (len(network.classes) > 5)
             raise ValueError(
-                f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong. The pictures "
-                f"went in so: {prepared(network)}; classes: {names}. Say under "
+                f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
+                f"too few to tell. The pictures went in so: {prepared(network)}; classes: {names}. Say under "
                 "preprocessing and classes in the network's YAML file what it was trained with, or set allow_chance"
             )
         return self
@@ -99,13 +110,35 @@ def prepared(network: models.Network) -> str:
     return "; ".join(told + ["grey"] * steps.grey)
 
 
+def units_of(network: models.Network, kind: str) -> Units:
+    """Units of a kind, see `pss.Units.of`; ``auto`` are filters where most layers are convolutions, otherwise all."""
+    if kind != "auto":
+        return Units.of(network.model, kind)
+    every = Units.of(network.model, "all")
+    convolutions = sum(len(layer.shape) > 2 for layer in every.layers)
+    return Units.of(network.model, "filters") if 2 * convolutions >= len(every.layers) else every
+
+
+def ranked(network: models.Network, units: Units) -> tuple[str, str]:
+    """How much of the network the units are: a sentence in English, and in Japanese."""
+    parts = zip(units.starts, units.layers, strict=False)
+    weights = sum(layer.count * units.view(network.model, first).numel() for first, layer in parts)
+    share = weights / sum(parameter.numel() for parameter in network.model.parameters())
+    told = sentence("ranked", units=len(units), layers=len(units.layers), share=share)
+    return joined([told, sentence("ranked few")]) if share < 0.5 and units.kind != "all" else told
+
+
 def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     """Read the images, or 500 of them drawn at random; those whose label is the network's own answer are left out."""
     own = getattr(images, "own_answer", np.zeros(len(images), bool))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
     wrong = misclassified(network.model, Subset(images, rows.tolist()))
-    right, name = len(rows) - len(wrong), str(getattr(images, "name", "images"))
-    return Reading(name, len(rows), right, len(network.classes), damaged_of(images))
+    return reading_of(network, images, len(rows), len(wrong))
+
+
+def reading_of(network: models.Network, images: Dataset, n: int, wrong: int) -> Reading:
+    """What it is to misread so many of n of the images."""
+    return Reading(str(getattr(images, "name", "images")), n, n - wrong, len(network.classes), damaged_of(images))
 
 
 def pictures(
@@ -117,8 +150,8 @@ def pictures(
 ) -> Dataset:
     """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many.
 
-    Files that cannot be read are left out, see `damaged_of`. Where none are named and none built in fit, a ValueError
-    says what is missing.
+    Files are read once, and those that cannot be are left out, see `damaged_of`. Where none are named and none built in
+    fit, a ValueError says what is missing.
     """
     if not source:
         if not has_built_in(network):
@@ -126,21 +159,7 @@ def pictures(
         return models.reference_set(network, "", count, seed)
     every = models.reference_set(network, source)
     few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
-    reasons = Parallel(n_jobs=-1, prefer="threads")(delayed(_damage)(path) for path, _ in few.samples)
-    if not any(reasons):
-        return few
-    whole = few.subset([i for i, reason in enumerate(reasons) if not reason])
-    whole.damaged = tuple(str(few.ids[i]) for i, reason in enumerate(reasons) if reason)
-    return whole
-
-
-def _damage(path: str) -> str:
-    """Why a picture cannot be read; empty if it can."""
-    try:
-        data.read_image(path)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return few.readable()
 
 
 def damaged_of(images: Dataset) -> tuple[str, ...]:
@@ -169,23 +188,44 @@ class Usual:
     reading : Reading or None
         Of the images that it was made of; None for a saved one, which does not say.
     mistakes : Tensor, shape (M, U)
-        Profiles of the images among them that were misread, but for the explained one; at most 500.
+        Profiles of other images than the explained one that were misread: of its folder at most 50, or where the
+        reference is made of that, of the images of the reference at most 500.
+    own : Reading or None
+        Of the folder that the explained image comes from, where the reference is made of something else.
+    right : Tensor, shape (R, U)
+        Profiles of images of that folder that are read right; at most 50.
     """
 
     reference: Reference
     told: tuple[str, str]
     reading: Reading | None
     mistakes: Tensor
+    own: Reading | None = None
+    right: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def sentences(self, network: models.Network, own: Reading | None = None) -> list[tuple[str, str]]:
-        """What the pictures went through, how well they are read, and what is usual: in English and in Japanese.
+    @property
+    def at_hand(self) -> Reading | None:
+        """Of the images that come with the explained one, as far as there are any."""
+        return self.own or self.reading
 
-        ``own`` is of the folder that the explained image comes from, where that is another one.
+    def alarms(self, q: float = 0.05) -> int:
+        """How many of the images `right` have units that are significant at false-discovery rate q."""
+        if self.reference.threshold is None or not len(self.right):
+            return 0
+        log_p = self.reference.log_tail_probability(self.right)
+        return int(fdr_significant(log_p, self.reference.n, q).any(dim=1).sum())
+
+    def calibrated(self, q: float = 0.05) -> bool:
+        """Whether not many more than a share q of the images `right` have significant units; nothing is wrong on them.
+
+        Where no unit is at fault, each discovery is a false one, and a rate of q allows one in a share q of the images.
         """
-        readings = {reading.name: reading for reading in (self.reading, own) if reading is not None}
-        told = [sentence("prepared", how=prepared(network))]
-        told += [reading.told() for reading in readings.values()] or [sentence("accuracy unknown")]
-        return [*told, self.told, *kept(network)]
+        return not len(self.right) or share_interval(self.alarms(q), len(self.right))[0] <= q
+
+    def sentences(self, network: models.Network, units: Units) -> list[tuple[str, str]]:
+        """What is ranked, what the pictures went through, how well they are read, what is usual; in both languages."""
+        read = [reading.told() for reading in (self.reading, self.own) if reading] or [sentence("accuracy unknown")]
+        return [ranked(network, units), sentence("prepared", how=prepared(network)), *read, self.told, *kept(network)]
 
 
 def usual(
@@ -204,8 +244,9 @@ def usual(
     Parameters
     ----------
     reference : path
-        A saved reference, published statistics, or a folder of pictures per class, best of the training images. By
-        default the images of ``tree``, or where there is none the built-in ones.
+        A saved reference, published statistics, or a folder of pictures per class, best of images like the explained
+        one that took no part in training: see `Usual.calibrated`. By default the images of ``tree``, or where there is
+        none the built-in ones.
     tree : path
         Where the explained image comes from.
     explained : (Tensor, shape (1, U); int)
@@ -223,15 +264,35 @@ def usual(
     """
     reference, tree = (str(Path(place).expanduser().absolute()) if place else "" for place in (reference, tree))
     source = reference or tree
+    how = {"loss": loss, "signed": signed}
     if Path(source).suffix in SAVED:
         advice = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
-        found = read_saved(network, units, source, advice, loss, signed)
-        return Usual(found, sentence("usual saved", name=Path(source).name, n=found.n or "?"), None, torch.empty(0))
+        found = read_saved(network, units, source, advice, **how)
+        told = sentence("usual saved", name=Path(source).name, n=found.n or "?")
+        return _tried(Usual(found, told, None, torch.empty(0)), network, units, tree, explained, **how)
     kind = "named" if reference else "tree" if tree else "built in"
-    images = pictures(
-        network, source, count, missing="reference, best of its training images, or data_root, with folders"
-    )
-    return fit_usual(network, units, images, kind, explained, allow_chance, loss=loss, signed=signed)
+    images = pictures(network, source, count, missing="reference or data_root, a folder with folders")
+    known = fit_usual(network, units, images, kind, explained, allow_chance, **how)
+    return known if source == tree else _tried(known, network, units, tree, explained, **how)
+
+
+def _tried(
+    known: Usual, network: models.Network, units: Units, tree: str, explained: tuple[Tensor, int] | None, **how: Any
+) -> Usual:
+    """What is usual, with `right` and `mistakes` of the folder, the explained image left out."""
+    if not tree:
+        return known
+    some = pictures(network, tree, _MOST)
+    wrong = np.isin(np.arange(len(some)), misclassified(network.model, some).index)
+    own = reading_of(network, some, len(some), int(wrong.sum()))
+    found = {}
+    for name, which in (("right", ~wrong), ("mistakes", wrong)):
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(which))[: _TRIED + 1]
+        if len(rows):
+            images, labels = zip(*(some[int(row)] for row in rows), strict=True)
+            s = profile(network.model, torch.stack(images), torch.tensor(labels), units, **how)
+            found[name] = s[np.delete(np.arange(len(s)), _rows_of(s.numpy(), np.asarray(labels), explained))][:_TRIED]
+    return replace(known, own=own, **{"mistakes": torch.empty(0)} | found)
 
 
 def fit_usual(
@@ -271,10 +332,10 @@ def fit_usual(
     """
     store = models.profiles_of(network, units, images, **{"progress": False} | how)
     name = str(getattr(images, "name", "images")) if kind != "built in" else "built-in images"
-    wrong, itself = store.misclassified, _rows_of(store, explained)
+    wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
-    right = len(told) - len(np.intersect1d(wrong, told))
-    reading = Reading(name, len(told), right, len(network.classes), damaged_of(images)).check(network, allow_chance)
+    reading = reading_of(network, images, len(told), len(np.intersect1d(wrong, told)))
+    reading = replace(reading, name=name).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
     others = np.setdiff1d(wrong, itself)
     numbers = {
@@ -288,7 +349,7 @@ def fit_usual(
         raise ValueError(
             f"to say what is usual {MIN_IMAGES} images are needed, and {numbers['left']} of {name} would be left: of "
             f"{len(store)} images {len(others)} more than the explained one (found: {len(itself)}) are misread; give "
-            f"{parameter}, a folder with more of them (training images, if you have them), or a larger reference_count"
+            f"{parameter}, a folder with more of them, or a larger reference_count"
         )
     made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
     found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)
@@ -312,13 +373,13 @@ def read_saved(
         raise ValueError(f"reference {file}: {error}: {advice}") from error
 
 
-def _rows_of(store: ProfileStore, explained: tuple[Tensor, int] | None) -> np.ndarray:
+def _rows_of(profiles: np.ndarray, labels: np.ndarray, explained: tuple[Tensor, int] | None) -> np.ndarray:
     """Rows that are the explained image, by whatever name: those with its label and its profile."""
     if explained is None or not (own := explained[0][0].numpy()).any():
         return np.empty(0, int)
-    rows, unit = np.flatnonzero(store.labels == explained[1]), int(np.abs(own).argmax())
-    rows = rows[np.isclose(store.profiles[rows, unit], own[unit], **_SAME)]  # a column first: few are left
-    close = np.abs(store.profiles[rows] - own).max(axis=1, initial=0) <= _SAME["rtol"] * np.abs(own).max()
+    rows, unit = np.flatnonzero(labels == explained[1]), int(np.abs(own).argmax())
+    rows = rows[np.isclose(profiles[rows, unit], own[unit], **_SAME)]  # a column first: few are left
+    close = np.abs(profiles[rows] - own).max(axis=1, initial=0) <= _SAME["rtol"] * np.abs(own).max()
     return rows[close]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from PIL import Image
 
 from pss.data.builtin import SIZE, built_in_set, load, normalize, resize
@@ -17,6 +18,8 @@ from pss.data.image_set import MEAN, STD, ImageSet, hash_arrays
 from pss.data.pictures import is_picture, read_image
 from pss.data.vision import torchvision
 from pss.engine.checks import check_known
+
+_KEPT = 2**28  # bytes of pictures that are kept in memory once they are read
 
 
 def preprocess(image: Image.Image) -> torch.Tensor:
@@ -71,12 +74,42 @@ class _Folder(torchvision.datasets.ImageFolder):
         self._wanted = classes
         super().__init__(root, transform, loader=read_image, is_valid_file=is_picture, allow_empty=True)
         if not self.samples:
-            folders = ", ".join(self.classes[:5]) or "none"
+            folders = ", ".join(list(self.class_to_idx)[:5])
             raise FileNotFoundError(f"{root} holds no pictures in its folders by class, {folders}: expected some")
         self.labels = torch.tensor(self.targets, dtype=torch.int64)
         self.ids = np.asarray([Path(path).relative_to(root).as_posix() for path, _ in self.samples])
         self.sources = np.arange(len(self))
         self.name, self.split = Path(root).name, "all"
+        self.damaged, self._kept = (), {}
+
+    def __getitem__(self, index):
+        kept = self._kept.get(self.samples[index][0])
+        return super().__getitem__(index) if kept is None else (kept, self.targets[index])
+
+    def readable(self) -> _Folder:
+        """Read every picture: those that can be read, in memory as far as 256 MB go; ``damaged`` names the others."""
+        jobs = (delayed(self._read)(path) for path, _ in self.samples)
+        rows, kept, room = [], {}, _KEPT
+        for row, image in enumerate(Parallel(n_jobs=-1, prefer="threads", return_as="generator")(jobs)):
+            if image is None:
+                continue
+            rows.append(row)
+            if (room := room - image.nbytes) >= 0:
+                kept[self.samples[row][0]] = image
+        if not rows:
+            names = ", ".join(self.ids[:3])
+            raise ValueError(f"none of the {len(self)} files of {self.name} can be read as a picture, as {names}")
+        whole = self.subset(rows)
+        whole.damaged = tuple(str(name) for name in np.delete(self.ids, rows))
+        whole._kept = kept
+        return whole
+
+    def _read(self, path):
+        try:
+            image = read_image(path)
+        except ValueError:
+            return None
+        return self.transform(image)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,7 +128,9 @@ class _Folder(torchvision.datasets.ImageFolder):
         return chosen
 
     def find_classes(self, directory):
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        if not names:
+            raise FileNotFoundError(f"{directory} holds no folders: expected one for each class, with its pictures")
         numbers = {name: number for number, name in enumerate(names)}
         if self._wanted is None:
             return names, numbers

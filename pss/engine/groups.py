@@ -74,11 +74,6 @@ class UnitGroup:
         return self.dim == 0 and self.groups == 1
 
     @property
-    def in_columns(self) -> bool:
-        """Whether they are whole columns of a matrix."""
-        return self.dim == 1 and self.groups == 1 and len(self.shape) == 2
-
-    @property
     def size(self) -> int:
         """Parameters per unit."""
         return int(np.prod(self.shape)) // self.groups // (self.shape[self.dim]) * self.rows
@@ -105,11 +100,10 @@ class UnitGroup:
         return self.first(np.arange(self.count))[:, None] + np.arange(self.rows)
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the parameters of each unit: ``(B, *shape)`` to ``(B, count)``."""
+        """Mean over the parameters of each unit, ``(B, count)``, of ``(B, *shape)`` or columns' means ``(B, 1, O)``."""
         if self.groups > 1:
-            batch, (inputs, outputs) = len(values), self.shape[:2]
-            grouped = values.reshape(batch, self.groups, inputs // self.groups, outputs, -1)
-            return grouped.mean(dim=(2, 4)).reshape(batch, self.count)
+            grouped = values.reshape(len(values), self.groups, -1, self.shape[1], values.shape[3:].numel())
+            return grouped.mean(dim=(2, 4)).flatten(1)
         units = values.movedim(self.dim + 1, 1)[:, self.offset :].unfold(1, self.rows, self.stride)
         return units[:, : self.count].flatten(2).mean(dim=2)
 

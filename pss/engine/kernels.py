@@ -30,13 +30,14 @@ _LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution's weight shape and geometry, in one, two or three dimensions."""
+    """A convolution's weight shape and geometry, in one, two or three dimensions; transposed if ``grown`` is given."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    grown: tuple[int, ...] | None = None  # its output padding; its weight gradients are not made here
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the output for an input of this shape."""
@@ -58,7 +59,7 @@ class Convolution:
         That is the gradient to the gain of a BatchNorm of mean s and variance one, which PyTorch has for a CPU in one
         pass over the memory. It sums over samples too: worth a call for each where they are large.
         """
-        shift = g.new_zeros(self.shape[0]) if shift is None else shift
+        shift = g.new_zeros(g.shape[1]) if shift is None else shift
         if g.is_cuda or g.dtype in _LOW or g[0].numel() < LARGE:
             return (output - shift.reshape(-1, *[1] * (g.dim() - 2))).mul_(g).flatten(2).sum(2)
         options = (None, shift, torch.ones_like(shift), None, None, False, 0.0, (False, True, False))
@@ -109,7 +110,8 @@ class Convolution:
 
     @property
     def _geometry(self) -> tuple:
-        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+        grown = self.grown or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.grown is not None, grown, self.groups
 
     def _gradient(self, x: Tensor, g: Tensor) -> Tensor:
         like = x.new_empty(()).expand(self.shape)  # only its shape is read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def task_of(
         sums = {number: mean * (group.size if of == "gain" else 1) for number, (group, mean) in means.items()}
         return {number: c if options.signed else c.abs() for number, c in sums.items()}
 
-    columns = tuple(name for name, some in by_name.items() if all(group.in_columns for group in some.values()))
-    rows = tuple(name for name, some in by_name.items() if all(_in_rows(group) for group in some.values())) + columns
+    columns = {name: count for name, some in by_name.items() if (count := _columns(some.values(), options))}
+    rows = (*(name for name, some in by_name.items() if all(_in_rows(group) for group in some.values())), *columns)
     whole = tuple(name for name in by_name if name not in rows)
     if "output" in options.of and whole:
         raise ValueError(
@@ -51,6 +51,13 @@ def task_of(
 def _in_rows(group: UnitGroup) -> bool:
     """Whether means over the rows of a matrix are enough."""
     return group.in_rows and len(group.shape) > 1
+
+
+def _columns(groups: Iterable[UnitGroup], options: Options) -> int:
+    """Number of columns, if means over them are enough: of the gradient, only a matrix's are taken; otherwise zero."""
+    if any(group.dim != 1 or (len(group.shape) > 2 and "gradient" in options.of) for group in groups):
+        return 0
+    return max(group.shape[1] * group.groups for group in groups)
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:

@@ -63,8 +63,9 @@ class GradientRecorder(TorchFunctionMode):
     options : Options
     others : dict of str to Tensor
         Parameters whose gradient is left to autograd.
-    columns : tuple of str
-        Those of ``wanted`` of whose columns the means are asked for: of weights that are multiplied untransposed.
+    columns : dict of str to int
+        Those of ``wanted`` of whose columns the means are asked for, and how many they have: of weights that are
+        multiplied untransposed, and of transposed convolutions.
     visit : callable, optional
         Gets the number of each call, the call and its input. There is no backward pass then, and nothing is kept.
     """
@@ -75,12 +76,12 @@ class GradientRecorder(TorchFunctionMode):
         samples: int,
         options: Options,
         others: dict[str, Tensor] | None = None,
-        columns: tuple[str, ...] = (),
+        columns: dict[str, int] | None = None,
         visit: Callable[[int, LayerCall, Tensor], None] | None = None,
     ):
         super().__init__()
         self.names = {id(p): name for name, p in wanted.items()}
-        self.wanted, self.others, self.samples, self.columns = wanted, others or {}, samples, columns
+        self.wanted, self.others, self.samples, self.columns = wanted, others or {}, samples, columns or {}
         self.options, self.fold, self.visit = options, options.fold, visit
         self.signed, self.bf16 = options.signed, options.precision == "bf16"
         asked = visit is None and options.of != ("gradient",)
@@ -126,6 +127,8 @@ class GradientRecorder(TorchFunctionMode):
             args, kwargs = computed((args, kwargs))
         if function in _CONVOLUTIONS:
             return self._convolution(function, *args, **kwargs)
+        if function in _TRANSPOSED:
+            return self._transposed(function, *args, **kwargs)
         if function is F.linear:
             return self._linear(*args, **kwargs)
         if function is torch.addmm:
@@ -149,7 +152,7 @@ class GradientRecorder(TorchFunctionMode):
         return run(*args, **kwargs)
 
     def _convolution(self, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        if not self._is_ours(input, weight, bias):
+        if not self._is_ours(input, weight, bias) or self.names.get(id(weight)) in self.columns:
             return function(input, weight, bias, stride, padding, dilation, groups)
         dims = weight.dim() - 2
         strided = padding == "same" and stride not in (1, (1,) * dims)
@@ -163,6 +166,15 @@ class GradientRecorder(TorchFunctionMode):
         if input.dim() == 4 and not input.is_cuda and not input.is_contiguous():  # once, for both passes
             call.weight = call.weight.contiguous(memory_format=torch.channels_last)
         return call.deferred(input) if self.fold and torch.is_grad_enabled() else call(input)
+
+    def _transposed(
+        self, function, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+    ):
+        columns = self.columns.get(self.names.get(id(weight), ""))
+        if columns != weight.shape[1] * groups or not self._is_ours(input, weight, bias):
+            return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        sizes = [_each(size, weight.dim() - 2) for size in (stride, padding, dilation, output_padding)]
+        return self._call_of(Convolution(weight.shape, *sizes[:3], groups, sizes[3]), weight, bias)(input)
 
     def _linear(self, input, weight, bias=None):
         if not self._is_ours(input, weight, bias) or input.dim() < 2 or self.names.get(id(weight)) in self.columns:
@@ -378,9 +390,9 @@ class GradientRecorder(TorchFunctionMode):
     def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
         """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""
         parameter = self.wanted[name]
-        shape = parameter.mT.shape if name in self.columns else parameter.shape
-        sums = parameter.new_zeros(self.samples, shape[0]) if sums is None else sums
-        mean = sums / (size or shape[1:].numel())
+        count = self.columns.get(name, len(parameter))
+        sums = parameter.new_zeros(self.samples, count) if sums is None else sums
+        mean = sums / (size or parameter.numel() // count)
         return mean[:, None] if name in self.columns else mean
 
 
@@ -407,6 +419,7 @@ def _each(value, dims: int) -> tuple[int, ...]:
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 _INTO = {Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__}
 _ELEMENTWISE = _INTO | {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul}
 _ELEMENTWISE |= {Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__mul__, Tensor.__rmul__}

@@ -56,8 +56,8 @@ class Task:
         of ``rows``, their means over rows ``(B, O)``, and the quantity: of ``"gain"`` it is weights times gradients.
     names : tuple of str
         Of the columns.
-    in_columns : tuple of str
-        Those of ``rows`` of which it is the columns: their means are ``(B, 1, O)``.
+    in_columns : dict of str to int
+        Those of ``rows`` of which it is the columns, and their number O: their means are ``(B, 1, O)``.
     options : Options
     kind : hashable
         Tells tasks apart that differ in nothing else of what decides how to compute them.
@@ -70,7 +70,7 @@ class Task:
     whole: tuple[str, ...]
     reduce: Callable[[str, Tensor, str], Columns] = lambda name, values, of: {}
     names: tuple[str, ...] = ()
-    in_columns: tuple[str, ...] = ()
+    in_columns: dict[str, int] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
     kind: Hashable = None
 
@@ -245,8 +245,9 @@ def _recorded(
             if not fold:
                 raise
             known.fold = False
-        finally:
+        finally:  # what knows the recorder, and all outputs, would stay until Python looks for cycles
             recorder.calls.clear()
+            recorder.kept = None
     raise AssertionError("the last pass returns or raises")
 
 

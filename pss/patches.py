@@ -362,6 +362,7 @@ def fit_patch(
     margin: float | None = None,
     over_budget: bool = False,
     held_out: float = 0.5,
+    trained_on: Images | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Patch:
@@ -398,8 +399,12 @@ def fit_patch(
         Take the least damage that corrects the most, also where it breaks the budget on the retain images held out.
     held_out : float
         Share of the retain images that the fit does not see, and the budget is held against.
+    trained_on : (images, labels), optional
+        Some of the images that the model was trained on, as retain images for the fit alone: what a patch does to them
+        says too little of what it does to new ones. The more of them, the less damage for as many mistakes corrected.
+        Leave out what may carry the cause: if it hides in the training images, the class that the mistakes are read as.
     seed : int
-        Of the choice of these, and of the labels drawn for the curvature.
+        Of the choice of those held out, and of the labels drawn for the curvature.
 
     Returns
     -------
@@ -409,8 +414,9 @@ def fit_patch(
     Raises
     ------
     ValueError
-        If a mistake is none, is among the retain images, fewer than four of these are right, no gain moves the
-        mistakes (dead units), the model is parametrized already, or an option is out of its range.
+        If a mistake is none, is among the retain images or those trained on, fewer than four of the retain images are
+        right, or are among those trained on, no gain moves the mistakes (dead units), the model is parametrized
+        already, or an option is out of its range.
     """
     if applied_to(model):
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
@@ -426,6 +432,13 @@ def fit_patch(
     check_mistakes(model, mistakes, range(len(mistakes[0])))
     refuse_overlap(retain[0], mistakes[0])
     used, held = _split(model, retain, held_out, seed)
+    if trained_on is not None:
+        check_inputs(model, *trained_on, units, "images trained on")
+        refuse_overlap(retain[0], trained_on[0], "images trained on")
+        refuse_overlap(trained_on[0], mistakes[0])
+        right = predicts(logits_of(model, trained_on[0]), trained_on[1])
+        used = (torch.cat([used[0], trained_on[0][right]]), torch.cat([used[1], trained_on[1][right]]))
+        about["trained_on"] = _digest(trained_on)
     path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])

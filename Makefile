@@ -14,6 +14,8 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export JUPYTER_PATH :=
 export JUPYTER_PLATFORM_DIRS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What Python compiles when it first imports it, it keeps, whatever the machine says: torch alone takes seconds each time.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Tests and notebooks run two at a time: one thread each.
 test test-faults test-mutants test-zoo test-lowest test-newest: export OMP_NUM_THREADS := 1

@@ -51,7 +51,7 @@ MISTAKES, USUAL, RETAIN, FILTERS, DRAWS, LABELS = 10, 60, 60, 25, 10, 1
 FACTORS = (1, 100)  # of the damping of the exact curvature
 SIZES, BETWEEN = np.geomspace(1e-5, 10, 25), 14  # of a step, over the length of what may move; and between two of these
 LAST = ("fc.weight", "fc.bias")
-OF_A_PROFILE = [m for m in RANKINGS if m not in ("random", "random_last_stage")]
+OF_A_PROFILE = [m for m in RANKINGS if m not in ("random", "random_last_stage", "layer_relative_zscore")]
 
 Rival = tuple[Tensor, tuple[str, ...]]  # ids of filters, and names of parameters that move as a whole
 

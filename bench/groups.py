@@ -4,8 +4,8 @@
 
 A row is a group of 24 images: read right; natural mistakes on four shifted sets; mistakes by a shortcut, a white corner
 that only images of one class had in training; and images that a planted fault spoils, 3 to 24 (see `planted_faults`).
-Its numbers are the highest mean score over all filters, of the gain, of the output and of the mean activation (size of
-the z-score, scale-free of the gain), by references of the group's own network, healthy, on ``mnist/reference``.
+Its numbers are the highest mean score over all filters, by some of the rankings of `planted_faults`, with references of
+the group's own network, healthy, on ``mnist/reference``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.planted_faults import IMAGES, KINDS, Network
 
 OUT = tables.EXPERIMENTS / "groups.csv"
 NETWORKS, SETS, EACH, MARKED, CORNER, EPOCHS = (0, 1, 2), ("digits", "svhn_like", "mnist_m", "noise"), 6, 7, 4, 3
+ASKED = ("gain, root", "output, |z|", "output, in layer", "activation, |z|", "activation, in layer")
 
 Group = tuple[str, Network, nn.Module, Tensor, Tensor]  # its sort, its references, who reads it, images and labels
 
@@ -78,10 +79,10 @@ SORTS = {"healthy": healthy, "broken": broken, "shortcut": by_shortcut}
 def look(seed: int, sort: str, name: str, network: Network, model: nn.Module, images: Tensor, labels: Tensor) -> dict:
     """A row: how far the filter that stands out most does so."""
     row = {"network": seed, "sort": sort, "group": name, "images": len(labels)}
-    for quantity, values in network.quantities(model, images, labels).items():
-        if usual := {"gain": "free", "output": 0.90, "activation": 0.90}.get(quantity):
-            first = pss.rank_together(values, network.references[quantity, usual], "abs_zscore").iloc[0]
-            row |= {f"{quantity}: filter": int(first["unit"]), f"{quantity}: score": round(first["score"], 3)}
+    of = network.quantities(model, images, labels)
+    for asked in ASKED:
+        first = network.together(asked, of).iloc[0]
+        row |= {f"{asked}: filter": int(first["unit"]), f"{asked}: score": round(first["score"], 3)}
     return row
 
 

@@ -70,11 +70,11 @@ def rank(
     """Ids of the k most anomalous units of every image, most anomalous first.
 
     Every method takes profiles of every quantity. Which unit is broken: `rank_together`, over the images that went
-    wrong, of ``of="gain"`` with a scale-free reference and ``of="output", signed=True``, by ``abs_zscore``. It finds
-    nearly all planted faults, as the mean activation behind a ReLU does; rankings of the gradient find less than half,
-    ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin (``of="gain",
-    signed=True, loss="logit_difference"``). Which to fine-tune: ``zscore`` corrects at less damage than random units,
-    the last layer at less still.
+    wrong, of ``of="output", signed=True`` by ``layer_relative_zscore``, with a reference from before. It names nearly
+    all planted faults first, and its scores stay low where nothing is broken; rankings of the gradient find less than
+    half, ``pot`` fewer than ``scale_free_zscore``. Which to prune: ``raw`` of the signed gain of the margin
+    (``of="gain", signed=True, loss="logit_difference"``). Which to fine-tune: ``zscore`` corrects at less damage than
+    random units, the last layer at less still.
 
     Parameters
     ----------
@@ -83,16 +83,18 @@ def rank(
         Needed by every method but ``raw``, ``random`` and those of the last stage; where given, dead units
         come last.
     method : str
-        ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``pot`` (Wang and Sato 2023), ``exponential``
-        (POT with the shape held at zero), ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference
-        fitted with ``scale_free=True``), ``ratio`` (to the reference mean), ``raw`` (saliency itself),
-        ``random_last_stage`` and ``last_stage_raw`` (the papers' conv5 heuristic: units
-        of the last stage at random, or by raw saliency), ``random``, ``layer_matched_random`` (random units with as
-        many in each layer as the top k by ``match``), ``lowest_zscore`` (the lowest z-scores first).
+        ``zscore`` (Levin et al. 2022), ``abs_zscore`` (the explainer's), ``layer_relative_zscore`` (that over its mean
+        in the other units of the layer: what a fault does to all that comes after it is taken out, and alone in its own
+        layer it stays), ``pot`` (Wang and Sato 2023), ``exponential`` (POT with the shape held at zero),
+        ``scale_free_zscore`` and ``scale_free_pot`` (the same, only by a reference fitted with ``scale_free=True``),
+        ``ratio`` (to the reference mean), ``raw`` (saliency itself), ``random_last_stage`` and ``last_stage_raw`` (the
+        papers' conv5 heuristic: units of the last stage at random, or by raw saliency), ``random``,
+        ``layer_matched_random`` (random units with as many in each layer as the top k by ``match``), ``lowest_zscore``
+        (the lowest z-scores first).
     k : int, optional
         How many; all units by default.
     units : Units, optional
-        Needed by ``random_last_stage``, ``last_stage_raw`` and ``layer_matched_random``.
+        Needed by ``layer_relative_zscore``, ``random_last_stage``, ``last_stage_raw`` and ``layer_matched_random``.
     generator : torch.Generator or int
         Source of randomness, or its seed.
     match : str
@@ -130,7 +132,7 @@ def _first(scores: Tensor, k: int) -> Tensor:
 def rank_together(
     profiles: Tensor | Sequence[Tensor],
     reference: Reference | Sequence[Reference | None] | None = None,
-    method: str = "zscore",
+    method: str | Sequence[str] = "zscore",
     k: int = 10,
     units: Units | None = None,
 ) -> pd.DataFrame:
@@ -139,15 +141,17 @@ def rank_together(
     A unit's score is the mean of its scores over the images. Several quantities, as gradient, gain and output, rank for
     themselves and name their next unit in turns, the first quantity first. So a unit is near the top that stands out in
     any of them, and their scores need not mean the same: the far tail of one would otherwise hide the others. Combined
-    by tail probabilities, the smaller one or the product, gain and output find fewer broken filters (notebook 13).
+    by tail probabilities, the smaller one or the product, output and gain find fewer broken filters (notebook 13).
 
     Parameters
     ----------
     profiles : Tensor, shape (B, U), or a sequence of these
         Of the same images, a tensor for each quantity.
     reference : Reference, or a sequence of as many
-    method, units
+    method : str, or a sequence of as many
         As in `rank`.
+    units : Units, optional
+        As in `rank`; and for the names.
     k : int
         An image counts for a unit that is among its own first k.
 
@@ -160,14 +164,16 @@ def rank_together(
     Raises
     ------
     ValueError
-        As `rank`, or if there are not as many references as profiles.
+        As `rank`, or if there are not as many references and methods as profiles.
     """
     several = [profiles] if isinstance(profiles, Tensor) else list(profiles)
     usual = [reference] * len(several) if reference is None or isinstance(reference, Reference) else list(reference)
-    if not several or len(several) != len(usual):
-        raise ValueError(f"{len(several)} quantities and {len(usual)} references: give one for each")
-    pairs = zip(several, usual, strict=True)
-    scores = torch.stack([dead_last(score(values, its, method, units=units), its) for values, its in pairs])
+    methods = [method] * len(several) if isinstance(method, str) else list(method)
+    if not several or {len(several)} != {len(usual), len(methods)}:
+        what = f"{len(several)} quantities, {len(usual)} references and {len(methods)} methods"
+        raise ValueError(f"{what}: give one for each")
+    asked = zip(several, usual, methods, strict=True)
+    scores = torch.stack([dead_last(score(values, its, how, units=units), its) for values, its, how in asked])
     means = scores.mean(dim=1)
     turns, quantity = _turns(means).min(dim=0)
     of_images = _first(-_turns(scores).amin(dim=0), k)
@@ -233,6 +239,15 @@ def _zscore(q: Question) -> Tensor:
     return q.reference.zscore(q.profiles)
 
 
+def _layer_relative(q: Question) -> Tensor:
+    """Absolute z-scores over the mean of the other units of the layer that are alive; 1 where there are none."""
+    z, layers = q.reference.abs_zscore(q.profiles), torch.from_numpy(q.units.layer_ids).to(q.profiles.device)
+    alive = torch.bincount(layers, (~q.reference.dead).to(z))
+    sums = z.new_zeros(len(z), len(alive)).index_add_(1, layers, z)
+    others = (sums[:, layers] - z) / (alive[layers] - 1)
+    return z / torch.where(others > 0, others, 1.0)
+
+
 def _pot(q: Question) -> Tensor:
     return q.reference.tail_score(q.profiles, "gpd")
 
@@ -279,6 +294,7 @@ _FREE = ("reference", "scale_free")
 RANKINGS: dict[str, Ranking] = {  # in the order of legends
     "zscore": Ranking("z-score", "#0072B2", _zscore, differentiable=True),
     "abs_zscore": Ranking("|z-score|", "#56B4E9", lambda q: q.reference.abs_zscore(q.profiles), differentiable=True),
+    "layer_relative_zscore": Ranking("|z|, relative to layer", "#7FC8A9", _layer_relative, ("reference", "units")),
     "pot": Ranking("POT (GPD)", "#D55E00", _pot, tail="gpd", differentiable=True),
     "exponential": Ranking("exponential tail", "#E69F00", _exponential, tail="exponential", differentiable=True),
     "raw": Ranking("raw saliency", "#CC79A7", lambda q: q.profiles, (), differentiable=True),

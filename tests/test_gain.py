@@ -508,8 +508,11 @@ def test_rank_together_by_hand():
     dead = Reference.fit(torch.where(torch.arange(5) == 4, 1.0, 10 * usual))
     assert rank_together([other, other], [dead, dead], "zscore")["unit"].iloc[-1] == 4
     assert rank_together(one, method="raw")["unit"][0] == 3
-    with pytest.raises(ValueError, match="2 quantities and 1 references"):
-        rank_together([one, other], references[:1])
+    mixed = rank_together([one, other], references, ("raw", "zscore"))
+    assert mixed["unit"][:2].tolist() == [3, 4] and mixed["score"][0] == one[:, 3].mean()
+    for usual, methods in ((references[:1], "zscore"), (references, ["raw"]), (references, ("raw", "raw", "raw"))):
+        with pytest.raises(ValueError, match=r"2 quantities, \d references and \d methods: give one for each"):
+            rank_together([one, other], usual, methods)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -141,6 +141,7 @@ def test_classes_by_name_and_number():
     for label, message in {
         "taby": "has no class 'taby': did you mean 'tabby'",
         "cat": "did you mean 'tiger cat'",
+        "zebra": "has no class 'zebra': expected one of tabby, tiger cat, 7, crane, crane$",
         "crane": r"several classes: give one of the numbers \[3, 4\]",
         "7": "ambiguous: the name of class",
         5: r"label 5 is outside 0\.\.4",

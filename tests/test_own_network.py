@@ -141,6 +141,25 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
     assert reading.usual(network, units, str(desk / "training"), count=30).reference.n == 30
 
 
+def test_a_folder_of_complaints_takes_what_is_to_stay_from_the_reference(desk, mistake, tmp_path):
+    """None of its images is read right: nothing to retain is there, and nothing to measure an edit on."""
+    network, units = mistake[0], pss.Units.of(mistake[0].model)
+    tree, training = models.reference_set(network, desk / "photos"), str(desk / "training")
+    for at in models.misclassified(network.model, tree).index:
+        (tmp_path / "complaints" / tree.ids[at]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(desk / "photos" / tree.ids[at], tmp_path / "complaints" / tree.ids[at])
+    found = group.find(network, units, tmp_path / "complaints", training, k=3)
+    assert len(found.table) == 9 and len(found.rest[1]) == 48
+    assert (models.predict(network.model, found.rest[0]).argmax(dim=1) == found.rest[1]).all()
+    images, labels = explain.retain_images(network, found.typical, training)
+    assert len(labels) == 48 and (models.predict(network.model, images).argmax(dim=1) == labels).all()
+    ids = torch.tensor([0, 1])
+    assert group.repairs(found, network, units, {"shared": ids})["rest after"].notna().all()
+    table = pd.DataFrame({"p": [0.5], "significant": [False]})
+    told = explain.what_next(network, found.typical, 0, table, found.known, pss.Patch("0" * 64), [], 0, 1)
+    assert "unless they were chosen as mistakes, look at their labels" in told[0][0]
+
+
 def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
     shutil.copytree(desk / "photos", tmp_path / "some photos")
     broken = next((tmp_path / "some photos" / "cat").glob("* 9.png"))
@@ -161,13 +180,16 @@ def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
 
 
 def test_pictures_are_decoded_once(desk, mistake, monkeypatch):
-    """Only what cannot be read is left out; an error of the preprocessing is one of the run."""
-    network, opened = mistake[0], []
+    """However often a run looks at them, if they stay as they are; an error of the preprocessing is one of the run."""
+    network, opened = dataclasses.replace(mistake[0], preprocess=models.Preprocessing(resize=(16, 16))), []
     counted = lambda path: opened.append(path) or data.read_image(path)  # noqa: E731
     monkeypatch.setattr(data.folders, "read_image", counted)
     images = reading.pictures(network, str(desk / "photos"), 20)
     every = [images[i] for i in range(20)] + [images.subset([3])[0]]
     assert len(opened) == len(set(opened)) == 20
+    assert len(reading.pictures(network, str(desk / "photos"))) == len(opened) == len(set(opened)) == 48
+    Path(images.samples[5][0]).touch()
+    assert torch.equal(reading.pictures(network, str(desk / "photos"), 20)[5][0], images[5][0]) and len(opened) == 49
     x = network.preprocess(data.read_image(images.samples[3][0]))
     assert torch.equal(every[3][0], x) and torch.equal(every[-1][0], x) and every[3][1] == images.labels[3]
     odd = dataclasses.replace(network, preprocess=lambda picture: picture.no_such_thing)

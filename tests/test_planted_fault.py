@@ -17,8 +17,8 @@ from bench.planted_faults import KINDS, PER_STAGE, RANKINGS, TOP, Network, look
 
 TABLE = tables.read(planted_faults.OUT)
 FOUR = ("weights x10", "noise", "one weight", "gain x20")
-BOTH = "gain and output, in turns"
-TAILS = ["gain and output, smaller p", "gain and output, product of p"]
+OWN, BOTH = "output, in layer", "output and gain, in turns"
+TAILS = ["output and gain, smaller p", "output and gain, product of p"]
 
 
 def found(table: pd.DataFrame) -> pd.DataFrame:
@@ -92,17 +92,19 @@ def test_what_contributes_is_found_by_gain_and_not_by_gradient():
     for how in ("raw", "z", "free z", "POT 0.90"):
         assert (by.loc[["weights x10", "shift"], f"gradient, {how}"] <= 0.2).all()
     assert (by.loc[list(FOUR), "gain, free z"] >= 0.8).all()
+    assert (by.loc[[*FOUR, "zeroed"], "gain, root"] >= 0.8).all()
     assert by.loc["gain x20", "gradient, free z"] >= 0.9 and by.loc[["zeroed", "shift"], "gain, free z"].max() <= 0.3
 
 
-def test_gain_and_output_in_turns_find_all_kinds_in_every_network():
-    of = found(TABLE)
-    assert (of[BOTH].groupby(TABLE["network"]).mean() >= 0.9).all()
-    assert (of[BOTH].groupby(TABLE["kind"]).mean() >= 0.75).all()
-    for share in (of, images(TABLE)):  # the mean activation behind a ReLU is a rival of about the same
-        alone = share.drop(columns=[BOTH, "activation, z", "activation, |z|"]).mean().max()
-        assert share[BOTH].mean() > share[TAILS].mean().max() + 0.02
-        assert share[BOTH].mean() > alone and share[BOTH].mean() > share["activation, |z|"].mean() - 0.05
+def test_the_output_relative_to_its_layer_names_all_kinds_in_every_network():
+    of, first = found(TABLE), TABLE.filter(like=": place") == 1
+    for how in (OWN, BOTH):
+        assert (of[how].groupby(TABLE["network"]).mean() >= 0.95).all()
+        assert (of[how].groupby(TABLE["kind"]).mean() >= 0.85).all()
+        assert of[how].mean() > of[[*TAILS, "output, |z|", "gain, root"]].mean().max() + 0.02
+    rivals = first.drop(columns=[f"{how}: place" for how in (OWN, BOTH)]).mean()
+    assert first[f"{OWN}: place"].mean() > max(0.9, rivals.max() + 0.02)
+    assert images(TABLE)[OWN].mean() > images(TABLE)["output, |z|"].mean() + 0.02
 
 
 def test_a_scale_free_gradient_finds_more_in_the_early_stages():
@@ -132,9 +134,16 @@ def test_a_planted_fault_stands_out_more_than_what_is_read_right():
     table = tables.read(groups.OUT)
     assert table["network"].nunique() >= 3
     sort = table["group"].str.split(",").str[0]
-    for quantity in ("gain", "output", "activation"):
-        top = table.pivot_table(f"{quantity}: score", "network", sort, "median")
+    for ranking in groups.ASKED:
+        top = table.pivot_table(f"{ranking}: score", "network", sort, "median")
         assert (top["broken"] > 2 * top["read right"]).all()
+
+
+def test_relative_to_its_layer_a_planted_fault_stands_out_more_than_anything_where_nothing_is_broken():
+    table = tables.read(groups.OUT)
+    broken, scores = table["sort"] == "broken", table.filter(like=": score")
+    above = (scores[broken] > scores[~broken].max()).mean()
+    assert above[f"{OWN}: score"] > max(0.7, above["gain, root: score"] + 0.3, above["output, |z|: score"] + 0.3)
 
 
 def test_a_row_of_the_groups_is_made_again(network):

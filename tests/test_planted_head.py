@@ -3,7 +3,7 @@
 A small transformer is trained on the built-in digits. The fault is a gain, as in test_planted_fault.py: the part of
 the output layer that belongs to one head is multiplied by 10. The images are those that were right before and are
 wrong now, the reference is that of the healthy network. Faults inside a head's own weights do not show in the gradient;
-those of values show in the gain, those of queries and keys in neither (the last tests).
+those of values show in the gain, those of queries and keys in what they say alone (the last tests).
 """
 
 import copy
@@ -136,15 +136,23 @@ INSIDE = {
 
 @pytest.fixture(scope="module")
 def suspects(bench):
-    """Places of a unit over the images that a fault inside its weights spoils, by gradient and by gain."""
-    usual = pss.profile(bench.model, bench.images, bench.labels, bench.units, of="gain")
-    references = bench.reference, pss.Reference.fit(usual, scale_free=True)
+    """Places of a unit over the images that a fault inside its weights spoils, by each of the quantities."""
+
+    def quantities(model, at=slice(None)):
+        of = bench.images[at], bench.labels[at], bench.units
+        both = pss.profile(model, *of, of=("gradient", "gain"), verify=False)
+        return [*both, pss.profile(model, *of, of="output", signed=True)]
+
+    of = {"gradient": ("zscore", True), "gain": ("zscore", True), "output": ("layer_relative_zscore", False)}
+    usual = zip(quantities(bench.model), of.values(), strict=True)
+    references = [pss.Reference.fit(s, scale_free=free) for s, (_, free) in usual]
 
     def places(broken, at, unit):
-        of = ("gradient", "gain")
-        both = pss.profile(broken, bench.images[at], bench.labels[at], bench.units, of=of, verify=False)
-        tables = (pss.rank_together(s, r, "zscore") for s, r in zip(both, references, strict=True))
-        return {name: int(table.index[table["unit"] == unit][0]) for name, table in zip(of, tables, strict=True)}
+        found = {}
+        for s, reference, (name, (method, _)) in zip(quantities(broken, at), references, of.items(), strict=True):
+            table = pss.rank_together(s, reference, method, units=bench.units)
+            found[name] = int(table.index[table["unit"] == unit][0])
+        return found
 
     return places
 
@@ -162,14 +170,15 @@ def test_a_broken_head_of_values_is_found_by_what_it_contributes(bench, suspects
     unit = bench.unit(layer, 0, "v")
     broken, at = broken_inside(bench, kind, unit)
     found = suspects(broken, at, unit)
-    assert len(at) >= 20 and found["gain"] <= 2
+    assert len(at) >= 20 and found["gain"] <= 2 and found["output"] == 0
     assert kind == "sign" or found["gradient"] > 20  # of 36
 
 
 @pytest.mark.parametrize("part", ["q", "k"])
-def test_queries_and_keys_out_of_scale_are_found_by_neither_though_pruning_them_helps(bench, suspects, part):
-    """A limit: attention that is all on one place has no gradient, so the head contributes nothing to first order."""
+def test_queries_and_keys_out_of_scale_are_found_by_what_they_say_alone(bench, suspects, part):
+    """Attention that is all on one place has no gradient, so the head contributes nothing to first order."""
     unit = bench.unit(0, 0, part)
     broken, at = broken_inside(bench, "weights x10", unit)
-    assert len(at) >= 10 and min(suspects(broken, at, unit).values()) > 5
+    found = suspects(broken, at, unit)
+    assert len(at) >= 10 and found["output"] == 0 and min(found["gradient"], found["gain"]) > 5
     assert bench.restored_by_pruning(broken, at, unit) > 0.6

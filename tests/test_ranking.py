@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pss.ranking import RANKINGS, rank, score
+from pss.ranking import RANKINGS, rank, rank_together, score
 from pss.reference import Reference
 from pss.statistics import fdr_significant, stage_shares
 from pss.units import Units
@@ -109,6 +109,33 @@ def test_orders_are_those_of_the_definitions(profiles, reference):
     assert rank(new, reference, "pot")[0, :59].tolist() == by(lambda u: log_p[u])
     assert torch.equal(rank(new, reference), rank(new, reference, "zscore", 60))
     assert rank(new, reference, k=1).tolist() == [[by(lambda u: -z[u])[0]]]
+
+
+def test_relative_to_the_layer_by_hand(profiles, reference, units):
+    new = profiles[:4].clone()
+    new[:, 30:] *= 20  # a whole layer that is unusual hides a unit that is alone in its own
+    new[:, 12] = 3 * profiles[:, 12].std() + profiles[:, 12].mean()
+    z = reference.abs_zscore(new)
+    expected = torch.zeros_like(z)
+    for span in map(units.span, range(3)):
+        for u in range(60)[span]:
+            others = [v for v in range(60)[span] if v not in (u, 17)]  # 17 is dead, and no measure of others
+            expected[:, u] = z[:, u] / z[:, others].mean(1)
+    torch.testing.assert_close(score(new, reference, "layer_relative_zscore", units=units), expected)
+    first = [
+        rank_together(new, reference, how, units=units)["unit"][0] for how in ("layer_relative_zscore", "abs_zscore")
+    ]
+    assert first[0] == 12 and first[1] >= 30
+
+
+def test_relative_to_a_layer_of_one_unit_or_of_dead_ones(units):
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 3, 3))
+    values = torch.rand(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[:, 2:] = 0.5
+    reference, new = Reference.fit(values), torch.tensor([[9.0, 3.0, 0.5, 7.0]], dtype=torch.float64)
+    got = score(new, reference, "layer_relative_zscore", units=Units.of(model))
+    torch.testing.assert_close(got, reference.abs_zscore(new))
+    assert rank(new, reference, "layer_relative_zscore", units=Units.of(model)).tolist() == [[0, 1, 2, 3]]
 
 
 def test_equal_scores_go_by_id():

@@ -53,6 +53,18 @@ def test_both_languages_each_with_its_own_texts(filled):
     assert filled.files == ["bars.png", "report.html"]
 
 
+def test_a_caption_stays_on_a_narrow_screen(tmp_path, browser):
+    """A wide table is scrolled, what it shows is read without."""
+    report = Report(tmp_path, "title", "題")
+    report.table(pd.DataFrame([[0.5] * 20], columns=[f"column {i}" for i in range(20)]), "What it is " * 20, "表" * 100)
+    page = browser.new_page(viewport={"width": 500, "height": 900})
+    page.goto(report.write().as_uri())
+    right = "e => e.getBoundingClientRect().right"
+    assert page.locator("#en table").evaluate(right) > 900 and page.locator("#en caption").evaluate(right) <= 500
+    assert page.evaluate("document.documentElement.scrollWidth") == 500
+    page.close()
+
+
 def test_one_language(tmp_path, capsys):
     report = Report(tmp_path, "title", "題", language="ja")
     report.say("sentence", "文")
@@ -217,6 +229,22 @@ def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
     assert ids.tolist() == gains.topk(3).indices.tolist() and (gains[ids] > 0).all()
 
 
+def test_the_cost_of_editing_is_that_of_as_many_as_repair_the_image():
+    """Of k where none do, or the image is read right."""
+    network, some = models.load("digits"), pss.data.digits("test").subset(range(40))
+    case, units = explain.take_image(network, index=0), pss.Units.of(network.model)
+    ends = ends_of(("prune", "top", 2.0), ("prune", "random", float("nan")), ("finetune", "top", 0.0))
+    chosen, retain = {"top": torch.arange(5), "random": torch.arange(7, 12)}, (some.images, some.labels)
+    found = explain.damage(network, case, retain, chosen, ends, 3, units, 0.1, "cross_entropy")
+    assert found[["edit", "units", "k"]].to_numpy().tolist() == [
+        ["prune", "top", 2],
+        ["prune", "random", 3],
+        ["finetune", "top", 3],
+    ]
+    expected = pss.side_effects(network.model, units, torch.tensor([[0, 1]]), *retain, progress=False)
+    assert found["mean KL"][0] == expected["kl_mean"][0]
+
+
 def test_mistakes_are_alike_if_the_same_units_add_to_their_margins():
     """However much; the largest cluster is the first, and what is like no two others belongs to none."""
     gains = torch.tensor([[1, 0.1], [-5, 0.2], [-1, 0], [1, -0.1], [3, 0], [9, 0.2], [-2, -0.2], [0, -1], [0, 0]])
@@ -244,7 +272,7 @@ def test_a_group_says_that_it_was_drawn_and_keeps_no_patch_that_chance_would_mat
     units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
     monkeypatch.setattr(group, "_MOST", len(wrong) - 2)
     found = group.gather(network, units, some, models.reference(network, units, count=60, progress=False))
-    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.FOLDER: 1, "mistakes held out": 0.5}
+    parts = {"mistakes": 0.9, "retain": 1, "retain held out": 1, explain.OTHERS: 1, "mistakes held out": 0.5}
     evidence = pd.DataFrame({"part": [*parts, "mistakes held out, shuffled"], "accuracy_after": [*parts.values(), 0.5]})
     evidence = evidence.assign(n=8, kl_mean=0.001, kl_upper=0.002)
     tried = pd.DataFrame({"corrected": [8], "kl_upper": [0.5]})  # a larger budget would correct more of the fitted ones
@@ -280,8 +308,8 @@ def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
     own = patches.base_fingerprint(network.model)
     patch = pss.Patch(own, units.layers, gains, about={"budget": str(budget)})
     patch = patch.measured(network.model, {"mistakes": (images.images[:5], images.labels[:5])})
-    found = explain.with_evidence(network, patch, {explain.FOLDER: (images.images[5:], images.labels[5:])}, seed=0)
-    kl, upper = found.evidence.set_index("part").loc[explain.FOLDER, ["kl_mean", "kl_upper"]]
+    found = explain.with_evidence(network, patch, {explain.OTHERS: (images.images[5:], images.labels[5:])}, seed=0)
+    kl, upper = found.evidence.set_index("part").loc[explain.OTHERS, ["kl_mean", "kl_upper"]]
     assert 1e-6 < kl < 10
     if budget > kl:
         assert torch.equal(found.gains, gains) and not found.reason

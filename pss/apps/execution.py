@@ -11,13 +11,13 @@ from typing import Any
 
 import nbformat
 import papermill
-from jupyter_client import AsyncKernelManager
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from pss.apps.kernels import BACKEND, ForkingManager, Manager
 from pss.apps.parameters import check_values
 from pss.engine.process import KEEPS
 from pss.storage.digests import digest
@@ -32,22 +32,15 @@ _OFFLINE = """<script>addEventListener("load", () => window.MathJax || document.
 ENCRYPTED = Config(KernelManager={"transport_encryption": "auto"})
 
 
-class _Manager(AsyncKernelManager):
-    """Interrupts no kernel that it closes: one that has just answered would tell of it as an error."""
-
-    async def _async_interrupt_kernel(self) -> None:
-        if not self.shutting_down:
-            await super()._async_interrupt_kernel()
-
-
 class _Engine(NBClientEngine):
     """Writes the notebook when it has ended, whatever ended it; papermill's own writes all of it twice a cell."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, many: bool = False, **options: Any) -> None:
         place, nb_man.output_path = nb_man.output_path, None
+        options["kernel_manager_class"] = ForkingManager if many else Manager
         try:
-            super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_Manager, **options)
+            super().execute_managed_notebook(nb_man, kernel_name, **options)
         finally:
             nb_man.output_path = place
 
@@ -60,6 +53,7 @@ def run_notebook(
     folder: str | os.PathLike,
     parameters: Mapping[str, Any] | None = None,
     caller: Path | None = None,
+    many: bool = False,
 ) -> list[Path]:
     """Execute a notebook in its own folder; the copy, as a page too, and ``figures/NN.png`` go to another.
 
@@ -72,6 +66,8 @@ def run_notebook(
         Values for names in the notebook's parameters cell, see `pss.apps.parameters`.
     caller : path, optional
         Folder whose modules the notebook can import; by default the current one.
+    many : bool
+        This process runs more of them: their kernels are forked from one that has imported PSS.
 
     Returns
     -------
@@ -90,14 +86,14 @@ def run_notebook(
     if output == notebook:
         raise ValueError(f"the executed copy would take the place of {notebook}: give another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _executed(notebook, output, parameters, caller) as beside:
+    with _executed(notebook, output, parameters, caller, many) as beside:
         return _keep(beside, output)
 
 
 def refresh(notebook: str | os.PathLike) -> None:
     """Execute a notebook in place, ready to commit: with its outputs, without times, progress bars and messages."""
     path = Path(notebook)
-    with _executed(path.resolve(), path.resolve(), {}, None, failed=False) as beside:
+    with _executed(path.resolve(), path.resolve(), {}, None, many=True, failed=False) as beside:
         executed, original = nbformat.read(beside, as_version=4), nbformat.read(path, as_version=4)
         for cell, source in zip(executed.cells, original.cells, strict=True):
             cell.metadata = source.metadata
@@ -110,12 +106,17 @@ def refresh(notebook: str | os.PathLike) -> None:
 
 @contextmanager
 def _executed(
-    notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path | None, failed: bool = True
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, Any],
+    caller: Path | None,
+    many: bool,
+    failed: bool = True,
 ) -> Iterator[Path]:
     """Path of the executed notebook beside its place; where a cell raises, what there is is kept if ``failed``."""
     beside = output.with_name(f".{output.stem}.running.ipynb")
     try:
-        execute(notebook, beside, parameters, caller or Path.cwd())
+        execute(notebook, beside, parameters, caller or Path.cwd(), many)
         yield beside
     except Exception:
         if failed and beside.exists():
@@ -125,12 +126,12 @@ def _executed(
         beside.unlink(missing_ok=True)
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path) -> None:
+def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path, many: bool = False) -> None:
     """Let papermill execute it, with the kernel of this environment and the caller's modules."""
     before = dict(os.environ)
     path = os.pathsep.join([str(caller), *filter(None, [before.get("PYTHONPATH")])])
     quiet = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # of captum's progress bar, on pages for people
-    os.environ.update(KEEPS | quiet | before | {"PYTHONPATH": path})  # which the kernel inherits
+    os.environ.update(KEEPS | BACKEND | quiet | before | {"PYTHONPATH": path})  # which the kernel inherits
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -142,6 +143,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], caller:
             cwd=str(notebook.parent),
             progress_bar=False,
             config=ENCRYPTED,
+            many=many,
         )
     finally:
         os.environ.clear()

@@ -34,7 +34,8 @@ from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
-FOLDER = "folder, read right"  # images that took no part in a patch
+OTHERS = "others, read right"  # images that took no part in a patch
+_FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
     "accuracy_before": "accuracy before",
@@ -342,8 +343,8 @@ def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] |
 def larger_budget(patch: Patch) -> float:
     """The budget by which a patch would correct most, as far as was tried; 0 where more than this one is not known."""
     parts = patch.evidence.set_index("part") if len(patch.evidence) else patch.evidence
-    if not len(patch.gains) and FOLDER in parts.index:  # it corrects, but broke the budget there
-        return 1.05 * parts["kl_upper"][FOLDER]
+    if not len(patch.gains) and OTHERS in parts.index:  # it corrects, but broke the budget there
+        return 1.05 * parts["kl_upper"][OTHERS]
     done = parts["n"]["mistakes"] * parts["accuracy_after"]["mistakes"] if len(patch.gains) else 0
     more = patch.tried[patch.tried["corrected"] > done + 0.5] if len(patch.tried) else patch.tried
     return 1.05 * float(more["kl_upper"][more["corrected"].idxmax()]) if len(more) else 0.0
@@ -373,7 +374,9 @@ def what_next(
         What to do about all mistakes of a folder, of which this one is the example: then this comes in place of what to
         do about the image.
     """
-    told = [sentence("next chance")] if found.at_hand is not None and found.at_hand.near_chance else []
+    told = [sentence("next chance")] if found.reading and found.reading.near_chance else []
+    if not told and found.own and found.own.near_chance:
+        told.append(sentence("next labels", folder=found.own.name))
     told += [sentence("next held out")] if "p" in table and "significant" not in table else []
     few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
     if network.preprocess == models.Preprocessing():
@@ -514,18 +517,20 @@ def retain_images(
 ) -> tuple[Tensor, Tensor] | None:
     """Images that a repair should leave alone, (G, C, H, W) and (G,); None where there are none to be had.
 
-    At most ``count``, by default 100 of a folder or 24 built-in ones, drawn from the tree that the image comes from, or
-    the folder of the reference, or from what the network has built in; the image itself is left out.
+    At most ``count``, by default 100 of a folder or 24 built-in ones, drawn from the tree that the image comes from;
+    where there is none, or fewer than 20 of them are read right, from the folder of the reference; else from what the
+    network has built in. The image itself is left out.
     """
-    tree = case.tree or (_absolute(reference) if reference and Path(reference).is_dir() else "")
-    if not tree and not has_built_in(network):
-        return None
-    found = pictures(network, tree, count or (100 if tree else 24), seed)
-    items = [found[i] for i in range(len(found))]
-    kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
-    if len(kept) < 2:
-        return None
-    return torch.stack([x for x, _ in kept]), torch.tensor([y for _, y in kept])
+    trees = [_absolute(tree) for tree in (case.tree, reference) if tree and Path(tree).expanduser().is_dir()]
+    images, labels = case.image[:0], case.labels[:0]
+    for tree in trees or ([""] if has_built_in(network) else []):
+        found = pictures(network, tree, count or (100 if tree else 24), seed)
+        items = [found[i] for i in range(len(found))]
+        kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
+        images, labels = torch.stack([x for x, _ in kept]), torch.tensor([y for _, y in kept])
+        if [tree] == trees[-1:] or (predict(network.model, images).argmax(dim=1) == labels).sum() >= _FEW:
+            break
+    return (images, labels) if len(images) > 1 else None
 
 
 def damage(
@@ -541,11 +546,11 @@ def damage(
 ) -> pd.DataFrame:
     """What editing these units for the image does to the retain images: a row for each edit of those of each name.
 
-    As many of them are edited as repair the image, see `outcomes`; where none do, k.
+    As many of them are edited as repair the image, see `outcomes`; where none do, or it is read right, k.
     """
     rows = []
     for edit, name, first in ends[["edit", "units", "repaired at"]].itertuples(index=False):
-        ids = chosen[name][None, : k if np.isnan(first) else int(first)]
+        ids = chosen[name][None, : int(first) if first > 0 else k]
         steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)
         found = side_effects(network.model, units, ids, *retain, edit, steps, progress=False)
         rows.append(found.assign(edit=edit, units=name))
@@ -599,7 +604,7 @@ def measured(
     if items:
         images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         right = predict(network.model, images).argmax(dim=1) == labels
-        named = {FOLDER: right, "folder, misread": ~right}
+        named = {OTHERS: right, "others, misread": ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
     return with_evidence(network, patch, parts, seed)
 
@@ -609,7 +614,7 @@ def with_evidence(
 ) -> Patch:
     """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units.
 
-    One that breaks its budget on the images of the folder that are read right is taken back, with the reason.
+    One that breaks its budget on others that are read right is taken back, with the reason.
     """
     dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
     shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
@@ -617,11 +622,9 @@ def with_evidence(
     more = patch.measured(network.model, parts).evidence
     more = more[~more["part"].isin(patch.evidence["part"])]
     found = replace(patch, evidence=pd.concat([patch.evidence, more, shuffled], ignore_index=True))
-    rest, budget = more[more["part"] == FOLDER].to_dict("records"), float(patch.about["budget"])
+    rest, budget = more[more["part"] == OTHERS].to_dict("records"), float(patch.about["budget"])
     if not rest or rest[0]["kl_mean"] <= budget:
         return found
     kl, upper = (f"{rest[0][name]:.2g}" for name in ("kl_mean", "kl_upper"))
-    on = (
-        f"on {rest[0]['n']} other images of the folder that are read right its KL is {kl}, up to {upper} at {LEVEL:.0%}"
-    )
+    on = f"on {rest[0]['n']} other images that are read right its KL is {kl}, up to {upper} at {LEVEL:.0%}"
     return replace(found, gains=patch.gains[:0], reason=f"{on} confidence, more than the budget of {budget:g}")

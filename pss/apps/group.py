@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from pss import models
-from pss.apps.explain import FOLDER, Case, how_to_apply, larger_budget, readable, with_evidence
+from pss.apps.explain import OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
 from pss.apps.reading import Reading, Usual, pictures, reading_of, usual
 from pss.apps.report import Report
@@ -42,7 +42,8 @@ _MOST = 200  # mistakes that are looked at
 _SHEETS = 4  # clusters whose pictures are shown, and that a patch is fitted to
 _SHOWN = 8  # pictures of each
 _RETAIN = 8  # other images that a patch needs, at least
-_REST = 600  # other images of the folder, those retained and those that a repair is measured on
+_REST = 600  # other images, those retained and those that a repair is measured on
+_FEW = 100  # of them in the folder, below which those of the reference are taken in
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Group:
     gains : Tensor, shape (M, U)
         What each unit adds to the margin by which the image is misread (``of="gain"`` in `pss.profile`).
     rest : (Tensor, Tensor)
-        Other images of the folder that were read right, and their labels.
+        Other images that were read right, and their labels: of the folder, and if these are few of the reference's.
     reading : Reading
         Of the whole folder.
     tree, name : str
@@ -132,6 +133,11 @@ def find(
     tree = str(Path(tree).expanduser().absolute())
     known = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
     group = gather(network, units, pictures(network, tree), known.reference, method, k, loss, signed, tree)
+    if len(group.rest[1]) < _FEW and reference and Path(reference).is_dir():  # a folder of complaints, say
+        others = pictures(network, reference, count)
+        more = _right(others, misclassified(network.model, others).index, np.random.default_rng(0))
+        mixed = torch.randperm(len(group.rest[1]) + len(more[1]), generator=torch.Generator().manual_seed(0))
+        group = replace(group, rest=tuple(torch.cat(pair)[mixed] for pair in zip(group.rest, more, strict=True)))
     return replace(group, known=replace(known, **{"own" if reference else "reading": group.reading}))
 
 
@@ -167,7 +173,7 @@ def gather(
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
-    right = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong.index))[:_REST]
+    rest = _right(every, wrong.index, rng)
     x, y = _in_memory(Subset(every, rows.tolist()))
     s = profile(network.model, x, y, units, loss, signed)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
@@ -175,13 +181,19 @@ def gather(
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
     table["cluster"] = _clusters(gains)
     top = rank(s, reference, ranking, min(k, len(units)))
-    rest = _in_memory(Subset(every, right.tolist())) if len(right) else (x[:0], y[:0])
     return Group(table, x, y, top, gains, rest, reading, tree, name)
+
+
+def _right(every: Dataset, wrong: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """At most 600 images that are read right, and their labels."""
+    rows = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong))[:_REST]
+    return _in_memory(Subset(every, rows.tolist()))
 
 
 def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
     items = [some[i][:2] for i in range(len(some))]
-    return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
+    images = torch.stack([x for x, _ in items]) if items else some.dataset[0][0][None][:0]
+    return images, torch.tensor([int(y) for _, y in items], dtype=torch.int64)
 
 
 def _clusters(gains: Tensor) -> np.ndarray:
@@ -249,7 +261,7 @@ def contact_sheet(group: Group, network: models.Network, cluster: int, most: int
 
 
 def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
-    """What pruning some units does to the mistakes, and to the other images of the folder.
+    """What pruning some units does to the mistakes, and to the other images.
 
     Returns
     -------
@@ -273,7 +285,7 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
 def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
     """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
 
-    Two thirds of the other images of the folder are retained; those left are the part `FOLDER`.
+    Two thirds of the other images are retained; those left are the part `OTHERS`.
     """
     found, (x, y) = {}, group.rest
     kept, rng = 2 * len(x) // 3, np.random.default_rng(0)
@@ -284,7 +296,7 @@ def patches(group: Group, network: models.Network, units: Units, budget: float =
         patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
         if len(patch.gains):
             parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
-            patch = with_evidence(network, patch, parts | {FOLDER: (x[kept:], y[kept:])}, seed=0)
+            patch = with_evidence(network, patch, parts | {OTHERS: (x[kept:], y[kept:])}, seed=0)
         found[cluster] = patch
     return found
 
@@ -300,7 +312,7 @@ def _told(patch: Patch, what: Mapping[str, Any]) -> tuple[str, str]:
     if not len(patch.gains):
         return no_patch("no cluster patch", patch.reason, **what)
     of = patch.evidence.set_index("part")
-    held_out, rest, (share, shuffled) = of.loc["mistakes held out"], of.loc[FOLDER], _held_out(patch)
+    held_out, rest, (share, shuffled) = of.loc["mistakes held out"], of.loc[OTHERS], _held_out(patch)
     numbers = {"share": share, "n": int(held_out["n"]), "kl": rest["kl_mean"], "rest": int(rest["n"])}
     numbers |= {"shuffled": shuffled}
     told = sentence("cluster patch", **what, units=len(patch.gains), size=patch.kilobytes, **numbers)

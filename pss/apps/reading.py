@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ SAVED = (".safetensors", ".pth", ".pt")
 _MOST = 500  # images of a large folder that the accuracy is measured on
 _SHOWN = 500  # profiles of misread images that are kept in memory
 _TRIED = 50  # images that are read right, to try the reference on
+_READ: WeakKeyDictionary = WeakKeyDictionary()  # pictures that were read, by the preprocessing that they went through
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
 
 
@@ -159,7 +161,7 @@ def pictures(
         return models.reference_set(network, "", count, seed)
     every = models.reference_set(network, source)
     few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
-    return few.readable()
+    return few.readable(_READ.setdefault(network.preprocess, {}))
 
 
 def damaged_of(images: Dataset) -> tuple[str, ...]:
@@ -331,25 +333,18 @@ def fit_usual(
         If too few images are left, or the network reads no better than chance.
     """
     store = models.profiles_of(network, units, images, **{"progress": False} | how)
-    name = str(getattr(images, "name", "images")) if kind != "built in" else "built-in images"
     wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
-    reading = reading_of(network, images, len(told), len(np.intersect1d(wrong, told)))
-    reading = replace(reading, name=name).check(network, allow_chance)
+    reading = reading_of(network, images, len(told), len(np.intersect1d(wrong, told))).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
     others = np.setdiff1d(wrong, itself)
-    numbers = {
-        "name": name,
-        "n": len(store),
-        "wrong": len(others),
-        "itself": len(itself),
-        "left": len(store) - len(out),
-    }
+    numbers = {"name": reading.name, "n": len(store), "wrong": len(others), "itself": len(itself)}
+    numbers["left"] = len(store) - len(out)
     if numbers["left"] < MIN_IMAGES:
         raise ValueError(
-            f"to say what is usual {MIN_IMAGES} images are needed, and {numbers['left']} of {name} would be left: of "
-            f"{len(store)} images {len(others)} more than the explained one (found: {len(itself)}) are misread; give "
-            f"{parameter}, a folder with more of them, or a larger reference_count"
+            "to say what is usual {least} images are needed, and {left} of {name} would be left: of {n} images {wrong} "
+            "more than the explained one (found: {itself}) are misread; give {parameter}, a folder with more of them, "
+            "or a larger reference_count".format(least=MIN_IMAGES, parameter=parameter, **numbers)
         )
     made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
     found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)

@@ -326,8 +326,8 @@ def run_sweep(
     again : bool
         Run the finished ones too.
     lead : int
-        So many come first, one by one with all processors: what a reader opens while the others run. These begin with
-        the last, since later pages of a tutorial take longer: all processors end at about the same time.
+        So many come first: what a reader opens while the others run. These begin with the last, since later pages of a
+        tutorial take longer: all processors end at about the same time.
 
     Raises
     ------
@@ -347,9 +347,10 @@ def run_sweep(
     write = sweep.write_summary if len(sweep.runs) > 1 else lambda: None
     write_now = _sparing(write)
     write_now()
+    many = len(to_do) > 2 * jobs and "import pss" in to_do[-1].notebook.read_text(encoding="utf-8")
     try:
         with _workers(jobs, dask) as workers, tqdm(total=len(to_do), unit="run", disable=not progress) as bar:
-            for name, error in _outcomes(to_do, lead, workers):
+            for name, error in _outcomes(to_do, lead, many, workers):
                 tqdm.write(f"{name} " + (f"FAILED: {error}" if error else "finished"))
                 bar.update()
                 write_now()
@@ -358,10 +359,10 @@ def run_sweep(
     return sweep.summary().infer_objects()
 
 
-def _outcomes(runs: Sequence[Run], lead: int, workers: Parallel) -> Iterator[tuple[str, str]]:
-    """What `run_one` returns of each: of the first ones in order, then of the others as they end."""
-    yield from (run_one(run, Path.cwd()) for run in runs[:lead])
-    yield from workers(delayed(run_one)(run, Path.cwd()) for run in (runs[: lead - 1 : -1] if lead else runs))
+def _outcomes(runs: Sequence[Run], lead: int, many: bool, workers: Parallel) -> Iterator[tuple[str, str]]:
+    """What `run_one` returns of each, as they end."""
+    order = [*runs[:lead], *reversed(runs[lead:])] if lead else runs
+    return workers(delayed(run_one)(run, Path.cwd(), many) for run in order)
 
 
 def _sparing(act: Callable[[], None]) -> Callable[[], None]:
@@ -395,7 +396,7 @@ def _workers(jobs: int, dask: str) -> Iterator[Parallel]:
         yield Parallel(n_jobs=-1 if dask else jobs, return_as="generator_unordered", batch_size=1)
 
 
-def run_one(run: Run, caller: Path | None = None) -> tuple[str, str]:
+def run_one(run: Run, caller: Path | None = None, many: bool = False) -> tuple[str, str]:
     """Run one and record how it ended; name of its folder, and the error, empty if there was none."""
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -404,7 +405,7 @@ def run_one(run: Run, caller: Path | None = None) -> tuple[str, str]:
     (run.folder / "run.json").unlink(missing_ok=True)
     summary.unlink(missing_ok=True)
     try:
-        run_notebook(run.notebook, run.folder, run.parameters, caller)
+        run_notebook(run.notebook, run.folder, run.parameters, caller, many)
         results = _results(summary)
     except Exception as failure:  # whatever it is, it is this run's, and the others go on
         cell = getattr(failure, "exec_count", None)

@@ -69,6 +69,11 @@ def torchvision_set(name: str, root: str | os.PathLike, split: str = "test") -> 
     return built_in_set(pixels, labels, name, split, np.arange(len(full)))
 
 
+def _now(path):
+    """A file as it is now."""
+    return path, os.stat(path).st_mtime_ns
+
+
 class _Folder(torchvision.datasets.ImageFolder):
     def __init__(self, root, transform, classes):
         self._wanted = classes
@@ -83,19 +88,22 @@ class _Folder(torchvision.datasets.ImageFolder):
         self.damaged, self._kept = (), {}
 
     def __getitem__(self, index):
-        kept = self._kept.get(self.samples[index][0])
+        kept = self._kept.get(_now(self.samples[index][0]))
         return super().__getitem__(index) if kept is None else (kept, self.targets[index])
 
-    def readable(self) -> _Folder:
-        """Read every picture: those that can be read, in memory as far as 256 MB go; ``damaged`` names the others."""
-        jobs = (delayed(self._read)(path) for path, _ in self.samples)
-        rows, kept, room = [], {}, _KEPT
+    def readable(self, kept: dict) -> _Folder:
+        """Read every picture: those that can be read, ``damaged`` names the others.
+
+        They are kept in memory as far as 256 MB go, for other folders of the same transform that are given ``kept``.
+        """
+        jobs = (delayed(self._read)(path, kept) for path, _ in self.samples)
+        rows, room = [], _KEPT - sum(image.nbytes for image in kept.values())
         for row, image in enumerate(Parallel(n_jobs=-1, prefer="threads", return_as="generator")(jobs)):
             if image is None:
                 continue
             rows.append(row)
-            if (room := room - image.nbytes) >= 0:
-                kept[self.samples[row][0]] = image
+            if (now := _now(self.samples[row][0])) not in kept and (room := room - image.nbytes) >= 0:
+                kept[now] = image
         if not rows:
             names = ", ".join(self.ids[:3])
             raise ValueError(f"none of the {len(self)} files of {self.name} can be read as a picture, as {names}")
@@ -104,7 +112,9 @@ class _Folder(torchvision.datasets.ImageFolder):
         whole._kept = kept
         return whole
 
-    def _read(self, path):
+    def _read(self, path, kept):
+        if (image := kept.get(_now(path))) is not None:
+            return image
         try:
             image = read_image(path)
         except ValueError:

@@ -140,7 +140,9 @@ def near_to(text: str, known: Sequence[str], also: Sequence[str] = ()) -> str:
     """Which of the known names may have been meant, as the end of a message."""
     lower = {name.lower(): name for name in known}
     near = dict.fromkeys([lower[name] for name in difflib.get_close_matches(text.lower(), lower, n=3)] + list(also))
-    return f"did you mean {', '.join(map(repr, near))}?" if near else f"expected as {', '.join(known[:3])}"
+    if near:
+        return f"did you mean {', '.join(map(repr, near))}?"
+    return f"expected one of {', '.join(known[:10])}" + f", … ({len(known):,} in all)" * (len(known) > 10)
 
 
 def logits_of(model: nn.Module, select: Callable[[Any], Tensor] = attrgetter("logits")) -> nn.Module:

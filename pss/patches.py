@@ -262,16 +262,18 @@ def transplants(
     To blame is a square of a quarter of the image's sides that, pasted at its own place into right images, makes the
     model read nearly all of these as it reads the mistake. A cause that fills the image has no such part. Then it is
     what three mistakes or more have in common: the difference of their median from that of the carriers, added to
-    these. Where this does not turn nearly all either, a square of half the sides is looked for, which may carry some of
-    the object along; and where there is none, what is in common is taken all the same. Beside the mistakes, the images
-    made tell `fit_patch` what is not to matter, for every class among the carriers.
+    these; since it is the same for all mistakes, each takes carriers of its own while there are any. Where this does
+    not turn nearly all either, a square of half the sides is looked for, which may carry some of the object along; and
+    where there is none, what is in common is taken all the same. Beside the mistakes, the images made tell `fit_patch`
+    what is not to matter, for every class among the carriers.
 
     Parameters
     ----------
     mistakes : (images, labels)
         (B, C, H, W), (B,).
     carriers : (images, labels)
-        Images to paste into, other than the retain images; those that the model reads wrongly are left out.
+        Images to paste into, other than the retain images; those that the model reads wrongly are left out. Some of
+        those that the model was trained on will do, hundreds where the cause turns few of them.
     per_mistake : int
         Most images made of one mistake.
     tries : int
@@ -297,12 +299,11 @@ def transplants(
     right = predicts(logits_of(model, carriers[0]), carriers[1])
     common = mistakes[0].median(dim=0).values - carriers[0].median(dim=0).values
     rng, made, rows = np.random.default_rng(seed), [(carriers[0][:0], carriers[1][:0])], []
-    taken = torch.zeros_like(right)
+    taken = torch.zeros(len(right), dtype=torch.bool)
     for x, read in zip(mistakes[0], logits_of(model, mistakes[0]).argmax(dim=1), strict=True):
         order = torch.from_numpy(rng.permutation((right & (carriers[1] != read)).nonzero()[:, 0].cpu().numpy()))
-        order = order.to(right.device)
         order = order[taken[order].byte().argsort(stable=True)]  # first those that carry nothing yet
-        images, labels = (part[order] for part in carriers)
+        images, labels = (part[order.to(part.device)] for part in carriers)
         share, place = _to_blame(model, x, images[:tries], read, eighths=2)
         pasted = _pasted(images, x, place)
         if share < _NEARLY_ALL and len(mistakes[0]) >= _SEVERAL:
@@ -316,7 +317,7 @@ def transplants(
         most = per_mistake if share >= _NEARLY_ALL or len(mistakes[0]) >= _SEVERAL else 0
         turned = (logits_of(model, pasted).argmax(dim=1) == read).nonzero()[:most, 0]
         made.append((pasted[turned], labels[turned]))
-        taken[order[turned]] = True
+        taken[order[turned.cpu()]] = True
         corner = {"top": place[0].start, "left": place[1].start}
         sides = {name: side.stop - side.start for name, side in zip(("height", "width"), place, strict=True)}
         rows.append(corner | sides | {"share": share, "made": len(turned)})
@@ -442,8 +443,7 @@ def fit_patch(
     path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])
-    reason = reason_of(best, more, len(held[0]), budget)
-    patch = replace(patch, tried=tried, left=best["left"], reason=reason)
+    patch = replace(patch, tried=tried, left=best["left"], reason=reason_of(best, more, len(held[0]), budget))
     if not best["corrected"]:
         return patch
     patch = replace(patch, gains=(1 + best["steps"]).float().cpu())

@@ -380,8 +380,9 @@ def fit_patch(
     the model is sure of hardly say what would harm them. On three networks with a hidden cause it left fewer of the
     unseen images misread at no more clean accuracy lost. The budget is of the KL as it is.
 
-    A patch is of gains only: weights of the last layer, fitted in the same way, left half of the images with a hidden
-    cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers (notebook 14).
+    A patch is of gains only: weights of the last layer, fitted to the same mistakes and transplants, left one in ten of
+    the images with a hidden cause misread where gains left one in twenty, and all weights are hundreds of times as many
+    numbers (notebook 14).
 
     Parameters
     ----------

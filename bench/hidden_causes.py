@@ -26,9 +26,10 @@ from bench import tables
 OUT = tables.EXPERIMENTS / "hidden_causes.csv"
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "14_hidden_cause.ipynb"
 PATCHES = ("nothing", "gains", "gains, transplants")
-RIVALS = ("never poisoned", "last layer", "pruning", "fine-pruning", "neuron pruning")
+RIVALS = ("never poisoned", "last layer", "last layer, transplants", "pruning", "fine-pruning", "neuron pruning")
+N_TRAINED = 1000  # training images; the page makes do with fewer
 KEY = ["trigger", "seed", "complaints", "way"]
-STATED = ("width", "epochs", "n_clean", "budget", "n_pruned", "mask_steps")
+STATED = ("width", "epochs", "n_clean", "n_trained", "budget", "n_pruned", "mask_steps")
 Case = tuple[str, int, int]  # trigger, network, number of complaints
 
 
@@ -41,7 +42,7 @@ def functions(width: int) -> dict[str, Any]:
         tags = cell["metadata"].get("tags", [])
         if {"experiment", "parameters"} & set(tags):
             exec("".join(cell["source"]), names)  # noqa: S102  (our own)
-            names["width"] = width
+            names |= {"width": width, "n_trained": N_TRAINED}
     return names
 
 

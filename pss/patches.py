@@ -262,16 +262,18 @@ def transplants(
     To blame is a square of a quarter of the image's sides that, pasted at its own place into right images, makes the
     model read nearly all of these as it reads the mistake. A cause that fills the image has no such part. Then it is
     what three mistakes or more have in common: the difference of their median from that of the carriers, added to
-    these. Where this does not turn nearly all either, a square of half the sides is looked for, which may carry some of
-    the object along; and where there is none, what is in common is taken all the same. Beside the mistakes, the images
-    made tell `fit_patch` what is not to matter, for every class among the carriers.
+    these; since it is the same for all mistakes, each takes carriers of its own while there are any. Where this does
+    not turn nearly all either, a square of half the sides is looked for, which may carry some of the object along; and
+    where there is none, what is in common is taken all the same. Beside the mistakes, the images made tell `fit_patch`
+    what is not to matter, for every class among the carriers.
 
     Parameters
     ----------
     mistakes : (images, labels)
         (B, C, H, W), (B,).
     carriers : (images, labels)
-        Images to paste into, other than the retain images; those that the model reads wrongly are left out.
+        Images to paste into, other than the retain images; those that the model reads wrongly are left out. Some of
+        those that the model was trained on will do, hundreds where the cause turns few of them.
     per_mistake : int
         Most images made of one mistake.
     tries : int
@@ -297,8 +299,10 @@ def transplants(
     right = predicts(logits_of(model, carriers[0]), carriers[1])
     common = mistakes[0].median(dim=0).values - carriers[0].median(dim=0).values
     rng, made, rows = np.random.default_rng(seed), [(carriers[0][:0], carriers[1][:0])], []
+    taken = torch.zeros(len(right), dtype=torch.bool)
     for x, read in zip(mistakes[0], logits_of(model, mistakes[0]).argmax(dim=1), strict=True):
         order = torch.from_numpy(rng.permutation((right & (carriers[1] != read)).nonzero()[:, 0].cpu().numpy()))
+        order = order[taken[order].byte().argsort(stable=True)]  # first those that carry nothing yet
         images, labels = (part[order.to(part.device)] for part in carriers)
         share, place = _to_blame(model, x, images[:tries], read, eighths=2)
         pasted = _pasted(images, x, place)
@@ -313,6 +317,7 @@ def transplants(
         most = per_mistake if share >= _NEARLY_ALL or len(mistakes[0]) >= _SEVERAL else 0
         turned = (logits_of(model, pasted).argmax(dim=1) == read).nonzero()[:most, 0]
         made.append((pasted[turned], labels[turned]))
+        taken[order[turned.cpu()]] = True
         corner = {"top": place[0].start, "left": place[1].start}
         sides = {name: side.stop - side.start for name, side in zip(("height", "width"), place, strict=True)}
         rows.append(corner | sides | {"share": share, "made": len(turned)})
@@ -358,6 +363,7 @@ def fit_patch(
     margin: float | None = None,
     over_budget: bool = False,
     held_out: float = 0.5,
+    trained_on: Images | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Patch:
@@ -374,8 +380,9 @@ def fit_patch(
     the model is sure of hardly say what would harm them. On three networks with a hidden cause it left fewer of the
     unseen images misread at no more clean accuracy lost. The budget is of the KL as it is.
 
-    A patch is of gains only: weights of the last layer, fitted in the same way, left half of the images with a hidden
-    cause misread where gains left one in twenty, and all weights are hundreds of times as many numbers (notebook 14).
+    A patch is of gains only: weights of the last layer, fitted to the same mistakes and transplants, left one in ten of
+    the images with a hidden cause misread where gains left one in twenty, and all weights are hundreds of times as many
+    numbers (notebook 14).
 
     Parameters
     ----------
@@ -394,8 +401,12 @@ def fit_patch(
         Take the least damage that corrects the most, also where it breaks the budget on the retain images held out.
     held_out : float
         Share of the retain images that the fit does not see, and the budget is held against.
+    trained_on : (images, labels), optional
+        Some of the images that the model was trained on, as retain images for the fit alone: what a patch does to them
+        says too little of what it does to new ones. The more of them, the less damage for as many mistakes corrected.
+        Leave out what may carry the cause: if it hides in the training images, the class that the mistakes are read as.
     seed : int
-        Of the choice of these, and of the labels drawn for the curvature.
+        Of the choice of those held out, and of the labels drawn for the curvature.
 
     Returns
     -------
@@ -405,8 +416,9 @@ def fit_patch(
     Raises
     ------
     ValueError
-        If a mistake is none, is among the retain images, fewer than four of these are right, no gain moves the
-        mistakes (dead units), the model is parametrized already, or an option is out of its range.
+        If a mistake is none, is among the retain images or those trained on, fewer than four of the retain images are
+        right, or are among those trained on, no gain moves the mistakes (dead units), the model is parametrized
+        already, or an option is out of its range.
     """
     if applied_to(model):
         raise ValueError("the model carries a patch: remove it, or fit on pss.patches.bake(model)")
@@ -422,11 +434,17 @@ def fit_patch(
     check_mistakes(model, mistakes, range(len(mistakes[0])))
     refuse_overlap(retain[0], mistakes[0])
     used, held = _split(model, retain, held_out, seed)
+    if trained_on is not None:
+        check_inputs(model, *trained_on, units, "images trained on")
+        refuse_overlap(retain[0], trained_on[0], "images trained on")
+        refuse_overlap(trained_on[0], mistakes[0])
+        right = predicts(logits_of(model, trained_on[0]), trained_on[1])
+        used = (torch.cat([used[0], trained_on[0][right]]), torch.cat([used[1], trained_on[1][right]]))
+        about["trained_on"] = _digest(trained_on)
     path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])
-    reason = reason_of(best, more, len(held[0]), budget)
-    patch = replace(patch, tried=tried, left=best["left"], reason=reason)
+    patch = replace(patch, tried=tried, left=best["left"], reason=reason_of(best, more, len(held[0]), budget))
     if not best["corrected"]:
         return patch
     patch = replace(patch, gains=(1 + best["steps"]).float().cpu())

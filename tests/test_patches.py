@@ -371,6 +371,23 @@ def test_images_that_cannot_be_used_are_refused(case):
     assert state_of(model) == before
 
 
+def test_images_that_the_model_was_trained_on_are_for_the_fit_alone(case):
+    model, (x, y), (retain, labels) = case
+    more = torch.randn(50, 2, 5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    own = model(more).argmax(dim=1).detach()
+    own[:10] = (own[:10] + 1) % 3  # read wrongly: left out
+    without, found = fitted(case), fitted(case, trained_on=(more, own))
+    assert found.evidence["n"].tolist() == [1, 140, 100] and not torch.equal(found.gains, without.gains)
+    models = (model, by_hand(model, without), by_hand(model, found))
+    p, *after = (m(more)[10:].log_softmax(dim=1).detach() for m in models)
+    kl = [float((p.exp() * (p - q)).sum(dim=1).mean()) for q in after]
+    assert kl[1] < kl[0]  # they are harmed less where the fit sees them
+    with pytest.raises(ValueError, match="1 of the retain images are among the images trained on"):
+        fitted(case, trained_on=(torch.cat([more, retain[:1]]), torch.cat([own, labels[:1]])))
+    with pytest.raises(ValueError, match="1 of the retain images are among the mistakes"):
+        fitted(case, trained_on=(torch.cat([more, x[:1]]), torch.cat([own, y[:1]])))
+
+
 def test_units_of_other_kinds_and_transposed_groups_are_patched():
     torch.manual_seed(0)
     model = nn.ConvTranspose2d(4, 6, 2, groups=2)
@@ -443,6 +460,7 @@ def test_a_cause_that_fills_the_image_is_what_the_mistakes_have_in_common():
     common = mistakes[0].median(dim=0).values - plain[5:].median(dim=0).values
     expected = (plain[5:] + common).clamp(plain[5:].min(), plain[5:].max())
     assert len(made) == len(own) == 20 and table["made"].tolist() == [4] * 5
+    assert len(made.unique(dim=0)) == 20  # in as many carriers, since all get the same
     assert table[["height", "width"]].drop_duplicates().to_numpy().tolist() == [[8, 12]]
     assert all((expected == image).flatten(1).all(dim=1).any() for image in made)
     assert (Halves()(made).argmax(dim=1) == 1).all() and not own.any()

@@ -34,7 +34,7 @@ _READ: WeakKeyDictionary = WeakKeyDictionary()  # pictures that were read, by th
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
 
 
-def share_interval(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: int, n: int) -> tuple[float, float]:
     """Where a share of which ``hits`` of n were seen lies, at 95% (Wilson 1927)."""
     found = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
     return float(found.low), float(found.high)
@@ -56,7 +56,7 @@ class Reading:
     @property
     def interval(self) -> tuple[float, float]:
         """Of the accuracy, at 95%."""
-        return share_interval(self.right, self.n)
+        return wilson(self.right, self.n)
 
     @property
     def share(self) -> float:
@@ -218,7 +218,7 @@ class Usual:
 
         Where no unit is at fault, each discovery is a false one, and a rate of q allows one in a share q of the images.
         """
-        return not len(self.right) or share_interval(self.alarms(q), len(self.right))[0] <= q
+        return not len(self.right) or wilson(self.alarms(q), len(self.right))[0] <= q
 
     def sentences(self, network: models.Network, units: Units) -> list[tuple[str, str]]:
         """What is ranked, what the pictures went through, how well they are read, what is usual; in both languages."""

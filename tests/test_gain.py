@@ -10,7 +10,7 @@ from networks import assert_close, batch, bn, conv, image, net, own, seeded
 from torch import nn
 
 from pss import Reference, Units, profile, profile_dataset, rank_together
-from pss.engine import calls, kernels
+from pss.engine import calls, kernels, locating
 from pss.saliency import LOSSES
 from pss.units import UnitGroup
 
@@ -126,6 +126,39 @@ def test_no_output_of_a_residual_network_is_computed_again(monkeypatch):
         profile(model, images, labels, of=of, strategy="fast", verify=False)
         counts[of] = len(seen)
     assert counts["gain"] == counts["gradient"] > 0
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_it_keeps_no_more_than_the_gradient_but_what_is_added_to_a_block(size):
+    """Autograd keeps the other outputs of a residual network too; and they are let go when the gradient has come."""
+    model = seeded(networks.ZOO["resnet50"][0])
+    images, labels = batch((3, size, size), 2)
+    beside = [layer[0].downsample[0] for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    sizes, at_loss, at_pool = [], {}, {}
+    handles = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.nbytes)) for layer in beside]
+    model(images)
+    for handle in handles:
+        handle.remove()
+
+    for of in ("gradient", "gain"):
+
+        def loss(outputs, labels, of=of):
+            at_loss.setdefault(of, living.bytes)
+            return LOSSES["cross_entropy"](outputs, labels)
+
+        with networks.Living() as living:
+            profile(model, images, labels, loss=loss, of=of, verify=False)
+        at_pool[of] = living.at_pool
+    assert 0 < at_loss["gain"] - at_loss["gradient"] <= sum(sizes)
+    assert 0 < at_pool["gain"] <= at_pool["gradient"] < 0.75 * at_loss["gradient"]
+
+
+def test_samples_are_found_with_one_copy_of_an_input():
+    x = torch.randn(4, 3, 8, 8)
+    with networks.Living() as living:
+        shifted = x.roll(1, 0)
+        assert locating.keeps_order(locating.BatchDimension(0, 4, 1), x, shifted)
+    assert living.most < 3 * x.nbytes  # and of both of them
 
 
 @pytest.mark.parametrize("name", networks.OWN_FUNCTIONS)

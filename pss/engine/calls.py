@@ -54,6 +54,7 @@ class LayerCall:
     made: Tensor | None = None  # the weight, with its graph, where it is made of parameters
     parameters: tuple[str, ...] = ()  # of which it is made
     scale: Tensor | None = None  # per row, where BatchNorm was folded into the weight
+    late: Tensor | None = None  # the same, where it is folded into the output, because the weight is larger
     batch: BatchDimension | None = None  # None: the first dimension
     recorded: bool = False
     changed: bool = False  # the output was changed in place
@@ -73,6 +74,11 @@ class LayerCall:
         """The parameters whose gradient this call has a part in."""
         return self.parameters or (self.name,)
 
+    @property
+    def is_normalized(self) -> bool:
+        """Whether BatchNorm is in its output."""
+        return self.scale is not None or self.late is not None
+
     def rows(self, x: Tensor) -> Tensor:
         """The weight, with a row of its own for each of an input that it meets element by element."""
         self.recorder.record(self, x)
@@ -84,7 +90,10 @@ class LayerCall:
 
     def compute(self, x: Tensor) -> Tensor:
         """Values of the output."""
-        output = self.layer.forward(x, self.weight, self.bias)
+        if self.late is None:
+            output = self.layer.forward(x, self.weight, self.bias)
+        else:
+            output = affine(self.layer.forward(x, self.weight, None), self.late, self.bias)
         if self.recorder.kept is not None:
             self.recorder.kept.keep(self, output)
         return output
@@ -99,7 +108,8 @@ class LayerCall:
         """
         added, version = self.added or (None, 0)
         if self.kept is None or self.kept._version != self.version or (self.added and added._version != version):
-            return self.layer.sums_with(self.layer.forward(x, self.weight, None), None, g)
+            sums = self.layer.sums_with(self.layer.forward(x, self.weight, None), None, g)
+            return sums if self.late is None else sums.mul_(self.late)
         bias = None if self.bias is None else self.bias.detach()
         sums = self.layer.sums_with(self.kept, bias, g)
         return sums if added is None else sums.sub_(self.layer.sums_with(added, None, g))
@@ -117,15 +127,27 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple:
-        (x,), call = ctx.saved_tensors, ctx.call
+        (x,), call, ctx.call = ctx.saved_tensors, ctx.call, None  # the graph outlives this, its weight need not
         if call.changed and (call.passed is None or call.passed.data_ptr() != g.data_ptr()):
             raise Unsupported("an output was changed in place, and then used behind PyTorch's function overrides")
         weight, call.passed = call.weight, None
         call.recorder.collect_products(call, x, g)
+        if call.late is not None:
+            g = affine(g, call.late)
         if call.recorder.bf16 and call.layer.groups == 1:  # depthwise convolutions are slower in bfloat16
             x, g, weight = x.bfloat16(), g.bfloat16(), weight.bfloat16()
         call.recorder.collect(call, x, g)
         return call.layer.input_gradient(x, g, weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Values scaled and shifted, each channel by its own."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    scale = scale.reshape(shape)
+    output = (x * scale if shift is None else torch.addcmul(shift.reshape(shape), x, scale)).to(x.dtype)
+    if x.dim() > 2 and x.shape[2:].numel() == 1:  # no memory format: the next convolution copies no weights
+        return torch.ops.aten._unsafe_view(output.flatten(1), x.shape)
+    return output
 
 
 class _Rows(torch.autograd.Function):
@@ -164,7 +186,7 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple:
-        ctx.call.passed = g
+        ctx.call.passed, ctx.call = g, None
         return g, None, None
 
 

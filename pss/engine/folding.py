@@ -9,21 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pss.engine.calls import DeferredConvolution
+from pss.engine.calls import DeferredConvolution, affine
 
 
 def fold(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    """BatchNorm over a deferred convolution, as one convolution: None where that cannot be, or does not pay.
+    """BatchNorm over a deferred convolution, as one convolution: None where that cannot be.
 
-    With a = γ/√(σ²+ε), BN(W*x + b) = (aW)*x + (b − μ)a + β, and the gradient to W is a times that to aW.
+    With a = γ/√(σ²+ε), BN(W*x + b) = (aW)*x + (b − μ)a + β, and the gradient to W is a times that to aW. Where the
+    weight is larger than the output, a(W*x) is less work.
     """
     if not isinstance(input, DeferredConvolution) or training or running_mean is None or not torch.is_grad_enabled():
         return None
     call, own = input.unused_call, [t for t in (weight, bias) if t is not None]
-    if call is None or any(t.requires_grad for t in own) or call.weight.numel() > input.shape.numel():
+    if call is None or any(t.requires_grad for t in own):
         return None
     scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
     shift = shift if call.bias is None else shift + call.bias * scale
+    if call.weight.numel() > input.shape.numel():
+        return replace(call, bias=shift, late=scale)(input.input())
     folded = call.weight * scale.reshape(-1, *[1] * (call.weight.dim() - 1))
     return replace(call, weight=folded, bias=shift, scale=scale)(input.input())
 
@@ -52,11 +55,7 @@ class ExplicitNormalization(TorchFunctionMode):
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training and running_mean is not None:
         scale, shift = scale_and_shift(running_mean, running_var, weight, bias, eps)
-        shape = (-1, *[1] * (input.dim() - 2))
-        output = torch.addcmul(shift.reshape(shape), input, scale.reshape(shape)).to(input.dtype)
-        if input.dim() > 2 and input.shape[2:].numel() == 1:  # no memory format: the next convolution copies no weights
-            return output.flatten(1).view(input.shape)
-        return output
+        return affine(input, scale, shift)
     if len(input) == 1 and input.dim() > 2:  # mean and variance of each channel
         return F.group_norm(input, input.shape[1], weight, bias, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -56,7 +56,7 @@ class KeptOutputs:
             call.used = True
         elif (function in _CUTTING and not call.used) or term is not None:
             call.added, call.version = term or call.added, call.kept._version
-        elif function not in _ADDING | _CUTTING and self.listens and call.scale is None:  # not normalized yet
+        elif function not in _ADDING | _CUTTING and self.listens and not call.is_normalized:
             self._hear(call, _laid_as(call.kept, input, result))
         return result
 

@@ -372,6 +372,8 @@ class GradientRecorder(TorchFunctionMode):
         found: tuple[Tensor | None, ...] = (None,) * len(watched)
         if losses.requires_grad:
             self.collecting = True
+            if self.kept is not None:
+                self.kept.calls.clear()
             found = torch.autograd.grad(losses.sum(), [self.token, *watched.values()], allow_unused=True)[1:]
         reached = {name: g for name, g in zip(watched, found, strict=True) if g is not None}
         means = {}

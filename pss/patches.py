@@ -68,6 +68,7 @@ _STEPS = 3  # Newton steps at each price
 _NEARLY_ALL, _SEVERAL = 0.9, 3  # carriers that a part to blame turns; mistakes that have something in common
 _TEMPERATURE = 4  # of the KL that is made least: images that the model is sure of count too
 _ENOUGH = 0.1  # of the margin, which the mistakes may lack on average
+_MOST_TIMES = 30  # as many retain images are advice; a hundred times as many are none
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
 
@@ -586,9 +587,9 @@ def reason_of(best: dict, more: dict | None, held: int, budget: float) -> str:
         f"to correct {what} costs a KL of {more['kl']:.2g} on the {held} retain "
         f"images held out, up to {more['kl_upper']:.2g} at {LEVEL:.0%} confidence: a budget of that would do"
     )
-    if (room := budget / 2 - more["kl"]) > 0:
-        reason += f", or {max(1.1, ((more['kl_upper'] / 2 - more['kl']) / room) ** 2):.1f} times as many retain images"
-    return reason
+    room = budget / 2 - more["kl"]
+    times = max(1.1, ((more["kl_upper"] / 2 - more["kl"]) / room) ** 2) if room > 0 else np.inf
+    return reason + f", or {times:.1f} times as many retain images" * (times <= _MOST_TIMES)
 
 
 def _split(model: nn.Module, retain: Images, held_out: float, seed: int) -> tuple[Images, Images]:

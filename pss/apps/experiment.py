@@ -185,11 +185,21 @@ def images_of(network: models.Network, root: str | Path = "") -> Dataset:
 
 
 def usual_of(
-    network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+    network: models.Network,
+    root: str | Path = "",
+    count: int | None = None,
+    seed: int = 0,
+    needed: bool = True,
+    tree: str | Path = "",
 ) -> Dataset | None:
-    """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
-    if not needed and not str(root) and not has_built_in(network):
-        return None
+    """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed.
+
+    Where none are named and none built in fit, they are those of the ``tree`` that the experiment is made on.
+    """
+    if not str(root) and not has_built_in(network):
+        if not needed:
+            return None
+        root = tree
     return pictures(network, str(root), count, seed, "reference_images_path, a folder with folders")
 
 

@@ -6,7 +6,7 @@ hundred does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def gather(
     """
     every, name = images, str(getattr(images, "name", "images"))
     wrong = misclassified(network.model, every)
-    reading = reading_of(network, every, len(every), len(wrong))
+    reading = reading_of(network, every, wrong)
     if not len(wrong):
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
@@ -242,19 +242,27 @@ def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFram
     rows = []
     for cluster in _numbers(group):
         own = group.table[group.table["cluster"] == cluster]
-        pairs = own[["label", "predicted"]].value_counts()
-        (label, predicted), count = pairs.index[0], int(pairs.iloc[0])
         ids, often = group.top[torch.from_numpy(own.index.to_numpy(copy=True))].unique(return_counts=True)
         first = ids[often.argsort(descending=True, stable=True)][:3]
-        confusion = f"{network.classes[label]} → {network.classes[predicted]} ({count})"
         names = ", ".join(units.name(int(u)) for u in first)
-        rows.append({"cluster": cluster, "images": len(own), "most frequent": confusion, "units": names})
+        row = {"cluster": cluster, "images": len(own), "most frequent": _most_frequent(own, network.classes)}
+        rows.append(row | {"units": names})
     return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
 
 
+def _most_frequent(own: pd.DataFrame, classes: Sequence[str]) -> str:
+    """The confusion of most mistakes; where most are read as one class and are of many, that class."""
+    pairs, read_as = own[["label", "predicted"]].value_counts(), own["predicted"].value_counts()
+    if 2 * pairs.iloc[0] <= len(own) < 2 * read_as.iloc[0]:
+        return f"… → {classes[read_as.index[0]]} ({read_as.iloc[0]})"
+    label, predicted = pairs.index[0]
+    return f"{classes[label]} → {classes[predicted]} ({pairs.iloc[0]})"
+
+
 def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = _SHOWN) -> Figure:
-    """The first images of a cluster in a row, with their class and what they are read as."""
-    own = group.table[group.table["cluster"] == cluster].head(most)
+    """Images from all over a cluster in a row, with their class and what they are read as."""
+    own = group.table[group.table["cluster"] == cluster]
+    own = own.iloc[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)]
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
     names = [[network.classes[c][:14] for c in pair] for pair in own[["label", "predicted"]].itertuples(index=False)]
     return image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names])[0].figure
@@ -333,10 +341,10 @@ def tell(
         them as the ``verdict``.
     """
     together, found = shared(group, units), clusters(group, network, units)
-    ids = torch.tensor(together["unit"].tolist())
+    ids = torch.tensor(together.pop("unit").tolist())
     random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
     adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
-    chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
+    chosen = {"gains": torch.tensor(adds.pop("unit").tolist()), "shared": ids, "random": random}
     ends = repairs(group, network, units, chosen)
     edit = {row["units"]: row for row in ends.to_dict("records")}
     verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
@@ -361,7 +369,8 @@ def tell(
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
     right = {units: row["mistakes read right"] for units, row in edit.items()}
-    if max(right["shared"], right["gains"]) <= right["random"]:
+    both = {units: row["mistakes read right"] + row["rest after"] for units, row in edit.items()}
+    if max(right["shared"], right["gains"]) <= right["random"] or max(both["shared"], both["gains"]) <= both["random"]:
         report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))

@@ -4,10 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.font_manager import findSystemFonts, fontManager
 from served import Page, is_safe
 
 import pss
@@ -79,6 +81,24 @@ def test_one_language(tmp_path, capsys):
 def test_text_of_a_figure_is_short_plain_and_known_to_the_font():
     assert pss.plots.plain("a$b$  c\nd") == r"a\$b\$ c d" and pss.plots.plain("猫 cat") == "? cat"
     assert len(pss.plots.plain("x" * 99)) == 28
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_japanese_names_are_shown_where_a_font_has_them(monkeypatch):
+    """And as ? where none has: on a figure they are no empty boxes."""
+    files = [file for file in findSystemFonts() if "NotoSansCJK-Regular" in file]
+    if not files:
+        pytest.skip("no Japanese font is installed here")
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if "CJK" not in font.name])
+    for shown in ("? cat", "猫 cat"):
+        with plt.rc_context():
+            pss.plots.use_style()
+            figure = plt.figure()
+            figure.text(0, 0, pss.plots.plain("猫 cat"))
+            figure.canvas.draw()
+            plt.close(figure)
+            assert pss.plots.plain("猫 cat") == shown
+        fontManager.addfont(files[0])
 
 
 def test_switches_take_what_papermill_passes():

@@ -29,7 +29,7 @@ from pss.editing import edited
 from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
-from pss.plots.figures import image_row
+from pss.plots.figures import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile
@@ -264,8 +264,8 @@ def contact_sheet(group: Group, network: models.Network, cluster: int, most: int
     own = group.table[group.table["cluster"] == cluster]
     own = own.iloc[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)]
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
-    names = [[network.classes[c][:14] for c in pair] for pair in own[["label", "predicted"]].itertuples(index=False)]
-    return image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names])[0].figure
+    names = [[plain(network.classes[c], 14) for c in pair] for pair in own[["label", "predicted"]].to_numpy()]
+    return image_row(torch.stack(shown), ["\n→ ".join(pair) for pair in names])[0].figure
 
 
 def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -348,6 +348,10 @@ def tell(
     ends = repairs(group, network, units, chosen)
     edit = {row["units"]: row for row in ends.to_dict("records")}
     verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
+    right = ends.set_index("units")["mistakes read right"]
+    both = right + ends.set_index("units")["rest after"]
+    if any(share[["shared", "gains"]].max() <= share["random"] for share in (right, both)):
+        verdict = joined([verdict, sentence("group repair no better")])
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
@@ -368,14 +372,10 @@ def tell(
         report.say(*told)
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
-    right = {units: row["mistakes read right"] for units, row in edit.items()}
-    both = {units: row["mistakes read right"] + row["rest after"] for units, row in edit.items()}
-    if max(right["shared"], right["gains"]) <= right["random"] or max(both["shared"], both["gains"]) <= both["random"]:
-        report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
-    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": right["gains"], "verdict": verdict}
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": float(right["gains"]), "verdict": verdict}
     summary |= {"rest_after": edit["gains"]["rest after"]}
     offer = _offer(patches(group, network, units, budget), found, network, report, name)
     opening = [group.reading.told(), joined(said), verdict, *offer.pop("opening")]

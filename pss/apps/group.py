@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from pss import models
 from pss.apps.explain import OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, pictures, reading_of, usual
+from pss.apps.reading import Reading, Usual, in_memory, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -174,7 +174,7 @@ def gather(
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
     rest = _right(every, wrong.index, rng)
-    x, y = _in_memory(Subset(every, rows.tolist()))
+    x, y = in_memory(every, rows)
     s = profile(network.model, x, y, units, loss, signed)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
@@ -187,13 +187,7 @@ def gather(
 def _right(every: Dataset, wrong: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """At most 600 images that are read right, and their labels."""
     rows = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong))[:_REST]
-    return _in_memory(Subset(every, rows.tolist()))
-
-
-def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
-    items = [some[i][:2] for i in range(len(some))]
-    images = torch.stack([x for x, _ in items]) if items else some.dataset[0][0][None][:0]
-    return images, torch.tensor([int(y) for _, y in items], dtype=torch.int64)
+    return in_memory(every, rows)
 
 
 def _clusters(gains: Tensor) -> np.ndarray:

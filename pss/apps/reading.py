@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.pages import joined, sentence
 from pss.models import misclassified
+from pss.models.predictions import ids_of
 from pss.reference import MIN_IMAGES, Reference
 from pss.saliency import profile
 from pss.statistics import fdr_significant
@@ -190,6 +191,20 @@ def pictures(
     return few.readable(_READ.setdefault(network.preprocess, {}))
 
 
+def in_memory(images: Dataset, rows: Sequence[int] | np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Some of the images, or all, (N, C, H, W), and their labels, (N,); one that cannot be read is named."""
+    rows, found, labels = range(len(images)) if rows is None else rows, [], []
+    for row, name in zip(rows, ids_of(images, rows), strict=True):
+        try:
+            image, label = images[int(row)][:2]
+        except Exception as error:
+            error.add_note(f"this happened while reading image {name} of the data set")
+            raise
+        found.append(image)
+        labels.append(int(label))
+    return torch.stack(found) if found else images[0][0][None][:0], torch.tensor(labels, dtype=torch.int64)
+
+
 def damaged_of(images: Dataset) -> tuple[str, ...]:
     """Names of the files that `pictures` left out."""
     return getattr(images, "damaged", ())
@@ -313,9 +328,9 @@ def _tried(
     for name, which in (("right", ~wrong), ("mistakes", wrong)):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(which))[: _TRIED + 1]
         if len(rows):
-            images, labels = zip(*(some[int(row)] for row in rows), strict=True)
-            s = profile(network.model, torch.stack(images), torch.tensor(labels), units, **how)
-            found[name] = s[np.delete(np.arange(len(s)), _rows_of(s.numpy(), np.asarray(labels), explained))][:_TRIED]
+            images, labels = in_memory(some, rows)
+            s = profile(network.model, images, labels, units, **how)
+            found[name] = s[np.delete(np.arange(len(s)), _rows_of(s.numpy(), labels.numpy(), explained))][:_TRIED]
     return replace(known, own=own, **{"mistakes": torch.empty(0)} | found)
 
 

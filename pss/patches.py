@@ -68,6 +68,8 @@ _STEPS = 3  # Newton steps at each price
 _NEARLY_ALL, _SEVERAL = 0.9, 3  # carriers that a part to blame turns; mistakes that have something in common
 _TEMPERATURE = 4  # of the KL that is made least: images that the model is sure of count too
 _ENOUGH = 0.1  # of the margin, which the mistakes may lack on average
+_MOST_TIMES = 30  # as many retain images are advice; a hundred times as many are none
+_WORTH = 0.25  # nats, of the margins of mistakes and transplants together: the most, once all mistakes are corrected
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
 
@@ -364,6 +366,7 @@ def fit_patch(
     over_budget: bool = False,
     held_out: float = 0.5,
     trained_on: Images | None = None,
+    transplanted: Images | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Patch:
@@ -405,6 +408,11 @@ def fit_patch(
         Some of the images that the model was trained on, as retain images for the fit alone: what a patch does to them
         says too little of what it does to new ones. The more of them, the less damage for as many mistakes corrected.
         Leave out what may carry the cause: if it hides in the training images, the class that the mistakes are read as.
+    transplanted : (images, labels), optional
+        More mistakes of the same cause, as `transplants` makes them: the fit corrects them too, but what is corrected
+        and left is counted of the mistakes alone. Once these are all corrected, the price rises no further than until
+        the margins of all n, :math:`c \, n \, m`, are worth a quarter of a nat: beyond, on networks with a hidden
+        cause, clean accuracy was lost and no more of the unseen images were read right.
     seed : int
         Of the choice of those held out, and of the labels drawn for the curvature.
 
@@ -441,14 +449,21 @@ def fit_patch(
         right = predicts(logits_of(model, trained_on[0]), trained_on[1])
         used = (torch.cat([used[0], trained_on[0][right]]), torch.cat([used[1], trained_on[1][right]]))
         about["trained_on"] = _digest(trained_on)
-    path = _path(_Fit(model, mistakes, used[0], units, margin, seed), held[0], budget, over_budget, progress)
+    wrong, parts = mistakes, {"mistakes": mistakes}
+    if transplanted is not None and len(transplanted[0]):
+        check_inputs(model, *transplanted, units, "transplanted images")
+        wrong = (torch.cat([mistakes[0], transplanted[0]]), torch.cat([mistakes[1], transplanted[1]]))
+        parts["transplanted"] = transplanted
+        about["transplanted"] = _digest(transplanted)
+    fit = _Fit(model, wrong, used[0], units, margin, seed)
+    path = _path(fit, len(mistakes[1]), held[0], budget, over_budget, progress)
     best, more = _choose(path, budget, over_budget)
     tried = pd.DataFrame([{name: point[name] for name in ("price", "corrected", "kl", "kl_upper")} for point in path])
     patch = replace(patch, tried=tried, left=best["left"], reason=reason_of(best, more, len(held[0]), budget))
     if not best["corrected"]:
         return patch
     patch = replace(patch, gains=(1 + best["steps"]).float().cpu())
-    return patch.measured(model, {"mistakes": mistakes, "retain": used, "retain held out": held})
+    return patch.measured(model, {**parts, "retain": used, "retain held out": held})
 
 
 class _Fit:
@@ -514,10 +529,11 @@ class _Fit:
                 return
 
 
-def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bool) -> list[dict]:
-    """Steps for rising prices, with what they do to the mistakes and to the retain images held out.
+def _path(fit: _Fit, count: int, held: Tensor, budget: float, to_the_end: bool, progress: bool) -> list[dict]:
+    """Steps for rising prices, with what they do to the first mistakes, so many, and to the retain images held out.
 
-    Goes on until the mistakes have nearly the margin, or beyond the budget some more are corrected (or all that can).
+    Goes on until the mistakes have nearly the margin, or, where there are transplants, all are corrected and the price
+    is high, or beyond the budget some more are corrected (or all that can).
     """
     path, before, price = [], logits_of(fit.model, held), fit.least_price()
     for _ in tqdm(range(_PRICES), unit="price", delay=2, disable=not progress):
@@ -525,27 +541,30 @@ def _path(fit: _Fit, held: Tensor, budget: float, to_the_end: bool, progress: bo
         lead = rival_margins(fit.now[1], fit.mistakes[1])[:, 0]
         with fit.edited(fit.steps):
             kl = divergences(before, logits_of(fit.model, held))
-        right, upper = lead > 0, upper_bound(kl)
+        right, upper = lead[:count] > 0, upper_bound(kl)
         point = {"price": price, "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
+        point["worth"] = max(price * fit.margin * len(lead), _WORTH) if len(lead) > count else _WORTH
         path.append(point | {"steps": fit.steps, "left": tuple((~right).nonzero()[:, 0].tolist())})
         more = point["corrected"] > max((p["corrected"] for p in path if p["kl_upper"] <= budget), default=0)
         enough = right.all() or (more and not to_the_end)
-        if (upper > budget and enough) or (fit.margin - lead).clamp(min=0).mean() <= _ENOUGH * fit.margin:
+        if (upper > budget and enough) or (point["worth"] > _WORTH and right.all()):
+            break
+        if (fit.margin - lead).clamp(min=0).mean() <= _ENOUGH * fit.margin:
             break
         done = float(divergences(fit.before, fit.now[0]).mean())  # on the images used: no test chooses the next one
         towards = (_NOTHING / max(done, 1e-12)) ** 0.5  # since the damage goes with the square
-        price *= 2**0.5 if right.any() else float(np.clip(towards, 2**0.5, 4))
+        price *= 2**0.5 if (lead > 0).any() else float(np.clip(towards, 2**0.5, 4))
     return path
 
 
 def _choose(path: list[dict], budget: float, over_budget: bool) -> tuple[dict, dict | None]:
     """The point of the way that corrects most within the budget, the last of equal ones; and the first that does more.
 
-    Over the budget the first of equal ones.
+    Over the budget the first of equal ones, and among those of too high a price.
     """
     none = {"corrected": 0, "left": (*path[0]["left"], *range(path[0]["corrected"]))}
     within = list(takewhile(lambda point: point["kl_upper"] <= budget, path))
-    best = max(reversed(within), key=lambda point: point["corrected"], default=none)
+    best = max(reversed(within), key=lambda point: (point["corrected"], -point["worth"]), default=none)
     most = max(path, key=lambda point: point["corrected"])
     if over_budget and most["corrected"] > best["corrected"]:
         best = most
@@ -586,9 +605,9 @@ def reason_of(best: dict, more: dict | None, held: int, budget: float) -> str:
         f"to correct {what} costs a KL of {more['kl']:.2g} on the {held} retain "
         f"images held out, up to {more['kl_upper']:.2g} at {LEVEL:.0%} confidence: a budget of that would do"
     )
-    if (room := budget / 2 - more["kl"]) > 0:
-        reason += f", or {max(1.1, ((more['kl_upper'] / 2 - more['kl']) / room) ** 2):.1f} times as many retain images"
-    return reason
+    room = budget / 2 - more["kl"]
+    times = max(1.1, ((more["kl_upper"] / 2 - more["kl"]) / room) ** 2) if room > 0 else np.inf
+    return reason + f", or {times:.1f} times as many retain images" * (times <= _MOST_TIMES)
 
 
 def _split(model: nn.Module, retain: Images, held_out: float, seed: int) -> tuple[Images, Images]:

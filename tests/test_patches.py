@@ -388,6 +388,32 @@ def test_images_that_the_model_was_trained_on_are_for_the_fit_alone(case):
         fitted(case, trained_on=(torch.cat([more, x[:1]]), torch.cat([own, y[:1]])))
 
 
+def test_transplants_serve_the_fit_and_are_not_counted(case):
+    (x, y), none = case[1], fitted(case)
+    found = fitted(case, transplanted=(x[1:4], y[1:4]))
+    assert found.evidence["part"].tolist() == ["mistakes", "transplanted", "retain", "retain held out"]
+    assert found.evidence["n"].tolist() == [1, 3, 100, 100] and found.left == () and found.tried["corrected"].max() == 1
+    three = found.evidence.set_index("part").loc["transplanted", "accuracy_after"]
+    with torch.no_grad():
+        assert three > (by_hand(case[0], none)(x[1:4]).argmax(dim=1) == y[1:4]).double().mean()
+    assert fitted(case, transplanted=(x[:0], y[:0])) == none
+
+
+def test_the_price_ends_where_transplants_and_mistakes_are_worth_enough(case, monkeypatch):
+    (x, y), options = case[1], {"margin": 0.1, "budget": 10}
+    more = {"transplanted": (x[1:4], y[1:4])}
+    far = fitted(case, **options, **more).tried
+    last = int(far["corrected"].argmax()) + 1  # one behind the first that corrects the mistake
+    assert len(far) > last + 2
+    monkeypatch.setattr("pss.patches._WORTH", 1.01 * 0.1 * 4 * far["price"][last])
+    near = fitted(case, **options, **more)
+    pd.testing.assert_frame_equal(near.tried, far.head(last + 2))  # the next one is too dear, and not taken
+    assert near.evidence.set_index("part").loc["retain held out", "kl_mean"] == pytest.approx(far["kl"][last], rel=1e-5)
+    monkeypatch.setattr("pss.patches._WORTH", 1e-9)  # too dear from the first on: the first that corrects it
+    assert len(fitted(case, **options, **more).tried) == last
+    assert len(fitted(case, **options).tried) > last  # mistakes alone go on
+
+
 def test_units_of_other_kinds_and_transposed_groups_are_patched():
     torch.manual_seed(0)
     model = nn.ConvTranspose2d(4, 6, 2, groups=2)

@@ -43,11 +43,11 @@ KILLED, SURVIVED = {1, 3}, {0, 5, 33, 34}  # exit codes that mutmut keeps; other
 # What survived, was read, and changes no result: the new line of the change, and why.
 READ = {
     r"\bstrict=(False|None)": "zip of what is as long",
-    r"\.to\(None\)|\barange\(.*, \)": "where a tensor lies: only a GPU tells (test_cuda.py)",
-    r"\bcheck_\w+\(.*(XX|\"[A-Z]+\")|said = .*>= 3|PARAMETRIZATIONS": "a word of an error or warning",
+    r"\.to\((None\)|None, like|like)|\barange\(.*, \)": "where a tensor lies: only a GPU tells (test_cuda.py)",
+    r"\bcheck_\w+\(.*(XX|\"[A-Z ]+\")|said = .*>= 3|PARAMETRIZATIONS": "a word of an error or warning",
     r"check_images\(.*(None|labels, )\)|what=None|\(\"[A-Z ]+\", reference\)": "a word of an error",
     r"scores\.argsort\(.*(stable=False|g\(descending)|zip\(several, usual, \)": "ranking: sorted so, checked before",
-    r"disable=progress": "the bar of progress",
+    r"disable=progress|store_rows\(.*, None, rebuild\)": "the bar of progress",
     r"\(\{\}, 1\.0, np\.inf\)": "correction: the length of no line",
     r"map_blocks\(.*, \)$|max\(2, chunk_elements": "how much memory is taken",
     r"theta \* s >= -0\.5|t\.abs\(\) (>= 2|<= 1e-20)": "evt: two ways that agree there, or one number only",

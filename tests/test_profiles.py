@@ -22,7 +22,7 @@ import pss
 from pss import profiles
 from pss.__main__ import main
 from pss.profiles import profile_dataset
-from pss.saliency import cross_entropy, logit
+from pss.saliency import cross_entropy, logit, profile_and_outputs
 from pss.storage import passes
 from pss.storage.folder import partial_of, read_manifest, write_manifest
 from pss.storage.passes import choose_batch_size
@@ -392,6 +392,37 @@ def test_killed_at_random_moments(tmp_path, whole):
         said.append(str(refused.value))
     assert len(set(said)) >= 3  # it went on from where it was
     assert contents(path) == whole
+
+
+def test_a_folder_in_the_cache_by_default(tmp_path, monkeypatch):
+    """Named by what is profiled: who asks for the same finds it, and nobody else."""
+    monkeypatch.setenv("PSS_CACHE", str(tmp_path / "usual"))
+    store = run(None, cache=tmp_path / "given")
+    assert store.path.parent == tmp_path / "given" / "profiles"
+    assert run(None).path == tmp_path / "usual" / "profiles" / store.path.name
+    made, other = os.stat(store.path / "profiles.npy").st_mtime_ns, make_model()
+    assert run(None, cache=tmp_path / "given").path == store.path
+    assert os.stat(store.path / "profiles.npy").st_mtime_ns == made
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    fewer = torch.utils.data.Subset(make_data(), range(N - 1))
+    changed = ({"model": other}, {"data": fewer}, {"signed": True}, {"of": "gain"}, {"loss": "logit"}, {"fold": False})
+    assert len({store.path, *(run(None, cache=tmp_path / "given", **what).path for what in changed)}) == 7
+    names = "pss model units data preprocessing loss signed of options"
+    assert sorted(read_manifest(store.path)["provenance"]) == sorted(names.split())
+    assert read_manifest(store.path)["computed_with"] == {"torch": torch.__version__, "device": "cpu"}
+
+
+def test_the_first_and_the_last_batch_are_verified_by_default(tmp_path, monkeypatch):
+    asked = []
+
+    def computed(*given, verify, verify_again, **how):
+        asked.append((verify, verify_again))
+        return profile_and_outputs(*given, verify=verify, verify_again=verify_again, **how)
+
+    monkeypatch.setattr(profiles, "profile_and_outputs", computed)
+    run(tmp_path)
+    assert asked == [(True, False)] * 6 + [(True, True)]
 
 
 def test_processes_that_begin_at_once_make_one_store(tmp_path, whole):

@@ -56,6 +56,7 @@ READ = {
     r"dead.*>= -torch\.inf": "ranking: what is not ranked at all",
     r"cosine\.sort\(descending=True, stable=True\)": "neighbors: the last dimension is the default",
     r"leave_parametrized=None": "patches: as false as False",
+    r"last: bool = True": "profiles: images of a bad batch, taken one by one, are compared once more",
     r"np\.asarray\(values, \)": "units: a table's column of texts, by another type",
 }
 CONFIG = """

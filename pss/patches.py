@@ -68,7 +68,8 @@ _STEPS = 3  # Newton steps at each price
 _NEARLY_ALL, _SEVERAL = 0.9, 3  # carriers that a part to blame turns; mistakes that have something in common
 _TEMPERATURE = 4  # of the KL that is made least: images that the model is sure of count too
 _ENOUGH = 0.1  # of the margin, which the mistakes may lack on average
-_WORTH = 0.25  # nats, of the margins of mistakes and transplants together: the most, once all mistakes are corrected
+_MOST_TIMES = 30  # as many retain images are advice; a hundred times as many are none
+_WORTH = 0.25  # nats, of all margins of mistakes and transplants: more only where it corrects more mistakes
 _CAUTION = 10  # damping of the first step, as a multiple of that of a single correction
 
 
@@ -89,7 +90,8 @@ class Patch:
     reason : str
         Why there is no patch, or why some mistakes are left, and what would do.
     evidence : DataFrame
-        Before and after on each ``part``: mistakes, retain images, and those held out of the fit.
+        Before and after on each ``part``: mistakes, transplanted ones if there are any, retain images that the fit
+        used, and those held out of it.
     tried : DataFrame
         The way that was gone: mistakes corrected, and damage to the retain images held out with its upper bound.
     about : dict of str to str
@@ -409,9 +411,10 @@ def fit_patch(
         Leave out what may carry the cause: if it hides in the training images, the class that the mistakes are read as.
     transplanted : (images, labels), optional
         More mistakes of the same cause, as `transplants` makes them: the fit corrects them too, but what is corrected
-        and left is counted of the mistakes alone. Once these are all corrected, the price rises no further than until
-        the margins of all n, :math:`c \, n \, m`, are worth a quarter of a nat: beyond, on networks with a hidden
-        cause, clean accuracy was lost and no more of the unseen images were read right.
+        and left is counted of the mistakes alone. A price at which the margins of all n mistakes and transplants,
+        :math:`c \, n \, m`, are worth more than a quarter of a nat is taken only where it corrects more of the
+        mistakes, and then the lowest: beyond, on networks with a hidden cause, clean accuracy was lost and no more of
+        the unseen images were read right.
     seed : int
         Of the choice of those held out, and of the labels drawn for the curvature.
 
@@ -604,9 +607,9 @@ def reason_of(best: dict, more: dict | None, held: int, budget: float) -> str:
         f"to correct {what} costs a KL of {more['kl']:.2g} on the {held} retain "
         f"images held out, up to {more['kl_upper']:.2g} at {LEVEL:.0%} confidence: a budget of that would do"
     )
-    if (room := budget / 2 - more["kl"]) > 0:
-        reason += f", or {max(1.1, ((more['kl_upper'] / 2 - more['kl']) / room) ** 2):.1f} times as many retain images"
-    return reason
+    room = budget / 2 - more["kl"]
+    times = max(1.1, ((more["kl_upper"] / 2 - more["kl"]) / room) ** 2) if room > 0 else np.inf
+    return reason + f", or {times:.1f} times as many retain images" * (times <= _MOST_TIMES)
 
 
 def _split(model: nn.Module, retain: Images, held_out: float, seed: int) -> tuple[Images, Images]:

@@ -54,7 +54,8 @@ class Units:
         model : nn.Module
         kind : {"filters", "rows", "heads", "all"} or callable
             ``filters``: output channels of every convolution (grouped, depthwise and transposed too);
-            ``rows``: rows (output features) of every linear layer; ``heads``: the q, k and v heads of every attention
+            ``rows``: rows (output features) of every linear layer, the projections in ``nn.MultiheadAttention`` among
+            them; ``heads``: the q, k and v heads of every attention
             layer; ``all``: filters and rows. A callable takes the model and yields `UnitGroup`.
 
         Returns

@@ -278,7 +278,7 @@ CASES = {
     "profiles of an empty set": (lambda w: dataset(w, Items()), ValueError, r"the data set has no items"),
     "profiles of an endless set": (lambda w: dataset(w, Endless()), ValueError, r"no length.*expected a map-style data set"),
     "profiles, model without parameters": (lambda w: dataset(w, model=nn.ReLU()), ValueError, r"the units are not of this model"),
-    "profiles of images of two shapes": (lambda w: dataset(w, [(w.x[0], 0), (w.x[0, :, :7], 0)], data_name="x"), ValueError, r"images differ in shape.*\(3, 8, 8\)"),
+    "profiles of images of two shapes": (lambda w: dataset(w, [(w.x[0], 0), (w.x[0, :, :7], 0)], data_name="x"), ValueError, r"images differ in shape.*\(3, 8, 8\).*or under preprocessing in the network's YAML file"),
     "profiles of no tensors": (lambda w: dataset(w, [("a.png", 0)]), ValueError, r"none of the 1 images can be read"),
     "profiles of a named empty set": (lambda w: dataset(w, [], data_name="x"), ValueError, r"the data set has no items"),
     "profiles, a lambda as the loss": (lambda w: dataset(w, loss=lambda z, y: z[:, 0]), ValueError, r"a lambda has no name.*write it as a function"),

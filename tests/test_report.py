@@ -4,10 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.font_manager import findSystemFonts, fontManager
 from served import Page, is_safe
 
 import pss
@@ -79,6 +81,24 @@ def test_one_language(tmp_path, capsys):
 def test_text_of_a_figure_is_short_plain_and_known_to_the_font():
     assert pss.plots.plain("a$b$  c\nd") == r"a\$b\$ c d" and pss.plots.plain("猫 cat") == "? cat"
     assert len(pss.plots.plain("x" * 99)) == 28
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_japanese_names_are_shown_where_a_font_has_them(monkeypatch):
+    """And as ? where none has: on a figure they are no empty boxes."""
+    files = [file for file in findSystemFonts() if "NotoSansCJK-Regular" in file]
+    if not files:
+        pytest.skip("no Japanese font is installed here")
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if "CJK" not in font.name])
+    for shown in ("? cat", "猫 cat"):
+        with plt.rc_context():
+            pss.plots.use_style()
+            figure = plt.figure()
+            figure.text(0, 0, pss.plots.plain("猫 cat"))
+            figure.canvas.draw()
+            plt.close(figure)
+            assert pss.plots.plain("猫 cat") == shown
+        fontManager.addfont(files[0])
 
 
 def test_switches_take_what_papermill_passes():
@@ -267,6 +287,43 @@ def test_a_group_of_images_in_memory():
         group.gather(network, units, some.subset(np.setdiff1d(np.arange(120), wrong.index)[:60]), usual)
 
 
+@pytest.mark.parametrize(
+    "label, predicted, says",
+    [
+        ([0, 0, 0, 1], [2, 2, 2, 2], "a → c (3)"),
+        ([0, 0, 1, 3, 4], [2, 2, 2, 2, 0], "… → c (4)"),  # what is on them makes it c, whatever they show
+        ([0, 1, 2, 3], [1, 2, 3, 4], "a → b (1)"),
+    ],
+)
+def test_a_cluster_is_named_by_what_its_images_are_read_as(label, predicted, says):
+    table = pd.DataFrame({"label": label, "predicted": predicted, "cluster": 1})
+    network, zeros = models.load("digits", "random"), torch.zeros(len(label), 2, dtype=torch.int64)
+    found = group.Group(table, zeros, zeros, zeros, zeros, (zeros, zeros), reading.Reading("x", 9, 5, 5), "", "x")
+    named = dataclasses.replace(network, classes=tuple("abcdefghij"))
+    assert group.clusters(found, named, pss.Units.of(network.model))["most frequent"].tolist() == [says]
+
+
+def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkeypatch):
+    """Without most of its units a network gives one answer, which is right for some of the mistakes."""
+    network, some = models.load("digits"), pss.data.digits("test").subset(range(60))
+    units = pss.Units.of(network.model)
+    found = group.gather(network, units, some, models.reference(network, units, count=60, progress=False))
+    monkeypatch.setattr(group, "patches", lambda *_: {})
+    for rest in (0.35, 0.9):
+        ends = {"gains": (0.68, rest), "shared": (0.27, 0.6), "random": (0.55, 0.52)}
+        rows = [
+            {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b}
+            for n, (a, b) in ends.items()
+        ]
+        monkeypatch.setattr(group, "repairs", lambda *_, rows=rows: pd.DataFrame(rows))
+        report = Report(tmp_path, "title", "題")
+        group.tell(found, network, units, report)
+        said = [block["en"] for block in report.blocks]
+        assert any("no better than pruning random units" in text for text in said) == (rest == 0.35)
+    heads = [block["columns"]["ja"] for block in report.blocks if block["kind"] == "table"]
+    assert heads[0][:2] == ["ユニット", "誤分類画像の枚数"] and heads[0][3].startswith("クラスタ1")
+
+
 def test_a_group_says_that_it_was_drawn_and_keeps_no_patch_that_chance_would_match(tmp_path, monkeypatch):
     network, some = models.load("digits"), pss.data.digits("test").subset(range(120))
     units, wrong = pss.Units.of(network.model), models.misclassified(network.model, some)
@@ -336,6 +393,7 @@ def test_numbers_agree_with_their_nouns():
         ({"left": [1], "corrected": 3}, None),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0074, "kl_upper": 0.027}),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.027}),
+        ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0045, "kl_upper": 0.027}),
     ],
 )
 def test_a_patch_that_was_not_found_says_why_in_both_languages(best, more):
@@ -343,3 +401,6 @@ def test_a_patch_that_was_not_found_says_why_in_both_languages(best, more):
     english, japanese = explain.verdict(pss.Patch("0" * 64, reason=reason))
     assert reason in english and not re.search(r"[a-z]{4}", japanese)
     assert sorted(re.findall(r"[\d.]*\d%?", english)) == sorted(re.findall(r"[\d.]*\d%?", japanese))
+    assert ("times as many retain images" in english) == (
+        more is not None and more["kl"] == 0.001
+    )  # 324 times are no advice

@@ -537,6 +537,16 @@ def test_quantized_modules_are_named():
             Units.of(quantized, "rows")
 
 
+@pytest.mark.parametrize("other", [None, 10])
+def test_rows_of_attention_that_has_no_layers_for_its_queries_keys_and_values(other, generator):
+    model = nn.Sequential(nn.Linear(12, 12), attention := nn.MultiheadAttention(12, 3, kdim=other, vdim=other))
+    units = Units.of(model, "rows")
+    listed = {layer.parameter: layer.count for layer in units.layers}
+    own = {"1.in_proj_weight": 36} if other is None else {f"1.{part}_proj_weight": 12 for part in "qkv"}
+    assert listed == {"0.weight": 12, **own, "1.out_proj.weight": 12} and units.name(12) == "1[0]"
+    assert torch.equal(units.view(model, 13)[0], getattr(attention, next(iter(own))[2:])[1])
+
+
 def test_rows_of_gpt2s_linear_layer_lie_along_its_second_dimension(generator):
     model = Attending(GPT2()).double()
     units = Units.of(model, "rows")

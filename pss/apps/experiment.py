@@ -34,7 +34,7 @@ from tqdm import tqdm
 import pss
 from pss import editing, models
 from pss.apps.pages import sentence
-from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, pictures, prepared, read_saved
+from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, in_memory, pictures, prepared, read_saved
 from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
@@ -185,11 +185,21 @@ def images_of(network: models.Network, root: str | Path = "") -> Dataset:
 
 
 def usual_of(
-    network: models.Network, root: str | Path = "", count: int | None = None, seed: int = 0, needed: bool = True
+    network: models.Network,
+    root: str | Path = "",
+    count: int | None = None,
+    seed: int = 0,
+    needed: bool = True,
+    tree: str | Path = "",
 ) -> Dataset | None:
-    """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed."""
-    if not needed and not str(root) and not has_built_in(network):
-        return None
+    """Give the reference images, see `pss.models.reference_set`; None where there are none and none are needed.
+
+    Where none are named and none built in fit, they are those of the ``tree`` that the experiment is made on.
+    """
+    if not str(root) and not has_built_in(network):
+        if not needed:
+            return None
+        root = tree
     return pictures(network, str(root), count, seed, "reference_images_path, a folder with folders")
 
 
@@ -434,7 +444,7 @@ class Job:
 
     def part(self, dataset: Dataset, positions: np.ndarray, left: int | None) -> dict[str, pd.DataFrame]:
         """The three tables of some images, of which at most ``left`` misread ones are edited."""
-        images, labels = _read_images(dataset, positions)
+        images, labels = in_memory(dataset, positions)
         device = next(self.model.parameters()).device
         images, labels = images.to(device), labels.to(device)
         table = answers(predict(self.model, images), labels, ids_of(dataset, positions))
@@ -486,19 +496,6 @@ class Job:
         algo, image, k = (axis.ravel() for axis in np.indices(ids.shape))
         columns = {"image": names[image], "algo": np.array(list(ranked))[algo], "k": k + 1, "unit": ids.ravel()}
         return pd.DataFrame(columns).join(self.units.table()[["layer", "stage"]], on="unit")
-
-
-def _read_images(dataset: Dataset, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-    images, labels = [], []
-    for at, name in zip(positions, ids_of(dataset, positions), strict=True):
-        try:
-            image, label = dataset[int(at)][:2]
-        except Exception as error:
-            error.add_note(f"this happened while reading image {name} of the data set")
-            raise
-        images.append(image)
-        labels.append(int(label))
-    return torch.stack(images), torch.tensor(labels)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

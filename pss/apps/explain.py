@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pss import data, editing, models
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Usual, has_built_in, pictures
+from pss.apps.reading import Usual, has_built_in, in_memory, pictures
 from pss.editing import edit_curve, edited, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
@@ -524,10 +524,9 @@ def retain_images(
     trees = [_absolute(tree) for tree in (case.tree, reference) if tree and Path(tree).expanduser().is_dir()]
     images, labels = case.image[:0], case.labels[:0]
     for tree in trees or ([""] if has_built_in(network) else []):
-        found = pictures(network, tree, count or (100 if tree else 24), seed)
-        items = [found[i] for i in range(len(found))]
-        kept = [(x, int(y)) for x, y in items if not torch.equal(x, case.image[0])]
-        images, labels = torch.stack([x for x, _ in kept]), torch.tensor([y for _, y in kept])
+        images, labels = in_memory(pictures(network, tree, count or (100 if tree else 24), seed))
+        others = (images != case.image).flatten(1).any(dim=1)
+        images, labels = images[others], labels[others]
         if [tree] == trees[-1:] or (predict(network.model, images).argmax(dim=1) == labels).sum() >= _FEW:
             break
     return (images, labels) if len(images) > 1 else None
@@ -599,11 +598,10 @@ def measured(
         return patch
     used = [case.image[0], *([] if retain is None else retain[0])]
     parts = {"mistakes": (case.image, case.labels)}
-    every = pictures(network, case.tree, most, seed) if case.tree else []
-    items = [every[i][:2] for i in range(len(every))]
-    items = [(x, int(y)) for x, y in items if not any(torch.equal(x, other) for other in used)]
-    if items:
-        images, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+    images, labels = in_memory(pictures(network, case.tree, most, seed)) if case.tree else (case.image, case.labels)
+    left = [not any(torch.equal(image, other) for other in used) for image in images]
+    if any(left):
+        images, labels = images[left], labels[left]
         right = predict(network.model, images).argmax(dim=1) == labels
         named = {OTHERS: right, "others, misread": ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}

@@ -6,7 +6,7 @@ hundred does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from pss import models
 from pss.apps.explain import OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, pictures, reading_of, usual
+from pss.apps.reading import Reading, Usual, in_memory, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
-from pss.plots.figures import image_row
+from pss.plots.figures import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile
@@ -168,13 +168,13 @@ def gather(
     """
     every, name = images, str(getattr(images, "name", "images"))
     wrong = misclassified(network.model, every)
-    reading = reading_of(network, every, len(every), len(wrong))
+    reading = reading_of(network, every, wrong)
     if not len(wrong):
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
     rest = _right(every, wrong.index, rng)
-    x, y = _in_memory(Subset(every, rows.tolist()))
+    x, y = in_memory(every, rows)
     s = profile(network.model, x, y, units, loss, signed)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
@@ -187,13 +187,7 @@ def gather(
 def _right(every: Dataset, wrong: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """At most 600 images that are read right, and their labels."""
     rows = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong))[:_REST]
-    return _in_memory(Subset(every, rows.tolist()))
-
-
-def _in_memory(some: Subset) -> tuple[Tensor, Tensor]:
-    items = [some[i][:2] for i in range(len(some))]
-    images = torch.stack([x for x, _ in items]) if items else some.dataset[0][0][None][:0]
-    return images, torch.tensor([int(y) for _, y in items], dtype=torch.int64)
+    return in_memory(every, rows)
 
 
 def _clusters(gains: Tensor) -> np.ndarray:
@@ -242,22 +236,30 @@ def clusters(group: Group, network: models.Network, units: Units) -> pd.DataFram
     rows = []
     for cluster in _numbers(group):
         own = group.table[group.table["cluster"] == cluster]
-        pairs = own[["label", "predicted"]].value_counts()
-        (label, predicted), count = pairs.index[0], int(pairs.iloc[0])
         ids, often = group.top[torch.from_numpy(own.index.to_numpy(copy=True))].unique(return_counts=True)
         first = ids[often.argsort(descending=True, stable=True)][:3]
-        confusion = f"{network.classes[label]} → {network.classes[predicted]} ({count})"
         names = ", ".join(units.name(int(u)) for u in first)
-        rows.append({"cluster": cluster, "images": len(own), "most frequent": confusion, "units": names})
+        row = {"cluster": cluster, "images": len(own), "most frequent": _most_frequent(own, network.classes)}
+        rows.append(row | {"units": names})
     return pd.DataFrame(rows, columns=["cluster", "images", "most frequent", "units"])
 
 
+def _most_frequent(own: pd.DataFrame, classes: Sequence[str]) -> str:
+    """The confusion of most mistakes; where most are read as one class and are of many, that class."""
+    pairs, read_as = own[["label", "predicted"]].value_counts(), own["predicted"].value_counts()
+    if 2 * pairs.iloc[0] <= len(own) < 2 * read_as.iloc[0]:
+        return f"… → {classes[read_as.index[0]]} ({read_as.iloc[0]})"
+    label, predicted = pairs.index[0]
+    return f"{classes[label]} → {classes[predicted]} ({pairs.iloc[0]})"
+
+
 def contact_sheet(group: Group, network: models.Network, cluster: int, most: int = _SHOWN) -> Figure:
-    """The first images of a cluster in a row, with their class and what they are read as."""
-    own = group.table[group.table["cluster"] == cluster].head(most)
+    """Images from all over a cluster in a row, with their class and what they are read as."""
+    own = group.table[group.table["cluster"] == cluster]
+    own = own.iloc[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)]
     shown = [torch.from_numpy(network.to_image(group.images[i]).copy()).movedim(-1, 0) for i in own.index]
-    names = [[network.classes[c][:14] for c in pair] for pair in own[["label", "predicted"]].itertuples(index=False)]
-    return image_row(torch.stack(shown), ["\n→ ".join(pair).replace("$", r"\$") for pair in names])[0].figure
+    names = [[plain(network.classes[c], 14) for c in pair] for pair in own[["label", "predicted"]].to_numpy()]
+    return image_row(torch.stack(shown), ["\n→ ".join(pair) for pair in names])[0].figure
 
 
 def repairs(group: Group, network: models.Network, units: Units, shared: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -333,13 +335,17 @@ def tell(
         them as the ``verdict``.
     """
     together, found = shared(group, units), clusters(group, network, units)
-    ids = torch.tensor(together["unit"].tolist())
+    ids = torch.tensor(together.pop("unit").tolist())
     random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
     adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
-    chosen = {"gains": torch.tensor(adds["unit"].tolist()), "shared": ids, "random": random}
+    chosen = {"gains": torch.tensor(adds.pop("unit").tolist()), "shared": ids, "random": random}
     ends = repairs(group, network, units, chosen)
     edit = {row["units"]: row for row in ends.to_dict("records")}
     verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
+    right = ends.set_index("units")["mistakes read right"]
+    both = right + ends.set_index("units")["rest after"]
+    if any(share[["shared", "gains"]].max() <= share["random"] for share in (right, both)):
+        verdict = joined([verdict, sentence("group repair no better")])
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
@@ -360,13 +366,10 @@ def tell(
         report.say(*told)
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
-    right = {units: row["mistakes read right"] for units, row in edit.items()}
-    if max(right["shared"], right["gains"]) <= right["random"]:
-        report.say(*sentence("group repair no better"))
     report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
-    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": right["gains"], "verdict": verdict}
+    summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": float(right["gains"]), "verdict": verdict}
     summary |= {"rest_after": edit["gains"]["rest after"]}
     offer = _offer(patches(group, network, units, budget), found, network, report, name)
     opening = [group.reading.told(), joined(said), verdict, *offer.pop("opening")]

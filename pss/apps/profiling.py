@@ -1,7 +1,8 @@
 """``python -m pss profile``: profile a data set into a folder.
 
-``python -m pss profile --model pss.models:digits --data pss.data:digits split=test --out runs/digits``, or for several
-processes ``torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …``.
+``python -m pss profile --model net.yaml --data photos --out runs/photos``, or with what callables give
+``--model pss.models:digits --data pss.data:digits split=test``; for several processes
+``torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from pss import models
 from pss.profiles import profile_dataset
 from pss.units import Units
 
@@ -42,11 +45,21 @@ def _named(text: str) -> str | Callable:
     return pkgutil.resolve_name(text) if ":" in text else text
 
 
+def _opened(chosen: argparse.Namespace) -> tuple[nn.Module, Any, str]:
+    """The model, the data set, and what its pictures go through: called, or a network's and a folder's names."""
+    name, *arguments = chosen.model
+    model = _call(chosen.model if ":" in name else ["pss.models:load", f"name={name}", *arguments])
+    if not isinstance(model, models.Network):
+        return model, _call(chosen.data), chosen.preprocessing
+    found = _call(chosen.data) if ":" in chosen.data[0] else models.reference_set(model, *chosen.data)
+    return model.model, found, chosen.preprocessing or models.preprocessing_of(model, found)
+
+
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
     """Give the parser the options of ``profile``."""
     what = {"nargs": "+", "required": True, "metavar": ("MODULE:CALLABLE", "KEY=VALUE")}
-    parser.add_argument("--model", **what, help="gives the model, as pss.models:digits")
-    parser.add_argument("--data", **what, help="gives the data set, as pss.data:digits split=test")
+    parser.add_argument("--model", **what, help="gives the model, as pss.models:digits; or a name, or net.yaml")
+    parser.add_argument("--data", **what, help="gives the data set, as pss.data:digits split=test; or a folder")
     parser.add_argument("--out", required=True, help="folder of the profiles")
     parser.add_argument("--units", type=_named, default="filters", help="filters, rows, heads, all or MODULE:CALLABLE")
     parser.add_argument("--loss", type=_named, default="cross_entropy", help="a name, or MODULE:CALLABLE")
@@ -75,12 +88,13 @@ def main(chosen: argparse.Namespace) -> None:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        model = _call(chosen.model).to(device)
-        how = {name: getattr(chosen, name) for name in _PASSED_ON}
+        model, images, preprocessing = _opened(chosen)
+        model = model.to(device)
+        how = {name: getattr(chosen, name) for name in _PASSED_ON} | {"preprocessing": preprocessing}
         if chosen.precision != "fp32":  # the default is left out: a manifest that does not name it is of the same job
             how["precision"] = chosen.precision
         units = Units.of(model, chosen.units)
-        store = profile_dataset(model, _call(chosen.data), units, chosen.out, progress=not chosen.quiet, **how)
+        store = profile_dataset(model, images, units, chosen.out, progress=not chosen.quiet, **how)
         if not distributed or dist.get_rank() == 0:
             print(store)
             for index, reason in store.skipped.items():

@@ -6,12 +6,14 @@ Where a network reads hardly more than chance would, its labels or its preproces
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 from pss import models
 from pss.apps.pages import joined, sentence
 from pss.models import misclassified
+from pss.models.predictions import ids_of
 from pss.reference import MIN_IMAGES, Reference
 from pss.saliency import profile
 from pss.statistics import fdr_significant
@@ -29,6 +32,7 @@ from pss.units import Units
 SAVED = (".safetensors", ".pth", ".pt")
 _MOST = 500  # images of a large folder that the accuracy is measured on
 _SHOWN = 500  # profiles of misread images that are kept in memory
+_FEW = 5  # images of a class, below which it says little that none is read right
 _TRIED = 50  # images that are read right, to try the reference on
 _READ: WeakKeyDictionary = WeakKeyDictionary()  # pictures that were read, by the preprocessing that they went through
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
@@ -44,7 +48,9 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 class Reading:
     """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from.
 
-    ``damaged`` names the files that were left out, because they cannot be read.
+    ``damaged`` names the files that were left out, because they cannot be read; ``never`` the classes of five images or
+    more of which none is read right; ``in_order`` are the first classes in the order of their names, and the share that
+    is right in that order, where it is clearly larger.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Reading:
     right: int
     classes: int
     damaged: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    in_order: tuple[str, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -75,8 +83,11 @@ class Reading:
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
         told = [sentence("near chance" if self.near_chance else "accuracy", **numbers)]
         if self.damaged:
-            names = ", ".join(self.damaged[:5]) + ", …" * (len(self.damaged) > 5)
-            told.append(sentence("damaged", n=len(self.damaged), names=names))
+            told.append(sentence("damaged", n=len(self.damaged), names=_listed(self.damaged)))
+        if self.never:
+            told.append(sentence("never right", names=_listed(self.never)))
+        if self.in_order:
+            told.append(sentence("other order", names=self.in_order[0], share=self.in_order[1]))
         return joined(told)
 
     def summary(self) -> dict[str, object]:
@@ -93,13 +104,17 @@ class Reading:
             Saying how the pictures were prepared.
         """
         if self.near_chance and not allow_chance:
-            names = ", ".join(network.classes[:5]) + ", …" * (len(network.classes) > 5)
             raise ValueError(
                 f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
-                f"too few to tell. The pictures went in so: {prepared(network)}; classes: {names}. Say under "
-                "preprocessing and classes in the network's YAML file what it was trained with, or set allow_chance"
+                f"too few to tell. The pictures went in so: {prepared(network)}; classes: "
+                f"{_listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
+                "was trained with, or set allow_chance"
             )
         return self
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 def prepared(network: models.Network) -> str:
@@ -134,13 +149,25 @@ def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     """Read the images, or 500 of them drawn at random; those whose label is the network's own answer are left out."""
     own = getattr(images, "own_answer", np.zeros(len(images), bool))
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
-    wrong = misclassified(network.model, Subset(images, rows.tolist()))
-    return reading_of(network, images, len(rows), len(wrong))
+    return reading_of(network, images, misclassified(network.model, Subset(images, rows.tolist())), rows)
 
 
-def reading_of(network: models.Network, images: Dataset, n: int, wrong: int) -> Reading:
-    """What it is to misread so many of n of the images."""
-    return Reading(str(getattr(images, "name", "images")), n, n - wrong, len(network.classes), damaged_of(images))
+def reading_of(
+    network: models.Network, images: Dataset, wrong: pd.DataFrame, rows: np.ndarray | None = None
+) -> Reading:
+    """How the images are read, or those rows of them, of which ``wrong``, as `misclassified` has them, are misread."""
+    every = images.labels if hasattr(images, "labels") else [images[i][1] for i in range(len(images))]
+    labels, classes = np.asarray(every)[slice(None) if rows is None else rows], network.classes
+    answers = labels.copy()
+    answers[wrong.index] = wrong["predicted"]
+    right, n = labels == answers, len(labels)
+    known = Reading(str(getattr(images, "name", "images")), n, int(right.sum()), len(classes), damaged_of(images))
+    never = [name for i, name in enumerate(classes) if (labels == i).sum() >= _FEW and not right[labels == i].any()]
+    by_name = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
+    moved = int((np.argsort(by_name)[labels] == answers).sum())
+    first = _listed([classes[i] for i in by_name])
+    clear = wilson(moved, n)[0] > known.interval[1]
+    return replace(known, never=tuple(never), in_order=(first, moved / n) if clear else None)
 
 
 def pictures(
@@ -162,6 +189,20 @@ def pictures(
     every = models.reference_set(network, source)
     few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
     return few.readable(_READ.setdefault(network.preprocess, {}))
+
+
+def in_memory(images: Dataset, rows: Sequence[int] | np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Some of the images, or all, (N, C, H, W), and their labels, (N,); one that cannot be read is named."""
+    rows, found, labels = range(len(images)) if rows is None else rows, [], []
+    for row, name in zip(rows, ids_of(images, rows), strict=True):
+        try:
+            image, label = images[int(row)][:2]
+        except Exception as error:
+            error.add_note(f"this happened while reading image {name} of the data set")
+            raise
+        found.append(image)
+        labels.append(int(label))
+    return torch.stack(found) if found else images[0][0][None][:0], torch.tensor(labels, dtype=torch.int64)
 
 
 def damaged_of(images: Dataset) -> tuple[str, ...]:
@@ -281,15 +322,15 @@ def _tried(
     if not tree:
         return known
     some = pictures(network, tree, _MOST)
-    wrong = np.isin(np.arange(len(some)), misclassified(network.model, some).index)
-    own = reading_of(network, some, len(some), int(wrong.sum()))
+    misread = misclassified(network.model, some)
+    wrong, own = np.isin(np.arange(len(some)), misread.index), reading_of(network, some, misread)
     found = {}
     for name, which in (("right", ~wrong), ("mistakes", wrong)):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(which))[: _TRIED + 1]
         if len(rows):
-            images, labels = zip(*(some[int(row)] for row in rows), strict=True)
-            s = profile(network.model, torch.stack(images), torch.tensor(labels), units, **how)
-            found[name] = s[np.delete(np.arange(len(s)), _rows_of(s.numpy(), np.asarray(labels), explained))][:_TRIED]
+            images, labels = in_memory(some, rows)
+            s = profile(network.model, images, labels, units, **how)
+            found[name] = s[np.delete(np.arange(len(s)), _rows_of(s.numpy(), labels.numpy(), explained))][:_TRIED]
     return replace(known, own=own, **{"mistakes": torch.empty(0)} | found)
 
 
@@ -331,7 +372,9 @@ def fit_usual(
     store = models.profiles_of(network, units, images, **{"progress": False} | how)
     wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
     told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
-    reading = reading_of(network, images, len(told), len(np.intersect1d(wrong, told))).check(network, allow_chance)
+    at = np.flatnonzero(np.isin(told, wrong))
+    misread_as = pd.DataFrame({"predicted": store.predictions[told[at]]}, index=at)
+    reading = reading_of(network, images, misread_as, told).check(network, allow_chance)
     out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
     others = np.setdiff1d(wrong, itself)
     numbers = {"name": reading.name, "n": len(store), "wrong": len(others), "itself": len(itself)}

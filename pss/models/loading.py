@@ -310,8 +310,9 @@ def _checked(network: Network) -> Network:
         ) from failed
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         raise ValueError(
-            f"{network.name} gives {shape_of(outputs)} for one picture: expected logits of shape (1, classes), "
-            "as pss.models.logits_of makes them"
+            f"{network.name} gives {shape_of(outputs)} for one picture: expected logits of shape (1, classes); in the "
+            "function that makes it, give pss.models.logits_of(model, lambda out: out[0]), where out is what the model "
+            "gives, and out[0] the logits in it"
         )
     if outputs.shape[1] == 1:
         raise ValueError(

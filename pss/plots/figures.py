@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -23,13 +23,19 @@ from pss.ranking import RANKINGS
 from pss.units import Units
 
 STYLE = Path(__file__).with_name("pss.mplstyle")
+JAPANESE = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic", "IPAGothic")  # fonts
 METHOD_COLORS = {name: entry.color for name, entry in RANKINGS.items()}
 METHOD_LABELS = {name: entry.label for name, entry in RANKINGS.items()}
 
 
 def use_style() -> None:
-    """Take the style of these figures for all that follows (white background, colour-blind safe)."""
+    """Take the style of these figures for all that follows (white background, colour-blind safe).
+
+    Letters that its font lacks are taken from a Japanese one, if there is one.
+    """
     plt.style.use(STYLE)
+    there = {font.name for font in fontManager.ttflist}
+    plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in JAPANESE if name in there)]
 
 
 def stage_colors(stages: Sequence[str]) -> dict[str, tuple]:
@@ -355,9 +361,9 @@ def story(
 
 
 def plain(text: str, longest: int = 28) -> str:
-    """Text that a figure can show as it stands: shortened, no mathematics, glyphs that the font lacks as ``?``."""
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    text = "".join(letter if ord(letter) in known else "?" for letter in " ".join(text.split()))
+    """Text that a figure can show as it stands: shortened, no mathematics, glyphs that the fonts lack as ``?``."""
+    known = [get_font(findfont(name)).get_charmap() for name in plt.rcParams["font.family"]]
+    text = "".join(letter if any(ord(letter) in font for font in known) else "?" for letter in " ".join(text.split()))
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 
 

@@ -277,7 +277,11 @@ def test_one_number_for_two_classes_is_wrapped_as_the_message_says(own):
         ({"model": "net.yaml"}, ValueError, "model is 'net.yaml'"),
         ({"model": "MODULE:number", "arguments": {}}, ValueError, "is a int: expected a callable"),
         ({"model": "MODULE:no_model", "arguments": {}}, ValueError, "gave a str: expected a callable that gives"),
-        ({"model": "MODULE:no_logits", "arguments": {}, "checkpoint": None}, ValueError, "expected logits of shape"),
+        (
+            {"model": "MODULE:no_logits", "arguments": {}, "checkpoint": None},
+            ValueError,
+            r"expected logits of shape .*, give pss\.models\.logits_of\(model, lambda out: out\[0\]\)",
+        ),
         ({"model": "MODULE:fixed", "arguments": {}, "checkpoint": None}, ValueError, r"does not take .* as resize: \["),
         (
             {"model": "MODULE:single", "arguments": {}, "checkpoint": None},

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,8 @@ def _open(network: models.Network, chosen: str, tree: str) -> tuple[str, Callabl
         return chosen, read, [photo.name for photo in own], "clock"
     if chosen in data.SETS:
         found = data.load(chosen, "test")
-        return (
-            f"{chosen}/test",
-            found.__getitem__,
-            [str(i) for i in range(len(found))],
-            658 if chosen == "digits" else 0,
-        )
+        names = [str(i) for i in range(len(found))]
+        return f"{chosen}/test", found.__getitem__, names, 658 if chosen == "digits" else 0
     if chosen:
         raise ValueError(
             f"data_to_use {chosen!r}: expected photographs, {', '.join(data.SETS)}, or with data_root a folder below it"
@@ -331,13 +328,9 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
 
 def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] | str]:
     """How a written patch is applied: a sentence in English and Japanese, and lines to paste."""
-    lines = [
-        "import pss",
-        "",
-        f"model = {network.loaded_by}.model",
-        f"patch = pss.Patch.load({str(patch.absolute())!r})",
-    ]
-    return [sentence("next apply", file=patch.name), "\n".join([*lines, "model = patch.apply(model)"])]
+    lines = ["import pss", "", f"model = {network.loaded_by}.model"]
+    lines += [f"patch = pss.Patch.load({str(patch.absolute())!r})", "model = patch.apply(model)"]
+    return [sentence("next apply", file=patch.name), "\n".join(lines)]
 
 
 def larger_budget(patch: Patch) -> float:
@@ -484,9 +477,8 @@ def integrated_gradients(network: models.Network, case: Case) -> Tensor | None:
     with preserved(network.model):
         network.model.eval()
         guess = int(predict(network.model, case.image).argmax())
-        found = IntegratedGradients(network.model).attribute(
-            case.image, target=guess, n_steps=20, internal_batch_size=4
-        )
+        how = {"target": guess, "n_steps": 20, "internal_batch_size": 4}
+        found = IntegratedGradients(network.model).attribute(case.image, **how)
     return found[0].sum(dim=0).abs().detach().float()
 
 
@@ -502,13 +494,10 @@ def edits(
 
     ``chosen`` holds ids by the name of who they are, as top and random.
     """
-    frames = [
-        edit_curve(network.model, case.image, case.labels, ids, units, edit, lr=lr, loss=loss).assign(
-            edit=edit, units=name
-        )
-        for name, ids in chosen.items()
-        for edit in ("prune", "finetune")
-    ]
+    frames = []
+    for (name, ids), edit in product(chosen.items(), ("prune", "finetune")):
+        curve = edit_curve(network.model, case.image, case.labels, ids, units, edit, lr=lr, loss=loss)
+        frames.append(curve.assign(edit=edit, units=name))
     return pd.concat(frames, ignore_index=True)
 
 

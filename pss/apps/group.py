@@ -96,10 +96,8 @@ class Group:
     @property
     def typical(self) -> Case:
         """The example, to be explained."""
-        at = self.example
-        return Case(
-            self.images[at : at + 1], self.labels[at : at + 1], f"{self.name}: {self.table['id'][at]}", self.tree
-        )
+        at = [self.example]
+        return Case(self.images[at], self.labels[at], f"{self.name}: {self.table['id'][at[0]]}", self.tree)
 
 
 def find(

@@ -49,8 +49,8 @@ class Reading:
     """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from.
 
     ``damaged`` names the files that were left out, because they cannot be read; ``never`` the classes of five images or
-    more of which none is read right; ``in_order`` are the first classes in the order of their names, and the share that
-    is right in that order, where it is clearly larger.
+    more of which none is read right, if others are; ``in_order`` are the first ``names`` of the classes, sorted, and
+    the ``share`` that would be right in that order, where it is clearly larger.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Reading:
     classes: int
     damaged: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
-    in_order: tuple[str, float] | None = None
+    in_order: dict[str, Any] = field(default_factory=dict)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -82,13 +82,9 @@ class Reading:
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.share}
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
         told = [sentence("near chance" if self.near_chance else "accuracy", **numbers)]
-        if self.damaged:
-            told.append(sentence("damaged", n=len(self.damaged), names=_listed(self.damaged)))
-        if self.never:
-            told.append(sentence("never right", names=_listed(self.never)))
-        if self.in_order:
-            told.append(sentence("other order", names=self.in_order[0], share=self.in_order[1]))
-        return joined(told)
+        for name, names in (("damaged", self.damaged), ("never right", self.never)):
+            told += [sentence(name, n=len(names), names=_listed(names))] if names else []
+        return joined([*told, *([sentence("other order", **self.in_order)] if self.in_order else [])])
 
     def summary(self) -> dict[str, object]:
         """For ``summary.json``."""
@@ -147,9 +143,13 @@ def ranked(network: models.Network, units: Units) -> tuple[str, str]:
 
 def measure(network: models.Network, images: Dataset, seed: int = 0) -> Reading:
     """Read the images, or 500 of them drawn at random; those whose label is the network's own answer are left out."""
-    own = getattr(images, "own_answer", np.zeros(len(images), bool))
-    rows = np.random.default_rng(seed).permutation(np.flatnonzero(~own))[:_MOST]
+    rows = np.random.default_rng(seed).permutation(_labelled(images))[:_MOST]
     return reading_of(network, images, misclassified(network.model, Subset(images, rows.tolist())), rows)
+
+
+def _labelled(images: Dataset) -> np.ndarray:
+    """Rows of the images whose label is none of the network's own answers."""
+    return np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))
 
 
 def reading_of(
@@ -162,12 +162,12 @@ def reading_of(
     answers[wrong.index] = wrong["predicted"]
     right, n = labels == answers, len(labels)
     known = Reading(str(getattr(images, "name", "images")), n, int(right.sum()), len(classes), damaged_of(images))
-    never = [name for i, name in enumerate(classes) if (labels == i).sum() >= _FEW and not right[labels == i].any()]
-    by_name = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
-    moved = int((np.argsort(by_name)[labels] == answers).sum())
-    first = _listed([classes[i] for i in by_name])
-    clear = wilson(moved, n)[0] > known.interval[1]
-    return replace(known, never=tuple(never), in_order=(first, moved / n) if clear else None)
+    missed = lambda i: right.any() and (labels == i).sum() >= _FEW and not right[labels == i].any()  # noqa: E731
+    never = tuple(name for i, name in enumerate(classes) if missed(i))
+    sorted_so = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
+    moved = int((np.argsort(sorted_so)[labels] == answers).sum())
+    other = {"names": _listed([classes[i] for i in sorted_so]), "share": moved / n}
+    return replace(known, never=never, in_order=other if wilson(moved, n)[0] > known.interval[1] else {})
 
 
 def pictures(
@@ -371,7 +371,7 @@ def fit_usual(
     """
     store = models.profiles_of(network, units, images, **{"progress": False} | how)
     wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
-    told = np.flatnonzero(~getattr(images, "own_answer", np.zeros(len(images), bool)))  # labels, not its own answers
+    told = _labelled(images)
     at = np.flatnonzero(np.isin(told, wrong))
     misread_as = pd.DataFrame({"predicted": store.predictions[told[at]]}, index=at)
     reading = reading_of(network, images, misread_as, told).check(network, allow_chance)

@@ -135,18 +135,17 @@ def _filters(model: nn.Module) -> Iterable[UnitGroup]:
             yield UnitGroup(name, shape, shape[0])
 
 
-def _rows(model: nn.Module) -> Iterable[UnitGroup]:
+def _rows(model: nn.Module, beside: Iterable[UnitGroup] = ()) -> Iterable[UnitGroup]:
+    """Rows, and what lies beside them, in the order of the parameters."""
+    layers = list(beside)
     for name, module, weight in weights_of(model, is_linear):
         dim = int(is_conv1d(module))
-        yield UnitGroup(name, tuple(weight.shape), weight.shape[dim], dim=dim, label="row")
+        layers.append(UnitGroup(name, tuple(weight.shape), weight.shape[dim], dim=dim, label="row"))
     for prefix, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):  # whose queries, keys and values have no layers of their own
             for name, weight in module.named_parameters(prefix, recurse=False):
                 if weight.ndim == 2:
-                    yield UnitGroup(name, tuple(weight.shape), len(weight), label="row")
-
-
-def _in_order(model: nn.Module, layers: Iterable[UnitGroup]) -> list[UnitGroup]:
+                    layers.append(UnitGroup(name, tuple(weight.shape), len(weight), label="row"))
     order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return sorted(layers, key=lambda layer: order[layer.parameter])
 
@@ -183,9 +182,8 @@ def _heads(model: nn.Module) -> Iterable[UnitGroup]:
     return chain.from_iterable(listed.values())
 
 
-KINDS = {
-    "filters": _filters,
-    "rows": lambda model: _in_order(model, _rows(model)),
-    "heads": _heads,
-    "all": lambda model: _in_order(model, [*_filters(model), *_rows(model)]),
-}
+def _all(model: nn.Module) -> Iterable[UnitGroup]:
+    return _rows(model, _filters(model))
+
+
+KINDS = {"filters": _filters, "rows": _rows, "heads": _heads, "all": _all}

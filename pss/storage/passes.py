@@ -244,10 +244,9 @@ def _collate(items: list) -> tuple[list[int], Tensor | None, Tensor | None, dict
     shapes = {tuple(image.shape): index for index, image, _, _ in good}
     if len(shapes) > 1:
         some = ", ".join(f"{shape} (item {index})" for shape, index in list(shapes.items())[:3])
-        raise ValueError(
-            f"images differ in shape: {some}{', …' * (len(shapes) > 3)}; resize them to one size in the data set's "
-            "transform, or under preprocessing in the network's YAML file, as resize: [height, width]"
-        )
+        where = "in the data set's transform, or under preprocessing in the network's YAML file"
+        some += ", …" * (len(shapes) > 3)
+        raise ValueError(f"images differ in shape: {some}; resize them {where}, as resize: [height, width]")
     ids = [index for index, *_ in good]
     images = torch.stack([image for _, image, _, _ in good])
     return ids, images, default_collate([label for _, _, label, _ in good]), bad

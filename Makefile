@@ -87,4 +87,3 @@ clean:  ## remove what make made
 	@echo "Installing pss[$*] into .venv (a few minutes the first time)"
 	@$(INSTALL) --editable ".[$*]"
 	@touch $@
-	@$(PY) -c "import torch._dynamo" &  # compiles half of what kernels import, on the processor that is free meanwhile

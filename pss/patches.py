@@ -545,11 +545,11 @@ def _path(fit: _Fit, count: int, held: Tensor, budget: float, to_the_end: bool, 
             kl = divergences(before, logits_of(fit.model, held))
         right, upper = lead[:count] > 0, upper_bound(kl)
         point = {"price": price, "corrected": int(right.sum()), "kl": float(kl.mean()), "kl_upper": upper}
-        point["worth"] = max(price * fit.margin * len(lead), _WORTH) if len(lead) > count else _WORTH
+        point["dear"] = max(0.0, price * fit.margin * len(lead) - _WORTH) if len(lead) > count else 0.0
         path.append(point | {"steps": fit.steps, "left": tuple((~right).nonzero()[:, 0].tolist())})
         more = point["corrected"] > max((p["corrected"] for p in path if p["kl_upper"] <= budget), default=0)
         enough = right.all() or (more and not to_the_end)
-        if (upper > budget and enough) or (point["worth"] > _WORTH and right.all()):
+        if (upper > budget and enough) or (point["dear"] and right.all()):
             break
         if (fit.margin - lead).clamp(min=0).mean() <= _ENOUGH * fit.margin:
             break
@@ -566,7 +566,7 @@ def _choose(path: list[dict], budget: float, over_budget: bool) -> tuple[dict, d
     """
     none = {"corrected": 0, "left": (*path[0]["left"], *range(path[0]["corrected"]))}
     within = list(takewhile(lambda point: point["kl_upper"] <= budget, path))
-    best = max(reversed(within), key=lambda point: (point["corrected"], -point["worth"]), default=none)
+    best = max(reversed(within), key=lambda point: (point["corrected"], -point["dear"]), default=none)
     most = max(path, key=lambda point: point["corrected"])
     if over_budget and most["corrected"] > best["corrected"]:
         best = most

@@ -209,10 +209,11 @@ def _tree(network: Network, root: Path) -> Dataset:
     entries = sorted(root.iterdir()) if root.is_dir() else []
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     wanted = [f"{i} {name}" for i, name in enumerate(network.classes)]  # no folder has such a name
-    named = {name: i for i, name in enumerate(network.classes)} if set(folders) <= set(network.classes) else {}
+    exact = set(folders) <= set(network.classes)  # "10" may be the name of class 2, and of class 10 the number
     try:
-        for name in folders:  # "10" may be the name of class 2, and of class 10 the number
-            wanted[named[name] if network.classes.count(name) == 1 and named else network.label(name)] = name
+        for name in folders:
+            by_name = exact and network.classes.count(name) == 1
+            wanted[network.classes.index(name) if by_name else network.label(name)] = name
     except ValueError as error:
         if len(folders) != len(network.classes):
             raise ValueError(

@@ -87,10 +87,11 @@ def test_a_notebook_is_written_when_it_ends_and_its_kernel_closed_without_an_int
     assert "the answer is 42" in text_of(tmp_path / "dead" / "01_small.ipynb")
 
 
-FORKED = """import atexit, json, multiprocessing, os, sys
+FORKED = """import atexit, gc, json, multiprocessing, os, sys
 import beside
 atexit.register(lambda: open("ended", "w").close())
 loaded = "pss.patches" in sys.modules, sys.modules["torch"].get_num_threads(), multiprocessing.get_start_method()
+loaded += (gc.get_freeze_count() > 10**5,)  # what is shared is no work for the collector
 print(json.dumps([os.getppid(), os.getcwd(), os.environ["ASKED"], beside.__file__, *loaded]))
 """
 
@@ -112,7 +113,7 @@ def test_kernels_of_many_notebooks_are_forked_from_one_process(tmp_path, monkeyp
         (tmp_path / "ended").unlink(missing_ok=True)
         found.append(json.loads(text_of(tmp_path / "out" / "01_forked.ipynb")))
     server = found[0][0]
-    usual = [str(tmp_path / "mine" / "beside.py"), True, int(os.environ["OMP_NUM_THREADS"]), "fork"]
+    usual = [str(tmp_path / "mine" / "beside.py"), True, int(os.environ["OMP_NUM_THREADS"]), "fork", True]
     assert found == [[server, str(tmp_path), str(number), *usual] for number in range(3)] and server != os.getpid()
 
 

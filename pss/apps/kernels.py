@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -89,6 +90,7 @@ def serve() -> None:
     for module in _IMPORTED:
         with suppress(ImportError):
             import_module(module)
+    gc.freeze()  # a kernel's own collections, and its last, leave alone what it shares: each would copy all of it
     usual = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGCHLD)}
     for line in sys.stdin:
         if (pid := os.fork()) == 0:

@@ -52,11 +52,7 @@ def _true_logit(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, labels[:, None])[:, 0]
 
 
-LOSSES: dict[str, Loss] = {
-    "cross_entropy": cross_entropy,
-    "logit": logit,
-    "logit_difference": logit_difference,
-}
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "logit": logit, "logit_difference": logit_difference}
 
 
 def get_loss(loss: str | Loss) -> Loss:

@@ -87,6 +87,7 @@ class GradientRecorder(TorchFunctionMode):
         asked = visit is None and options.of != ("gradient",)
         self.kept = KeptOutputs(listens="output" in options.of) if asked else None
         like = next(iter({**wanted, **self.others}.values()))
+        # Makes the outputs of layers require a gradient.
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
         self.constants: Constants | None = None

@@ -287,12 +287,7 @@ def edit_panels(summary: pd.DataFrame, bands: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def confidence_bars(
-    before: Tensor,
-    after: Tensor,
-    label: int,
-    ax: Axes | None = None,
-) -> Axes:
+def confidence_bars(before: Tensor, after: Tensor, label: int, ax: Axes | None = None) -> Axes:
     """Confidence in every class before and after an edit, (C,) each; the true class is named in green.
 
     The class predicted before is named in orange if it was wrong.

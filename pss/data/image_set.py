@@ -47,12 +47,11 @@ class ImageSet(TensorDataset):
             raise ValueError(f"labels are {labels.dtype}: expected class numbers, ints")
         labels = labels.to(torch.int64)
         if images.ndim != 4 or len(images) != len(labels):
-            raise ValueError(
-                f"expected images (N, C, H, W) and N labels, got {tuple(images.shape)} and {tuple(labels.shape)}"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            wrong = next(int(label) for label in labels if not 0 <= label < len(classes))
-            raise ValueError(f"label {wrong} is outside 0..{len(classes) - 1}: give one name in classes per class")
+            given = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"expected images (N, C, H, W) and N labels, got {given}")
+        if len(wrong := labels[(labels < 0) | (labels >= len(classes))]):
+            outside = f"label {int(wrong[0])} is outside 0..{len(classes) - 1}"
+            raise ValueError(f"{outside}: give one name in classes per class")
         super().__init__(images, labels)
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.ids = np.asarray([str(i) for i in (range(len(labels)) if ids is None else ids)])

@@ -37,9 +37,7 @@ def fdr_significant(log_p: Tensor, n: int, q: float = 0.05, dependent: bool = Fa
     if log_p.isnan().any():
         raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
     if (log_p > 0).any():
-        raise ValueError(
-            "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
-        )
+        raise ValueError("log_p has positive entries: expected logarithms, as log_tail_probability gives them")
     p = log_p.double().exp().clamp(min=1 / (n + 1)).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pss.engine.calls import OwnGradients, Unsupported
+from pss.engine.checks import shape_of
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.locating import Locator, close
 from pss.engine.recorder import GradientRecorder, Options
@@ -383,10 +384,8 @@ def losses_of(task: Task, outputs: Any, labels: Tensor) -> Tensor:
 def check_losses(losses: Any, labels: Tensor, values: bool = True) -> None:
     """Whether there is one finite loss per sample; ``values=False`` looks at the shape alone, as under vmap."""
     if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"the loss returned {shape} for {len(labels)} samples: expected ({len(labels)},), one value each"
-        )
+        shape, n = shape_of(losses), len(labels)
+        raise ValueError(f"the loss returned {shape} for {n} samples: expected ({n},), one value each")
     if values and not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         raise ValueError(f"the loss is not finite for samples {bad} of the batch")

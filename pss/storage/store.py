@@ -69,10 +69,8 @@ class ProfileStore:
         path = Path(path)
         if not is_store(path) and is_store(partial := partial_of(path)):
             status = open_arrays(partial, read_manifest(partial))[1]["status"]
-            done = int((status != PENDING).sum())
-            raise ValueError(
-                f"{path} is not finished ({done} of {len(status)} rows): call profile_dataset again, as before"
-            )
+            done, n = int((status != PENDING).sum()), len(status)
+            raise ValueError(f"{path} is not finished ({done} of {n} rows): call profile_dataset again, as before")
         manifest = read_manifest(path)
         rows, records = open_arrays(path, manifest)
         if verify:

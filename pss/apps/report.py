@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import pss
 from pss.apps.pages import render, sentence, words
-from pss.plots.figures import show
+from pss.plots import show
 from pss.storage.whole import write_whole
 
 LANGUAGES = {"en": ("en",), "ja": ("ja",), "both": ("en", "ja")}
@@ -79,7 +79,7 @@ class Report:
         ours = frame.columns.intersection(["edit", "part", "setting", "units"])
         japanese = frame.assign(**{name: frame[name].replace(words()["values"]) for name in ours})
         columns = {"en": list(frame), "ja": [words()["columns"].get(name, name) for name in frame]}
-        rows = {"en": _cells(frame), "ja": _cells(japanese)}
+        rows = {"en": frame.map(_text).to_numpy().tolist(), "ja": japanese.map(_text).to_numpy().tolist()}
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})
         return frame
 
@@ -99,8 +99,7 @@ class Report:
 
     def show(self, figure: Figure | Axes, name: str, alt: str, ja: str) -> None:
         """Display a picture once, write it to ``<name>.png``, and put it on the page with its alternative text."""
-        figure = figure if isinstance(figure, Figure) else figure.figure
-        png = io.BytesIO()
+        figure, png = figure.figure, io.BytesIO()  # of a figure it is itself
         figure.savefig(png, format="png", dpi=110)
         self.keep(f"{name}.png", png.getvalue())
         self.blocks.append({"kind": "figure", "en": alt, "ja": ja, "png": base64.b64encode(png.getvalue()).decode()})
@@ -134,10 +133,6 @@ class Report:
         }
         versions = f"pss {pss.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
         return self.keep("report.html", render("report.html", **page, versions=versions))
-
-
-def _cells(frame: pd.DataFrame) -> list[list[str]]:
-    return [[_text(value) for value in row] for row in frame.itertuples(index=False)]
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.growing import Change, NotCarried, Unseen, forward
 from pss.engine.state import preserved
+from pss.engine.strategies import gradients_to
 
 log = logging.getLogger(__name__)
 Losses = Callable[[Tensor, Tensor], Tensor]  # of outputs and labels, which it checks
@@ -111,8 +112,7 @@ class EditRunner:
                 with torch.no_grad():
                     self._compare(outputs[0], self.model(images[:1])[0], "alone")
                 self.apart = True
-            found = self._differentiate(outputs, labels, flat)
-        gradients = iter(found)
+            gradients = iter(gradients_to(flat, self.losses(outputs, labels).sum()))
         return [[next(gradients) for _ in own] for own in ids]
 
     def _gradients_alone(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
@@ -124,17 +124,10 @@ class EditRunner:
             with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
                 self.model.requires_grad_(False)
                 parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
-                found = self._differentiate(self.model(image[None]), label[None], parameters)
+                found = gradients_to(parameters, self.losses(self.model(image[None]), label[None]).sum())
             gradients = dict(zip(names, found, strict=True))
             result.append([gradients[place.parameter][place.index].clone() for place in places])
         return result
-
-    def _differentiate(self, outputs: Tensor, labels: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Gradients of the summed loss: zero for what takes no part in it, all of them if need be."""
-        loss = self.losses(outputs, labels).sum()
-        if not loss.requires_grad:
-            return [torch.zeros_like(i) for i in inputs]
-        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
     def _logits_together(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         changes = self._changes(ids, steps, cumulative=True)

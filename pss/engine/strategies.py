@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -160,7 +160,7 @@ def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
         If the last way leaves something.
     """
     part, left, queue = Part(), dict.fromkeys(task.parameters, ""), list(known.ways)
-    while queue:
+    while True:  # the last way returns or raises
         way = queue.pop(0)
         try:
             done, left = WAYS[way](task, images, labels, tuple(left), known)
@@ -181,7 +181,6 @@ def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
         if queue[0] == "single":  # its pass does all at once
             known.drop(way)
             part, left = Part(), dict.fromkeys(task.parameters, "")
-    raise AssertionError("no way is left")  # the last one returns or raises
 
 
 # One recorded pass
@@ -338,11 +337,15 @@ def one_by_one(task: Task, images: Tensor, labels: Tensor, names: Iterable[str])
     for image, label in _pairs(images, labels):
         with ExplicitNormalization():
             losses = losses_of(task, task.model(image), label)
-        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
-        if losses.requires_grad:
-            found = torch.autograd.grad(losses.sum(), tuple(parameters.values()), allow_unused=True)
-        pairs = zip(parameters.items(), found, strict=True)
-        yield {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+        found = gradients_to(list(parameters.values()), losses.sum())
+        yield {name: gradient[None] for name, gradient in zip(parameters, found, strict=True)}
+
+
+def gradients_to(inputs: Sequence[Tensor], value: Tensor) -> Sequence[Tensor]:
+    """Gradients of a value to tensors: zero to what takes no part in it, to all of them if need be."""
+    if not value.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    return torch.autograd.grad(value, inputs, materialize_grads=True)
 
 
 WAYS = {"fast": _fast, "single": _single, "vmap": _vmap, "loop": _loop}

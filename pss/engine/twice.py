@@ -37,10 +37,3 @@ def gradients_of_one(
         value = loss(model(image), label).sum()
     found = torch.autograd.grad(value, list(wanted.values()), create_graph=True, materialize_grads=True)
     return {name: gradient[None] for name, gradient in zip(wanted, found, strict=True)}
-
-
-def gradient_to(image: Tensor, value: Tensor) -> Tensor:
-    """Gradient to the image; zero where the value does not depend on it."""
-    if not value.requires_grad:
-        return torch.zeros_like(image)
-    return torch.autograd.grad(value, image, materialize_grads=True)[0]

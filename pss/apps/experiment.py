@@ -456,17 +456,14 @@ class Job:
         if not len(wrong):
             return {"images": table, "ranking": none, "results": none}
         names, images, labels = table["image"].to_numpy()[wrong], images[wrong], labels[wrong]
-        ranked = self._rank(images, labels, positions[wrong])
+        s = profile(self.model, images, labels, self.units, self.plan.loss)
+        ranked = {name: self._rank(method, s, positions[wrong]) for name, method in self.plan.methods.items()}
         results = [self._edit(images, labels, names, ranked, edit) for edit in self.plan.edits]
         ranking = self._table_of_ranks(names, ranked)
         return {"images": table, "ranking": ranking, "results": pd.concat(results) if results else none}
 
-    def _rank(self, images: Tensor, labels: Tensor, positions: np.ndarray) -> dict[str, Tensor]:
-        """The first units of each image by every ranking, (B, filters)."""
-        s = profile(self.model, images, labels, self.units, self.plan.loss)
-        return {name: self._rank_by(method, s, positions) for name, method in self.plan.methods.items()}
-
-    def _rank_by(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
+    def _rank(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
+        """The first units of each image, (B, filters)."""
         reference, k = self.usual.of(method), self.plan.filters
         if method not in _RANDOM:
             return rank(s, reference, method, k, self.units)

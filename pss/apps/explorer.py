@@ -29,10 +29,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import editing, models
+from pss import editing, models, plots
 from pss.apps.execution import source_hash
 from pss.input_space import input_saliency
-from pss.plots import figures as plots
 from pss.ranking import rank
 from pss.reference import Reference
 from pss.statistics import fdr_significant
@@ -206,9 +205,8 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     profiles = c.profiles(position)
     tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
-    curves = {
-        e: editing.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
-    }
+    how = {"lr": c.learning_rate, "progress": False}
+    curves = {edit: editing.edit_curves(c.model, *many, tops, c.units, edit, **how) for edit in EDITS}
     steps = editing.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
     steps = dict(zip(tops.unique().tolist(), steps, strict=True))
     before = models.predict(c.model, image).softmax(dim=1)[0]
@@ -224,11 +222,10 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "methods": {},
     }
     for row, (method, top) in enumerate(zip(METHODS, tops, strict=True)):
-        own = {edit: curve[curve["image"] == row] for edit, curve in curves.items()}
         found["methods"][method] = {
             **_table(profiles, method, top, c),
             "map": _map(image, label, method, top, c),
-            **{edit: _curve(curve) | _elsewhere(edit, top, steps, c) for edit, curve in own.items()},
+            **{edit: _edited(edit, curve[curve["image"] == row], top, steps, c) for edit, curve in curves.items()},
         }
     return found
 
@@ -245,22 +242,19 @@ def _table(profiles: dict[str, Tensor], method: str, top: Tensor, c: Collection)
     }
 
 
-def _curve(curve: pd.DataFrame) -> dict[str, list]:
-    return {
-        "true": _short(curve["confidence_true"]),
-        "wrong": _short(curve["confidence_wrong"]),
-        "predicted": curve["predicted"].tolist(),
-    }
-
-
-def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
-    """Share of the retain images that stay right after the first edits."""
+def _edited(edit: str, curve: pd.DataFrame, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
+    """What each edit does to the image, and the share of the retain images that stay right after the first edits."""
     shares = []
     for k in c.elsewhere:
         own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
         table = editing.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
         shares.append(table["still_right"][0])
-    return {"still_right": _short(shares)}
+    return {
+        "true": _short(curve["confidence_true"]),
+        "wrong": _short(curve["confidence_wrong"]),
+        "predicted": curve["predicted"].tolist(),
+        "still_right": _short(shares),
+    }
 
 
 def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) -> str:
@@ -299,7 +293,8 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
     """What the page needs before any image is chosen: the images of each collection, its layers, names and colours."""
     sets = {}
     for c, of_images in zip(collections, found, strict=True):
-        used = {int(i) for d in of_images for i in [d["label"], *_predictions(d)]}
+        predicted = [m[edit]["predicted"] for d in of_images for m in d["methods"].values() for edit in EDITS]
+        used = {d["label"] for d in of_images}.union(*predicted)
         colors = {s: plt.matplotlib.colors.to_hex(v) for s, v in plots.stage_colors(c.units.stages).items()}
         sets[c.name] = {
             "layers": [
@@ -327,10 +322,6 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
     colors = {method: COLORS[method] for method in METHODS}
     options = {"k": K, "map_units": MAP_UNITS, "boost": BOOST, "rare": RARE}
     return {"version": pss.__version__, "methods": colors, **options, "sets": sets}
-
-
-def _predictions(description: dict) -> list[int]:
-    return [p for m in description["methods"].values() for edit in EDITS for p in m[edit]["predicted"]]
 
 
 def write(folder: Path | str, collections: Sequence[Collection] | None = None, jobs: int = 2) -> list[Path]:
@@ -366,11 +357,9 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
 
 def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
     path = cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = describe(collection, position)
-    write_whole(path, json.dumps(found))
-    return found
+    if not path.exists():
+        write_whole(path, json.dumps(describe(collection, position)))
+    return json.loads(path.read_text())
 
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:

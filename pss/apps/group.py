@@ -29,7 +29,7 @@ from pss.editing import edited
 from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
-from pss.plots.figures import image_row, plain
+from pss.plots import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile

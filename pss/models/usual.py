@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pss import data
+from pss.data.folders import folders_of
 from pss.engine.checks import check_count, check_positive
 from pss.models.loading import imagenet, names
 from pss.models.networks import Network
@@ -206,8 +207,7 @@ class PhotographCrops(Dataset):
 
 def _tree(network: Network, root: Path) -> Dataset:
     """A tree of pictures by class; folders are named by class names or numbers, or there is one for every class."""
-    entries = sorted(root.iterdir()) if root.is_dir() else []
-    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = folders_of(root) if root.is_dir() else []
     wanted = [f"{i} {name}" for i, name in enumerate(network.classes)]  # no folder has such a name
     exact = set(folders) <= set(network.classes)  # "10" may be the name of class 2, and of class 10 the number
     try:

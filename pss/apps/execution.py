@@ -106,12 +106,7 @@ def refresh(notebook: str | os.PathLike) -> None:
 
 @contextmanager
 def _executed(
-    notebook: Path,
-    output: Path,
-    parameters: Mapping[str, Any],
-    caller: Path | None,
-    many: bool,
-    failed: bool = True,
+    notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path | None, many: bool, failed: bool = True
 ) -> Iterator[Path]:
     """Path of the executed notebook beside its place; where a cell raises, what there is is kept if ``failed``."""
     beside = output.with_name(f".{output.stem}.running.ipynb")

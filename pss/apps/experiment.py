@@ -71,10 +71,8 @@ def method_of(algo: str) -> str:
     ValueError
         For any other name.
     """
-    method = PUBLISHED.get(algo, algo)
-    if method not in RANKINGS:
-        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *RANKINGS])}")
-    return method
+    check_known("algo", algo, [*PUBLISHED, *RANKINGS])
+    return PUBLISHED.get(algo, algo)
 
 
 # --- statistics: made once, reused ------------------------------------------------------------------------------------
@@ -541,9 +539,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def differences(
-    results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
+def differences(results: pd.DataFrame, first: str, value: str = "corrected", seed: int = 0) -> pd.DataFrame:
     """A ranking less each other one after all edits, on the same images, with `pss.statistics.paired_difference`.
 
     Returns
@@ -555,7 +551,7 @@ def differences(
     for edit, own in results.groupby("edit", sort=False):
         for other in own["algo"].unique():
             if other != first:
-                last = paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                last = paired_difference(own, first, other, value, "algo", seed=seed).iloc[-1]
                 rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
     return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import pss
 from pss import editing, models, plots
 from pss.apps.execution import source_hash
+from pss.data.image_set import to_pixels
 from pss.input_space import input_saliency
 from pss.ranking import rank
 from pss.reference import Reference
@@ -103,7 +104,7 @@ class Collection:
 
     def pixels(self, image: Tensor) -> np.ndarray:
         """(C, H, W) to (H, W, 3), uint8."""
-        return _pixels(self.network.to_image(image))
+        return to_pixels(self.network.to_image(image))
 
     def reference(self, method: str) -> Reference:
         """What a ranking takes as usual."""
@@ -265,12 +266,7 @@ def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) 
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * c.pixels(image[0]).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
-    return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
-
-
-def _pixels(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 from uint8, or from floats in 0..1."""
-    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return picture(to_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
 
 
 def picture(pixels: np.ndarray, size: int | None = None) -> str:

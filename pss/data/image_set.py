@@ -83,7 +83,7 @@ class ImageSet(TensorDataset):
 
     def to_image(self, image: torch.Tensor) -> np.ndarray:
         """Undo the normalization for display: ``(…, C, H, W)`` floats to ``(…, H, W, C)`` uint8."""
-        return (denormalize(image, self.mean, self.std) * 255).round().astype(np.uint8)
+        return to_pixels(denormalize(image, self.mean, self.std))
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name}/{self.split}: {len(self)} images of shape {tuple(self.images.shape[1:])})"
@@ -93,6 +93,11 @@ def denormalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]
     """Undo a normalization by channel for display: ``(…, C, H, W)`` to ``(…, H, W, C)`` in 0..1."""
     mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
     return (image.detach().cpu() * std + mean).clamp(0, 1).movedim(-3, -1).numpy()
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """Floats in 0..1, the nearest of these where they are not, to uint8."""
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:

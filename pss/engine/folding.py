@@ -80,8 +80,4 @@ def _instance_norm(
     return F.group_norm(input, input.shape[1], weight, bias, eps)
 
 
-NORMALIZATIONS = {
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
-    F.instance_norm: _instance_norm,
-}
+NORMALIZATIONS = {F.batch_norm: _batch_norm, torch.batch_norm: _torch_batch_norm, F.instance_norm: _instance_norm}

@@ -232,9 +232,8 @@ class GradientRecorder(TorchFunctionMode):
         for call, output in self.kept.heard.items():
             if call.name not in self.lost:
                 first = output if call.batch is None else call.batch.first(output)
-                mean = self._mean(
-                    call.name, first.reshape(self.samples, -1, first.shape[-1]).mean(1), self.uses[call.name]
-                )
+                rows = first.reshape(self.samples, -1, first.shape[-1]).mean(1)
+                mean = self._mean(call.name, rows, self.uses[call.name])
                 means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
         known = {name: p for name, p in self.wanted.items() if name not in self.lost}
         used: tuple[Tensor | None, ...] = (None,) * len(known)

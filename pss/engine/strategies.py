@@ -224,12 +224,7 @@ def _alone(task: Task, image: Tensor, label: Tensor, names: tuple[str, ...], kno
 
 
 def _recorded(
-    task: Task,
-    images: Tensor,
-    labels: Tensor,
-    wanted: dict[str, Tensor],
-    others: dict[str, Tensor],
-    known: Known,
+    task: Task, images: Tensor, labels: Tensor, wanted: dict[str, Tensor], others: dict[str, Tensor], known: Known
 ) -> tuple[GradientRecorder, Part, dict[str, Tensor], dict[str, Tensor]]:
     """A forward and a backward pass under a recorder; without folding where that cannot be."""
     for fold in (True, False) if task.options.fold and known.fold else (False,):

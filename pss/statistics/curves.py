@@ -80,11 +80,7 @@ def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def summarize(
-    curves: pd.DataFrame,
-    by: str | Sequence[str] = "method",
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    curves: pd.DataFrame, by: str | Sequence[str] = "method", level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Means over images at each number of edits, with confidence intervals.
 

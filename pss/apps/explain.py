@@ -36,6 +36,7 @@ from pss.units import Units
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
 OTHERS = "others, read right"  # images that took no part in a patch
+_MEASURED = 1000  # images of a folder that a patch is measured on, at most
 _FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
@@ -552,11 +553,7 @@ def readable(damages: pd.DataFrame) -> pd.DataFrame:
 
 
 def offer_patch(
-    network: models.Network,
-    case: Case,
-    retain: tuple[Tensor, Tensor] | None,
-    units: Units,
-    budget: float = 0.01,
+    network: models.Network, case: Case, retain: tuple[Tensor, Tensor] | None, units: Units, budget: float = 0.01
 ) -> Patch:
     """`pss.fit_patch` for one image; where it cannot be asked, a patch without gains that says why."""
     none = partial(Patch, fingerprint(network.model))
@@ -570,41 +567,32 @@ def offer_patch(
     return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)
 
 
-def measured(
-    network: models.Network,
-    case: Case,
-    patch: Patch,
-    retain: tuple[Tensor, Tensor] | None,
-    most: int = 1000,
-    seed: int = 0,
-) -> Patch:
+def measured(network: models.Network, case: Case, patch: Patch, retain: tuple[Tensor, Tensor] | None) -> Patch:
     """The patch with more evidence: on the folder that the image comes from, and what its gains do to random units.
 
-    The folder is all of it, or ``most`` images drawn, but for the image itself and the retain images; ``shuffled`` is
+    The folder is all of it, or 1,000 images drawn, but for the image itself and the retain images; ``shuffled`` is
     the same gains dealt to other units.
     """
     if not len(patch.gains):
         return patch
     used = [case.image[0], *([] if retain is None else retain[0])]
     parts = {"mistakes": (case.image, case.labels)}
-    images, labels = in_memory(pictures(network, case.tree, most, seed)) if case.tree else (case.image, case.labels)
+    images, labels = in_memory(pictures(network, case.tree, _MEASURED)) if case.tree else (case.image, case.labels)
     left = [not any(torch.equal(image, other) for other in used) for image in images]
     if any(left):
         images, labels = images[left], labels[left]
         right = predict(network.model, images).argmax(dim=1) == labels
         named = {OTHERS: right, "others, misread": ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
-    return with_evidence(network, patch, parts, seed)
+    return with_evidence(network, patch, parts)
 
 
-def with_evidence(
-    network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
-) -> Patch:
+def with_evidence(network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]]) -> Patch:
     """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units.
 
     One that breaks its budget on others that are read right is taken back, with the reason.
     """
-    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
+    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(0))
     shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
     shuffled["part"] = shuffled["part"] + ", shuffled"
     more = patch.measured(network.model, parts).evidence

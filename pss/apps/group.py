@@ -296,7 +296,7 @@ def patches(group: Group, network: models.Network, units: Units, budget: float =
         patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
         if len(patch.gains):
             parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
-            patch = with_evidence(network, patch, parts | {OTHERS: (x[kept:], y[kept:])}, seed=0)
+            patch = with_evidence(network, patch, parts | {OTHERS: (x[kept:], y[kept:])})
         found[cluster] = patch
     return found
 

@@ -48,35 +48,27 @@ class EditRunner:
 
     def gradients(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
         """Gradient of each image's loss to its own units."""
-        return self._choose(
-            lambda: self._gradients_together(images, labels, ids),
-            lambda: self._gradients_alone(images, labels, ids),
-            images[:1],
-        )
+        return self._choose(self._gradients_together, self._gradients_alone, images, labels, ids)
 
     @torch.no_grad()
     def logits(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         """Logits after the first k steps, for every k, shape (B, K + 1, C)."""
-        return self._choose(
-            lambda: self._logits_together(images, ids, steps),
-            lambda: self._logits_alone(images, ids, steps),
-            images[:1],
-        )
+        return self._choose(self._logits_together, self._logits_alone, images, ids, steps)
 
-    def _choose(self, together: Any, alone: Any, image: Tensor) -> Any:
+    def _choose(self, together: Callable, alone: Callable, images: Tensor, *rest: Any) -> Any:
         if self.strategy == "in_place":
-            return alone()
+            return alone(images, *rest)
         try:
-            return together()
+            return together(images, *rest)
         except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again
-            if isinstance(error, Unseen) and self._take_no_part(error.parameters, image):
+            if isinstance(error, Unseen) and self._take_no_part(error.parameters, images[:1]):
                 self.idle.update(error.parameters)
-                return self._choose(together, alone, image)
-            if self.strategy == "variants":
+            elif self.strategy == "variants":
                 raise
-            log.info("edits one at a time, in place, because: %s", error)
-            self.strategy = "in_place"
-        return alone()
+            else:
+                log.info("edits one at a time, in place, because: %s", error)
+                self.strategy = "in_place"
+        return self._choose(together, alone, images, *rest)
 
     @torch.no_grad()
     def _take_no_part(self, parameters: list[nn.Parameter], image: Tensor) -> bool:

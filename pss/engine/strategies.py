@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -270,21 +271,13 @@ def _refuse_company(of_batch: tuple[Any, Tensor], alone: tuple[Any, Tensor]) -> 
 # Gradients of whole samples
 
 
-def _vmap(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
-    return _reduced(task, names, vectorized(task, images, labels, names)), {}
-
-
-def _loop(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
-    return _reduced(task, names, one_by_one(task, images, labels, names)), {}
-
-
-def _reduced(task: Task, names: tuple[str, ...], chunks: Iterable[dict[str, Tensor]]) -> Part:
+def _whole(way: Callable, task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
     parts = []
-    for gradients in chunks:
+    for gradients in way(task, images, labels, names):
         parts.append(Part())
         for name in names:
             parts[-1].columns |= task.columns(name, gradients[name])
-    return Part.join(parts)
+    return Part.join(parts), {}
 
 
 def whole_gradients(task: Task, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
@@ -343,7 +336,7 @@ def gradients_to(inputs: Sequence[Tensor], value: Tensor) -> Sequence[Tensor]:
     return torch.autograd.grad(value, inputs, materialize_grads=True)
 
 
-WAYS = {"fast": _fast, "single": _single, "vmap": _vmap, "loop": _loop}
+WAYS = {"fast": _fast, "single": _single, "vmap": partial(_whole, vectorized), "loop": partial(_whole, one_by_one)}
 _TITLES = {
     "single": "one image at a time",
     "vmap": "gradients of whole samples",

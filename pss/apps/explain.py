@@ -170,9 +170,7 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
     raise ValueError(f"index {index!r}: {name} has 0..{len(ids) - 1}, or names such as {', '.join(ids[:8])}")
 
 
-def unit_table(
-    saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
-) -> pd.DataFrame:
+def unit_table(saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore") -> pd.DataFrame:
     """Every unit in the order given, with its layer, stage, saliency, z-score and tail probability.
 
     Parameters
@@ -182,15 +180,13 @@ def unit_table(
         From `pss.rank`, of all units.
     method : str
         ``"exponential"`` takes that tail for p, everything else the generalized Pareto one.
-    q : float
-        False-discovery rate for the column ``significant``.
 
     Returns
     -------
     DataFrame
-        ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail, and the last where it is not calibrated, see `Usual.calibrated`.
-        ``p`` is at least 1 / (n + 1) with n reference images.
+        ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant`` (at a
+        false-discovery rate of 5%); the last two are missing where the reference has no tail, and the last where it is
+        not calibrated, see `Usual.calibrated`. ``p`` is at least 1 / (n + 1) with n reference images.
     """
     reference = known.reference
     table = units.table()[["unit", "name", "layer", "stage"]]
@@ -199,8 +195,8 @@ def unit_table(
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
         table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
-        if known.calibrated(q):
-            table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
+        if known.calibrated():
+            table["significant"] = fdr_significant(log_p, reference.n)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table

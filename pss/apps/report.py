@@ -126,11 +126,8 @@ class Report:
 
     def write(self) -> Path:
         """Write ``report.html``."""
-        page = {
-            "languages": LANGUAGES[self.language],
-            "title": {"en": self.title, "ja": self.ja},
-            "blocks": self.blocks,
-        }
+        page = {"languages": LANGUAGES[self.language], "blocks": self.blocks}
+        page |= {"title": {"en": self.title, "ja": self.ja}}
         versions = f"pss {pss.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
         return self.keep("report.html", render("report.html", **page, versions=versions))
 

@@ -121,13 +121,8 @@ def mnist_split(labels: np.ndarray, split: str) -> np.ndarray:
     """Row numbers of a split: 400 digits of every class to train, 50 to reference, 50 to test, then shuffled."""
     rng = np.random.default_rng(2022)
     by_class = np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
-    columns = {
-        "train": slice(0, 400),
-        "validation": slice(400, 500),
-        "reference": slice(400, 450),
-        "test": slice(450, 500),
-    }
-    return rng.permutation(by_class[:, columns[split]].ravel())
+    ends = {"train": (0, 400), "validation": (400, 500), "reference": (400, 450), "test": (450, 500)}
+    return rng.permutation(by_class[:, slice(*ends[split])].ravel())
 
 
 def _scikit_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradie
 from pss.engine.constants import Constants, parameters_of
 from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.hearing import FOLLOWED, KeptOutputs
-from pss.engine.kernels import Convolution, Linear, Table
+from pss.engine.kernels import Convolution, Linear, Table, sum_rows
 from pss.engine.locating import BatchDimension
 
 QUANTITIES = ("gradient", "gain", "output")
@@ -347,7 +347,7 @@ class GradientRecorder(TorchFunctionMode):
                 found = [of_one.clone() for of_one in found]
             for name, of_one in zip(call.parameters, found, strict=True):
                 of_one = of_one.mT[None] if name in self.columns else of_one[None]
-                parts[name].append(of_one if self.uses[name] > 1 else self._row_sums(of_one))
+                parts[name].append(of_one if self.uses[name] > 1 else sum_rows(of_one, self.signed))
         for name, of_each in parts.items():
             if self.uses[name] == 1:
                 self.sums[name] = torch.cat(of_each)
@@ -379,15 +379,10 @@ class GradientRecorder(TorchFunctionMode):
         means = {}
         for name in self.wanted:
             if name in self.gradients:
-                self.sums[name] = self._row_sums(self.gradients.pop(name))
+                self.sums[name] = sum_rows(self.gradients.pop(name), self.signed)
             sums = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
             means[name] = tuple(self._mean(name, sums[quantity]) for quantity in self.options.of)
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
-
-    def _row_sums(self, gradients: Tensor) -> Tensor:
-        """Sum over rows of (absolute) gradients, which are written into."""
-        gradients = gradients if self.signed else gradients.abs_()
-        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
     def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
         """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""

@@ -35,7 +35,6 @@ import pss
 from pss import editing, models
 from pss.apps.pages import sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, in_memory, pictures, prepared, read_saved
-from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models.predictions import answers, ids_of, predict
@@ -178,7 +177,7 @@ def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     `pss.data.digits`, that its reference never saw.
     """
     if network.name == "digits" and not str(root):
-        return digits("test")
+        return pss.data.digits("test")
     return pictures(network, str(root), missing="dataset_path, a folder with folders")
 
 

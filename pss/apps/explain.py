@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
 from pss.statistics import fdr_significant
-from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
@@ -552,14 +550,14 @@ def offer_patch(
     network: models.Network, case: Case, retain: tuple[Tensor, Tensor] | None, units: Units, budget: float = 0.01
 ) -> Patch:
     """`pss.fit_patch` for one image; where it cannot be asked, a patch without gains that says why."""
-    none = partial(Patch, fingerprint(network.model))
+    none = Patch(models.fingerprint(network.model))
     if int(predict(network.model, case.image).argmax()) == case.label:
-        return none(reason="the image is read correctly: there is nothing to repair")
+        return replace(none, reason="the image is read correctly: there is nothing to repair")
     if retain is None:
-        return none(reason="there are no retain images to measure the damage on: give data_root or reference")
+        return replace(none, reason="there are no retain images to measure the damage on: give data_root or reference")
     right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
     if int(right.sum()) < 4:
-        return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
+        return replace(none, reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
     return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)
 
 

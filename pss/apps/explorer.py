@@ -32,13 +32,8 @@ import pss
 from pss import editing, models, plots
 from pss.apps.execution import source_hash
 from pss.data.image_set import to_pixels
-from pss.input_space import input_saliency
-from pss.ranking import rank
 from pss.reference import Reference
-from pss.statistics import fdr_significant
 from pss.storage.digests import digest
-from pss.storage.fingerprints import fingerprint
-from pss.storage.places import cache_folder
 from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
@@ -119,7 +114,7 @@ class Collection:
     def top(self, profiles: dict[str, Tensor], method: str) -> Tensor:
         """Ids of the first K units, (1, K)."""
         ranking = "raw" if method == "gain" else method
-        return rank(profiles[method], self.reference(method), ranking, K, self.units)
+        return pss.rank(profiles[method], self.reference(method), ranking, K, self.units)
 
 
 def digits(count: int = 24, retain: int = 200) -> Collection:
@@ -217,7 +212,7 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
+        "significant": int(pss.fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
         "picture": picture(c.pixels(image[0])),
         "heights": {method: pack(height(profiles[method], method, c.reference(method))) for method in HEIGHTS},
         "methods": {},
@@ -262,7 +257,7 @@ def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) 
     """The input-space map over the darkened image, coloured as in `pss.plots.overlay`."""
     standard = {"scale_free_pot": "pot", "layer_matched_random": "pot", "gain": "zscore"}.get(method, method)
     which = {"boost": BOOST, "method": standard, "ids": top[:MAP_UNITS]}
-    raw = input_saliency(c.model, image, label, c.units, c.reference(method), **which)
+    raw = pss.input_saliency(c.model, image, label, c.units, c.reference(method), **which)
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * c.pixels(image[0]).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
@@ -352,7 +347,7 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
 
 
 def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
-    path = cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
+    path = pss.data.cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
     if not path.exists():
         write_whole(path, json.dumps(describe(collection, position)))
     return json.loads(path.read_text())
@@ -360,7 +355,7 @@ def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
-    plain = [c.name, c.ids[position], fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
+    plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     tensors = [c.images[position], c.labels[position], *c.retain]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
     return digest(repr(plain), code, *(bytes_of(tensor) for tensor in tensors))[:24]
@@ -388,8 +383,7 @@ def widget(collection: Collection | None = None) -> Any:
     edit = ipywidgets.RadioButtons(options=[("fine-tune", "finetune"), ("prune", "prune")], description="edit")
     k = ipywidgets.IntSlider(10, 1, K, description="filters", continuous_update=False)
     box = ipywidgets.VBox([image, method, edit, k, ipywidgets.HTML(), ipywidgets.Image(format="png")])
-    box.image, box.method, box.edit, box.k = image, method, edit, k
-    box.text, box.picture = box.children[4:]
+    box.image, box.method, box.edit, box.k, box.text, box.picture = box.children
 
     def show(_: Any = None) -> None:
         box.text.value, box.picture.value = _story(c, image.value, method.value, edit.value, k.value)

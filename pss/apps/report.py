@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -104,7 +103,6 @@ class Report:
         self.keep(f"{name}.png", png.getvalue())
         self.blocks.append({"kind": "figure", "en": alt, "ja": ja, "png": base64.b64encode(png.getvalue()).decode()})
         show(figure, alt, ja=ja)
-        plt.close(figure)
 
     def keep(self, name: str, content: str | bytes | dict[str, Any] | Callable[[BinaryIO], object]) -> Path:
         """Write a file into the folder, whole or not at all, and list it; the content, or what a function writes."""

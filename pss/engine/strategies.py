@@ -236,7 +236,8 @@ def _recorded(
             if len(images) > 1:
                 recorder.place(_batches(task, recorder, images, labels, (outputs, losses), known))
             means, reached = recorder.row_means(losses)
-            return recorder, Part({}, _detached(outputs), losses.detach()), means, reached
+            seen = outputs.detach() if isinstance(outputs, Tensor) else None
+            return recorder, Part({}, seen, losses.detach()), means, reached
         except Unsupported:
             if not fold:
                 raise
@@ -386,10 +387,6 @@ def is_of_the_machine(error: Exception) -> bool:
     """Out of memory, or a loader's worker that died: no reason to take another way."""
     words = ("DataLoader worker", "allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-def _detached(outputs: Any) -> Any:
-    return outputs.detach() if isinstance(outputs, Tensor) else None
 
 
 def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

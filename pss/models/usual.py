@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from pss import data
@@ -182,7 +181,7 @@ class PhotographCrops(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self._preprocess(self.picture(index)), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pss.storage.folder import damage, is_store, open_arrays, partial_of, read_manifest
 from pss.storage.records import FINISHED, PENDING, RECORD, damaged
@@ -178,7 +177,7 @@ def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.
             yield columns, profiles.columns(columns)
             continue
         block = profiles[:, columns]
-        if isinstance(block, Tensor):
+        if isinstance(block, torch.Tensor):
             block = block.detach().to("cpu", torch.float32 if itemsize == 4 else torch.float64)
         yield columns, np.asarray(block, np.float32 if itemsize == 4 else np.float64)
 

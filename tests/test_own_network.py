@@ -74,6 +74,10 @@ def desk(tmp_path_factory):
                 pixels = rng.integers(60 - noise // 2, 60 + noise // 2, (20, 24, 3)) + 60 * shows
                 picture = Image.fromarray(pixels.astype(np.uint8))
                 picture.save(desk / folder / name / f"<img src=x onerror=1> {n}.png")
+    for name, source, count in (("cat", "fitted", 40), ("<b>dog", "training", 10)):  # all of them show a cat
+        (desk / "lopsided" / name).mkdir(parents=True)
+        for picture in sorted((desk / source / "cat").glob("*.png"))[:count]:
+            shutil.copy(picture, desk / "lopsided" / name)
     torch.save(model.state_dict(), desk / "net.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
@@ -228,13 +232,9 @@ def test_near_chance_nothing_is_ranked(desk):
     assert not found.near_chance and found.interval == pytest.approx((0.6415, 0.9332), abs=1e-4)
 
 
-def test_one_answer_to_all_images_is_no_better_than_chance(desk, mistake, tmp_path):
+def test_one_answer_to_all_images_is_no_better_than_chance(desk, mistake):
     """However many of the images it fits; those that it does not fit are no part of what is usual."""
-    for name, source, count in (("cat", "fitted", 40), ("<b>dog", "training", 10)):  # all of them show a cat
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for picture in sorted((desk / source / "cat").glob("*.png"))[:count]:
-            shutil.copy(picture, tmp_path / "photos" / name)
-    network, units, tree = mistake[0], pss.Units.of(mistake[0].model), str(tmp_path / "photos")
+    network, units, tree = mistake[0], pss.Units.of(mistake[0].model), str(desk / "lopsided")
     says = (
         r"40 of 50 .*80% \(95% interval 67% to 89%\), but dealt to .* up to 80% right.* Nothing is .* of each class, or"
     )
@@ -484,6 +484,7 @@ def test_what_a_run_lacks_is_said_before_it_starts(desk, arguments, says):
             {"model": "net.yaml", "data_root": "photos", "index": 0, "reference": "other.safetensors"},
             ["reference /other.safetensors: the reference was fitted .*-p reference FOLDER"],
         ),
+        (EXPLAIN, {"model": "net.yaml", "data_root": "lopsided"}, ["40 of 50 images .* Nothing is ranked, .* of each"]),
         (EXPERIMENT, {"model": "net.yaml"}, ["give dataset_path, a folder"]),
         (
             EXPERIMENT,

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import pss
 from pss import editing, models
-from pss.apps.pages import sentence
+from pss.apps.pages import joined, sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, in_memory, pictures, prepared, read_saved
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
@@ -99,7 +99,8 @@ class Statistics:
         """How many images they come from, and how many misread ones were left out: in English, and in Japanese."""
         of = next(iter(self.provenance.values()))
         if "left_out" in of:
-            return sentence("usual experiment", left=of["n"], out=int(of["left_out"]))
+            told, out = sentence("usual experiment", left=of["n"]), int(of["left_out"])
+            return joined([told, sentence("left out misread", n=of["n"] + out, misread=out)]) if out else told
         return sentence("usual saved", name=of.get("source", "reference"), n=of["n"] or "?")
 
 
@@ -240,10 +241,8 @@ class Plan:
     def check(self, units: Units, usual: Statistics) -> None:
         """Refuse what cannot be done with these units and statistics, before anything is computed."""
         if not self.algo or not (self.count is None or self.count >= 1):
-            raise ValueError(
-                f"count {self.count}, algo {list(self.algo)}: expected a count of at least 1, or None for all, and at "
-                "least one ranking"
-            )
+            what = "a count of at least 1, or None for all, and at least one ranking"
+            raise ValueError(f"count {self.count}, algo {list(self.algo)}: expected {what}")
         check_count("filters", self.filters, len(units), "the number of units")
         for edit in self.edits:
             check_known("edit", edit, editing.EDITS)
@@ -338,17 +337,10 @@ def run(
     for reference in filter(None, (usual.plain, usual.scale_free)):
         reference.check(units, model=network.model, loss=plan.loss, signed=False, of="gradient")
     plan.check(units, usual)
-    settings = {
-        **{"network": network.name, "weights": network.weights, "preprocessing": prepared(network)},
-        **(provenance or {}),
-        "pss": pss.__version__,
-        "model": fingerprint(network.model),
-        "units": units.fingerprint,
-        "data": name_of_data(dataset),
-        "statistics": usual.provenance,
-        **asdict(plan),
-        "loss": loss_name(plan.loss),
-    }
+    settings: dict[str, Any] = {"network": network.name, "weights": network.weights, "preprocessing": prepared(network)}
+    settings |= {**(provenance or {}), "pss": pss.__version__, "model": fingerprint(network.model)}
+    settings |= {"units": units.fingerprint, "data": name_of_data(dataset), "statistics": usual.provenance}
+    settings |= {**asdict(plan), "loss": loss_name(plan.loss)}
     folder = Path(folder) if str(folder) else models.cache_of(network) / "experiments" / key_of(settings)
     record = _begin(folder, settings)
     if record["complete"]:

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pss
-from pss.apps.pages import render, sentence, words
+from pss.apps.pages import in_japanese, render, sentence, words
 from pss.plots import show
 from pss.storage.whole import write_whole
 
@@ -75,8 +75,8 @@ class Report:
 
     def table(self, frame: pd.DataFrame, text: str, ja: str) -> pd.DataFrame:
         """Put a table on the page, with a caption; returns it, for the notebook to show."""
-        ours = frame.columns.intersection(["edit", "part", "setting", "units"])
-        japanese = frame.assign(**{name: frame[name].replace(words()["values"]) for name in ours})
+        ours = frame.columns.intersection(["edit", "map", "part", "setting", "units"])
+        japanese = frame.assign(**{name: frame[name].map(in_japanese) for name in ours})
         columns = {"en": list(frame), "ja": [words()["columns"].get(name, name) for name in frame]}
         rows = {"en": frame.map(_text).to_numpy().tolist(), "ja": japanese.map(_text).to_numpy().tolist()}
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})

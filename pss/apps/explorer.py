@@ -34,6 +34,7 @@ from pss.apps.execution import source_hash
 from pss.data.image_set import to_pixels
 from pss.reference import Reference
 from pss.storage.digests import digest
+from pss.storage.places import cache_folder
 from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
 from pss.units import Units
@@ -347,7 +348,7 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
 
 
 def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
-    path = pss.data.cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
+    path = cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
     if not path.exists():
         write_whole(path, json.dumps(describe(collection, position)))
     return json.loads(path.read_text())

@@ -124,7 +124,7 @@ class Report:
 
     def write(self) -> Path:
         """Write ``report.html``."""
-        page = {"languages": LANGUAGES[self.language], "blocks": self.blocks}
+        page: dict[str, Any] = {"languages": LANGUAGES[self.language], "blocks": self.blocks}
         page |= {"title": {"en": self.title, "ja": self.ja}}
         versions = f"pss {pss.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
         return self.keep("report.html", render("report.html", **page, versions=versions))

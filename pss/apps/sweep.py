@@ -275,9 +275,8 @@ def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str]) -> I
     outputs: set[str] = set()
     for number, values in enumerate(rows, 1):
         key = key_of([code, values, __version__], 12)
-        if key in seen:
-            raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {values}")
-        seen[key] = number
+        if (other := seen.setdefault(key, number)) != number:
+            raise ValueError(f"runs {other} and {number} have the same parameters: {values}")
         shown = {name: value for name, value in values.items() if name not in fixed}
         folder = made.get(key, out / f"{_readable(shown)}-{key}")
         values = _with_output(notebook, values, folder)

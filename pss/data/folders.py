@@ -245,9 +245,8 @@ def open_set(
     if not own:
         start, stop = (round(part * len(rows)) for part in parts[split])
         rows = rows[start:stop]
-    if not len(rows[:count]):
+    if not len(rows := rows[:count]):
         raise ValueError(f"{path} has too few pictures ({len(tree)}) for a split {split!r}")
-    images, labels = zip(*(tree[int(row)] for row in rows[:count]), strict=True)
-    looks = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD)}
-    ids = tree.ids[rows[:count]]
-    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, ids=ids, **looks)
+    images, labels = zip(*(tree[int(row)] for row in rows), strict=True)
+    told = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD), "ids": tree.ids[rows]}
+    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, **told)

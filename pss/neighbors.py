@@ -9,8 +9,6 @@ neighbours share true and predicted class has to be seen beside what those two a
 (`pss.statistics.agreement`).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

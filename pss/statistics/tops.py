@@ -59,7 +59,9 @@ def stage_shares(ids: Tensor, units: Units) -> pd.DataFrame:
     outside = ids[(ids < 0) | (ids >= len(units))]
     if len(outside):
         raise ValueError(f"unit {int(outside[0])} is outside 0..{len(units) - 1}")
-    stages = units.stage_ids[ids.cpu().numpy()]
-    each = pd.DataFrame({stage: (stages == i).mean(axis=1) for i, stage in enumerate(units.stages)})  # (B, stages)
+    stages = torch.from_numpy(units.stage_ids)[ids.cpu()]
+    each = torch.stack([(stages == i).double().mean(dim=1) for i in range(len(units.stages))], dim=1)  # (B, stages)
+    error = each.std(dim=0) / len(each) ** 0.5 if len(each) > 1 else torch.full((each.shape[1],), torch.nan)
     prior = np.bincount(units.stage_ids, minlength=len(units.stages)) / len(units)
-    return pd.DataFrame({"share": each.mean(), "error": each.sem(), "prior": prior}).rename_axis("stage")
+    shares = {"share": each.mean(dim=0).numpy(), "error": error.numpy(), "prior": prior}
+    return pd.DataFrame(shares, index=pd.Index(units.stages, name="stage"))

@@ -210,6 +210,26 @@ def test_near_chance_nothing_is_ranked(desk):
     assert not found.near_chance and found.interval == pytest.approx((0.6415, 0.9332), abs=1e-4)
 
 
+def test_a_network_of_one_answer_is_not_ranked_where_most_images_are_of_that_class(desk, tmp_path):
+    """With the wrong preprocessing all images are read as one class, which is right for most of them."""
+    for own, name, count in zip("abc", CLASSES, (16, 2, 6), strict=True):
+        (tmp_path / "mostly" / own).mkdir(parents=True)
+        for n in range(count):
+            shutil.copy(desk / "training" / name / f"<img src=x onerror=1> {n}.png", tmp_path / "mostly" / own)
+    dark = YAML.replace("net.pth", str(desk / "net.pth")).replace("mean: [0.5, 0.5, 0.5]", "mean: [1, 1, 1]")
+    (tmp_path / "dark.yaml").write_text(dark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(desk)
+        network = models.load(str(tmp_path / "dark.yaml"))
+    units, tree = pss.Units.of(network.model), str(tmp_path / "mostly")
+    with pytest.raises(
+        ValueError, match=r"Every one of 24 .* is read as cat, which is right for 16 .* a = cat, b = .*Nothing is rank"
+    ):
+        reading.usual(network, units, tree=tree)
+    known = reading.usual(network, units, tree=tree, allow_chance=True)
+    assert known.reference.n == 24 and "reads no better than chance" in known.told[0]
+
+
 def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     network, name, image, label = mistake
     units, case = pss.Units.of(network.model), explain.Case(image[None], torch.tensor([int(label)]), name)

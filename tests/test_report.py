@@ -240,6 +240,25 @@ def test_the_opening_says_by_what_the_mistake_was_repaired(found, says):
     assert says in told[2][0] and not re.search("[a-z]{4}", told[2][1].replace("None", ""))
 
 
+def test_an_edit_after_which_all_is_one_class_is_said_to_repair_nothing():
+    """Where most images are of that class the accuracy falls by little."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
+    model[1].weight.data[:] = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    network = models.Network("mine", model, models.Preprocessing(), ("a", "b"), "")
+    images = torch.zeros(10, 1, 2, 2)
+    images[:9, 0, 0, 0] = images[9, 0, 0, 1] = 1
+    retain, case = (images, torch.tensor([0] * 9 + [1])), explain.Case(images[9:], torch.tensor([0]), "it")
+    units, chosen = pss.Units.of(model, "rows"), {"top": torch.tensor([1, 0]), "random": torch.tensor([0, 1])}
+    ends = ends_of(("prune", "top", 2.0), ("prune", "random", float("nan")))
+    harm = explain.damage(network, case, retain, chosen, ends, 1, units, 0.1, "cross_entropy")
+    assert harm["classes answered"].tolist() == [1, 2]
+    table = pd.DataFrame({"unit": [1], "name": ["1[1]"], "z": [4.0]})
+    known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
+    told = explain.opening(case, torch.tensor([0.1, 0.9]), network, table, known, [], ends, harm, pss.Patch("0" * 64))
+    assert "from 100% to 90%; of those read right before, 90% stay so. After it all" in told[2][0]
+    assert "破壊" in told[2][1]
+
+
 def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
     network, test = models.load("digits"), pss.data.digits("test")
     at = int(models.misclassified(network.model, test).index[0])
@@ -312,7 +331,7 @@ def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkey
     for rest in (0.35, 0.9):
         ends = {"gains": (0.68, rest), "shared": (0.27, 0.6), "random": (0.55, 0.52)}
         rows = [
-            {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b}
+            {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b, "classes answered": 1}
             for n, (a, b) in ends.items()
         ]
         monkeypatch.setattr(group, "repairs", lambda *_, rows=rows: pd.DataFrame(rows))
@@ -320,6 +339,7 @@ def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkey
         group.tell(found, network, units, report)
         said = [block["en"] for block in report.blocks]
         assert any("no better than pruning random units" in text for text in said) == (rest == 0.35)
+        assert any("3 of these edits leave a single class" in text for text in said)
     heads = [block["columns"]["ja"] for block in report.blocks if block["kind"] == "table"]
     assert heads[0][:2] == ["ユニット", "誤分類画像の枚数"] and heads[0][3].startswith("クラスタ1")
 
@@ -372,7 +392,8 @@ def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
         assert torch.equal(found.gains, gains) and not found.reason
     else:
         assert not len(found.gains) and f"its KL is {kl:.2g}, up to {upper:.2g}" in found.reason
-        assert explain.larger_budget(found) == pytest.approx(1.05 * upper) and upper > kl
+        assert explain.larger_budget(found, 10) == pytest.approx(1.05 * upper) and upper > kl
+        assert explain.larger_budget(found, 1) == 0, "not as much as a guess costs"
         with pytest.raises(ValueError, match="more than the budget of 1e-06"):
             found.apply(network.model)
 

@@ -35,6 +35,7 @@ from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
+ANSWERED = "classes answered"  # how many classes some images are read as after an edit
 OTHERS = "others, read right"  # images that took no part in a patch
 _FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
@@ -320,9 +321,11 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     other = ends.loc[random & (ends["edit"] == best["edit"]), "repaired at"].iloc[0]
     told = [sentence(f"{best['edit']} {best['units']} repairs", first=int(best["repaired at"]))]
     told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
-    if harm is not None:
+    if harm is not None and harm["still right"].notna().all():
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
-        told.append(sentence("costs", before=own["accuracy before"], after=own["accuracy after"]))
+        numbers = {"before": own["accuracy before"], "after": own["accuracy after"], "still": own["still right"]}
+        told.append(sentence("costs", **numbers))
+        told += [sentence("costs all")] if own[ANSWERED] == 1 < harm[ANSWERED].max() else []
     return joined(told)
 
 
@@ -333,14 +336,19 @@ def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] |
     return [sentence("next apply", file=patch.name), "\n".join(lines)]
 
 
-def larger_budget(patch: Patch) -> float:
-    """The budget by which a patch would correct most, as far as was tried; 0 where more than this one is not known."""
+def larger_budget(patch: Patch, classes: int) -> float:
+    """The budget by which a patch would correct most, as far as was tried; 0 where more than this one is not known.
+
+    Nor is a budget of log(classes) advised: so far from a sure answer is one that says nothing.
+    """
     parts = patch.evidence.set_index("part") if len(patch.evidence) else patch.evidence
     if not len(patch.gains) and OTHERS in parts.index:  # it corrects, but broke the budget there
-        return 1.05 * parts["kl_upper"][OTHERS]
-    done = parts["n"]["mistakes"] * parts["accuracy_after"]["mistakes"] if len(patch.gains) else 0
-    more = patch.tried[patch.tried["corrected"] > done + 0.5] if len(patch.tried) else patch.tried
-    return 1.05 * float(more["kl_upper"][more["corrected"].idxmax()]) if len(more) else 0.0
+        needed = 1.05 * parts["kl_upper"][OTHERS]
+    else:
+        done = parts["n"]["mistakes"] * parts["accuracy_after"]["mistakes"] if len(patch.gains) else 0
+        more = patch.tried[patch.tried["corrected"] > done + 0.5] if len(patch.tried) else patch.tried
+        needed = 1.05 * float(more["kl_upper"][more["corrected"].idxmax()]) if len(more) else 0.0
+    return needed if needed < math.log(classes) else 0.0
 
 
 def what_next(
@@ -380,7 +388,7 @@ def what_next(
         told.append(sentence("next misread"))
     if len(patch.gains):
         told += to_apply or [sentence("next write")]
-    elif budget := larger_budget(patch):
+    elif budget := larger_budget(patch, len(network.classes)):
         told.append(sentence("next budget one", budget=budget))
     told += few
     if rate:
@@ -542,8 +550,10 @@ def damage(
         ids = chosen[name][None, : int(first) if first > 0 else k]
         steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)[0]
         with edited(network.model, units, ids[0], edit, steps):
-            rows.append({"edit": edit, "units": name, "k": ids.shape[1], **editing.damage(before, log_p(), retain[1])})
-    return readable(pd.DataFrame(rows).filter(items=["edit", "units", "k", *_COLUMNS]))
+            after = log_p()
+        own = {"edit": edit, "units": name, "k": ids.shape[1], ANSWERED: len(after.argmax(dim=1).unique())}
+        rows.append(own | editing.damage(before, after, retain[1]))
+    return readable(pd.DataFrame(rows).filter(items=["edit", "units", "k", *_COLUMNS, ANSWERED]))
 
 
 def readable(damages: pd.DataFrame) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pss import models
-from pss.apps.explain import OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
+from pss.apps.explain import ANSWERED, OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
 from pss.apps.reading import Reading, Usual, in_memory, pictures, reading_of, usual
 from pss.apps.report import Report
@@ -267,18 +267,16 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
     -------
     DataFrame
         A row for each name of ``shared``: ``units``, ``k``, ``mistakes read right`` (share), ``rest before`` and ``rest
-        after`` (accuracy on at most 600 images that were read right).
+        after`` (accuracy on at most 600 images that were read right), ``classes answered`` for all of these.
     """
     rows = []
     for name, ids in shared.items():
         with edited(network.model, units, ids):
-            now, rest = (
-                predict(network.model, x).argmax(dim=1) == y if len(x) else torch.zeros(0)
-                for x, y in ((group.images, group.labels), group.rest)
-            )
-        after = float(rest.double().mean()) if len(rest) else np.nan
-        numbers = {"mistakes read right": float(now.double().mean()), "rest before": 1.0, "rest after": after}
-        rows.append({"units": name, "k": len(ids), **numbers})
+            x, y = (torch.cat(pair) for pair in zip((group.images, group.labels), group.rest, strict=True))
+            answers = predict(network.model, x).argmax(dim=1)
+        mistakes, rest = (answers == y).double().split([len(group.images), len(group.rest[0])])
+        numbers = {"mistakes read right": float(mistakes.mean()), "rest before": 1.0, "rest after": float(rest.mean())}
+        rows.append({"units": name, "k": len(ids), **numbers, ANSWERED: len(answers.unique())})
     return pd.DataFrame(rows)
 
 
@@ -344,6 +342,8 @@ def tell(
     both = right + ends.set_index("units")["rest after"]
     if any(share[["shared", "gains"]].max() <= share["random"] for share in (right, both)):
         verdict = joined([verdict, sentence("group repair no better")])
+    if (constant := int((ends[ANSWERED] == 1).sum())) and len(group.labels.unique()) > 1:
+        verdict = joined([verdict, sentence("group repair costs all", n=constant)])
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
@@ -400,7 +400,7 @@ def _offer(
                 if name:
                     patch.save(report.folder / name)
                     named = [sentence("named patch", name=name, cluster=cluster)]
-        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch)):
+        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch, len(network.classes))):
             advice.append(sentence("next budget", cluster=cluster, budget=needed))
     for told in named:
         report.say(*told)

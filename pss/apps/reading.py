@@ -49,8 +49,9 @@ class Reading:
     """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from.
 
     ``damaged`` names the files that were left out, because they cannot be read; ``never`` the classes of five images or
-    more of which none is read right, if others are; ``in_order`` are the first ``names`` of the classes, sorted, and
-    the ``share`` that would be right in that order, where it is clearly larger.
+    more of which none is read right, if others are, and ``only`` the one that all images are read as then;
+    ``in_order`` are the first ``names`` of the classes, sorted, and the ``share`` that would be right in that order,
+    where it is clearly larger; ``folders`` says which class each folder was taken for, if their names do not.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Reading:
     damaged: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     in_order: dict[str, Any] = field(default_factory=dict)
+    only: str = ""
+    folders: tuple[str, ...] = ()
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -73,16 +76,20 @@ class Reading:
 
     @property
     def near_chance(self) -> bool:
-        """Whether guessing one of the classes at random lies within the interval, or above it."""
-        return self.interval[0] <= 1 / self.classes
+        """Whether guessing one of the classes at random lies within the interval, or above it; or all are read as one.
+
+        Where most images are of one class, to read all as that one gives an accuracy far above a random guess.
+        """
+        return self.interval[0] <= 1 / self.classes or bool(self.only)
 
     def told(self) -> tuple[str, str]:
         """A sentence in English, and in Japanese."""
         low, high = self.interval
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.share}
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
-        told = [sentence("near chance" if self.near_chance else "accuracy", **numbers)]
-        for name, names in (("damaged", self.damaged), ("never right", self.never)):
+        kind = "one answer" if self.only else "near chance" if self.near_chance else "accuracy"
+        told = [sentence(kind, only=self.only, **numbers)]
+        for name, names in (("folders", self.folders), ("damaged", self.damaged), ("never right", self.never)):
             told += [sentence(name, n=len(names), names=_listed(names))] if names else []
         return joined([*told, *([sentence("other order", **self.in_order)] if self.in_order else [])])
 
@@ -167,7 +174,9 @@ def reading_of(
     sorted_so = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
     moved = int((np.argsort(sorted_so)[labels] == answers).sum())
     other = {"names": _listed([classes[i] for i in sorted_so]), "share": moved / n}
-    return replace(known, never=never, in_order=other if wilson(moved, n)[0] > known.interval[1] else {})
+    found = {"never": never, "folders": tuple(getattr(images, "taken_for", ()))}
+    found["only"] = classes[answers[0]] if never and len(set(answers.tolist())) == 1 else ""
+    return replace(known, **found, in_order=other if wilson(moved, n)[0] > known.interval[1] else {})
 
 
 def pictures(

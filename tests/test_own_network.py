@@ -160,6 +160,21 @@ def test_a_folder_of_complaints_takes_what_is_to_stay_from_the_reference(desk, m
     assert "unless they were chosen as mistakes, look at their labels" in told[0][0]
 
 
+def test_a_picture_in_two_folders_is_named_and_no_image_to_retain(desk, mistake, tmp_path):
+    """One of its labels is wrong: no repair reads both right."""
+    shutil.copytree(desk / "photos", tmp_path / "photos")
+    network, units = mistake[0], pss.Units.of(mistake[0].model)
+    tree = models.reference_set(network, desk / "photos")
+    right = next(str(tree.ids[i]) for i in range(48) if i not in models.misclassified(network.model, tree).index)
+    shutil.copy(desk / "photos" / right, tmp_path / "photos" / CLASSES[0] / "twin.png")
+    found = group.find(network, units, tmp_path / "photos", k=3)
+    assert found.twins == ("cat/twin.png",) and len(found.table) == 10 and len(found.rest[1]) == 38
+    assert not any(torch.equal(x, y) for x in found.rest[0] for y in found.images)
+    page = group.Report(tmp_path / "page", "title", "題")
+    said = str(group.tell(found, network, units, page)["opening"])
+    assert "One of them is the very picture of an image of another class that is read right (cat/twin.png)" in said
+
+
 def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
     shutil.copytree(desk / "photos", tmp_path / "some photos")
     broken = next((tmp_path / "some photos" / "cat").glob("* 9.png"))
@@ -249,7 +264,7 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     assert 'by -20%; those of the map "random" change it by -30%' in explain.map_verdict(table, "top", ["random"])[0]
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
     assert (
-        "no other map takes more of it. The map of random units takes less (-20%)"
+        'no other map takes more of it. Those of the map "top" take less of it (-20%)'
         in explain.map_verdict(table, "random", ["top"])[0]
     )
 

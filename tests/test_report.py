@@ -81,6 +81,8 @@ def test_one_language(tmp_path, capsys):
 def test_text_of_a_figure_is_short_plain_and_known_to_the_font():
     assert pss.plots.plain("a$b$  c\nd") == r"a\$b\$ c d" and pss.plots.plain("猫 cat") == "? cat"
     assert len(pss.plots.plain("x" * 99)) == 28
+    with plt.rc_context({"font.family": ["sans-serif"]}):  # matplotlib's own style
+        assert pss.plots.plain("cat") == "cat"
 
 
 @pytest.mark.filterwarnings("error:Glyph")
@@ -214,6 +216,18 @@ def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
     english, japanese = explain.verdict(patch)
     assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
     assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)
+    assert english.endswith("held out.")
+    wide = {
+        "n": [226, 58],
+        "kl_mean": [0.039, np.nan],
+        "still_right": [0.969, np.nan],
+        "accuracy_after": [0.969, 0.845],
+    }
+    folder = pd.DataFrame({"part": ["others, read right", "others, misread"], **wide})
+    patch = dataclasses.replace(patch, evidence=pd.concat([evidence, folder], ignore_index=True))
+    english, japanese = explain.verdict(patch)
+    assert "On 226 other images that are read right its KL is 0.039, and 97% of them stay so." in english
+    assert "Of 58 other misread images it corrects 84%." in english and "226枚ではKLの平均は0.039で，97%" in japanese
 
 
 def ends_of(*rows) -> pd.DataFrame:

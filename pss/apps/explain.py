@@ -36,7 +36,7 @@ from pss.units import Units
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
 ANSWERED = "classes answered"  # how many classes some images are read as after an edit
-OTHERS = "others, read right"  # images that took no part in a patch
+OTHERS, OTHERS_MISREAD = "others, read right", "others, misread"  # images that took no part in a patch
 _FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
@@ -240,8 +240,16 @@ def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
     if not len(patch.gains):
         return no_patch("no patch", patch.reason)
-    held_out, fitted = (patch.evidence.set_index("part")["kl_mean"][part] for part in ("retain held out", "retain"))
-    return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
+    parts = patch.evidence.set_index("part")
+    held_out, fitted = (parts["kl_mean"][part] for part in ("retain held out", "retain"))
+    told = [sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)]
+    if OTHERS in parts.index:
+        n, kl, still = parts.loc[OTHERS, ["n", "kl_mean", "still_right"]]
+        told.append(sentence("patch others", n=int(n), kl=kl, still=still))
+    if OTHERS_MISREAD in parts.index:
+        n, share = parts.loc[OTHERS_MISREAD, ["n", "accuracy_after"]]
+        told.append(sentence("patch others misread", n=int(n), share=share))
+    return joined(told)
 
 
 def rate_that_moves(network: models.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> float:
@@ -415,8 +423,9 @@ def results(
         found[f"{_column(row)}_kl"] = None if np.isnan(row["mean KL"]) else float(row["mean KL"])
     found["patch_units"] = len(patch.gains)
     if len(patch.gains):
-        kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
-        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
+        kl = patch.evidence.set_index("part")["kl_mean"]
+        held_out = float(kl.get(OTHERS, kl["retain held out"]))  # most of the images that took no part
+        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": held_out}
     return found | (known.at_hand.summary() if known.at_hand else {})
 
 
@@ -471,8 +480,10 @@ def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[s
     best = changed.idxmin()
     numbers = {"share": MASKED, "map": mine, "mine": changed[mine], "best": best, "most": changed[best]}
     told = [sentence("masked best" if best == mine else "masked", **numbers)]
-    if beside := [changed[name] for name in others if name in changed]:
-        told.append(sentence("map better" if changed[mine] < min(beside) else "map no better", random=min(beside)))
+    if beside := [name for name in others if name in changed]:
+        first = min(beside, key=changed.__getitem__)
+        kind = "map better" if changed[mine] < changed[first] else "map no better"
+        told.append(sentence(kind, beside=first, random=changed[first]))
     return joined(told)
 
 
@@ -602,7 +613,7 @@ def measured(
     if any(left):
         images, labels = images[left], labels[left]
         right = predict(network.model, images).argmax(dim=1) == labels
-        named = {OTHERS: right, "others, misread": ~right}
+        named = {OTHERS: right, OTHERS_MISREAD: ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
     return with_evidence(network, patch, parts, seed)
 

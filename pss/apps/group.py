@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from pss import models
 from pss.apps.explain import ANSWERED, OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, in_memory, pictures, reading_of, usual
+from pss.apps.reading import Reading, Usual, in_memory, listed, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -33,6 +33,7 @@ from pss.plots.figures import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile
+from pss.storage.digests import digest
 from pss.units import Units
 
 ALIKE = 0.5  # mean cosine similarity of the members of a cluster, at least
@@ -69,6 +70,8 @@ class Group:
         Place and name of the folder.
     known : Usual, optional
         What is usual, if `find` looked for it.
+    twins : tuple of str
+        Mistakes that are the same picture as one that is read right, by another label.
     """
 
     table: pd.DataFrame
@@ -81,6 +84,7 @@ class Group:
     tree: str
     name: str
     known: Usual | None = None
+    twins: tuple[str, ...] = ()
 
     @property
     def example(self) -> int:
@@ -133,7 +137,7 @@ def find(
     group = gather(network, units, pictures(network, tree), known.reference, method, k, loss, signed, tree)
     if len(group.rest[1]) < _FEW and reference and Path(reference).is_dir():  # a folder of complaints, say
         others = pictures(network, reference, count)
-        more = _right(others, misclassified(network.model, others).index, np.random.default_rng(0))
+        more, _ = _right(others, misclassified(network.model, others).index, np.random.default_rng(0), group.images)
         mixed = torch.randperm(len(group.rest[1]) + len(more[1]), generator=torch.Generator().manual_seed(0))
         group = replace(group, rest=tuple(torch.cat(pair)[mixed] for pair in zip(group.rest, more, strict=True)))
     return replace(group, known=replace(known, **{"own" if reference else "reading": group.reading}))
@@ -171,21 +175,26 @@ def gather(
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
-    rest = _right(every, wrong.index, rng)
     x, y = in_memory(every, rows)
+    rest, same = _right(every, wrong.index, rng, x)
     s = profile(network.model, x, y, units, loss, signed)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
     table["cluster"] = _clusters(gains)
     top = rank(s, reference, ranking, min(k, len(units)))
-    return Group(table, x, y, top, gains, rest, reading, tree, name)
+    return Group(table, x, y, top, gains, rest, reading, tree, name, twins=tuple(table["id"][same]))
 
 
-def _right(every: Dataset, wrong: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """At most 600 images that are read right, and their labels."""
+def _right(
+    every: Dataset, wrong: Any, rng: np.random.Generator, mistakes: Tensor
+) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """At most 600 images that are read right, and their labels, without those that are a mistake; which these are."""
     rows = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong))[:_REST]
-    return in_memory(every, rows)
+    x, y = in_memory(every, rows)
+    own, others = ([digest(image.numpy()) for image in images] for images in (mistakes, x))
+    left = torch.tensor([content not in own for content in others], dtype=torch.bool)
+    return (x[left], y[left]), [i for i, content in enumerate(own) if content in others]
 
 
 def _clusters(gains: Tensor) -> np.ndarray:
@@ -349,6 +358,7 @@ def tell(
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
     said = [sentence("group", **numbers), *([sentence("drawn", wrong=wrong)] if count < wrong else [])]
+    said += [sentence("twins", n=len(group.twins), names=listed(group.twins))] if group.twins else []
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
     report.say(*joined(said))

@@ -90,7 +90,7 @@ class Reading:
         kind = "one answer" if self.only else "near chance" if self.near_chance else "accuracy"
         told = [sentence(kind, only=self.only, **numbers)]
         for name, names in (("folders", self.folders), ("damaged", self.damaged), ("never right", self.never)):
-            told += [sentence(name, n=len(names), names=_listed(names))] if names else []
+            told += [sentence(name, n=len(names), names=listed(names))] if names else []
         return joined([*told, *([sentence("other order", **self.in_order)] if self.in_order else [])])
 
     def summary(self) -> dict[str, object]:
@@ -110,13 +110,14 @@ class Reading:
             raise ValueError(
                 f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
                 f"too few to tell. The pictures went in so: {prepared(network)}; classes: "
-                f"{_listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
+                f"{listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
                 "was trained with, or set allow_chance"
             )
         return self
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first five of them."""
     return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
@@ -173,7 +174,7 @@ def reading_of(
     never = tuple(name for i, name in enumerate(classes) if missed(i))
     sorted_so = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
     moved = int((np.argsort(sorted_so)[labels] == answers).sum())
-    other = {"names": _listed([classes[i] for i in sorted_so]), "share": moved / n}
+    other = {"names": listed([classes[i] for i in sorted_so]), "share": moved / n}
     found = {"never": never, "folders": tuple(getattr(images, "taken_for", ()))}
     found["only"] = classes[answers[0]] if never and len(set(answers.tolist())) == 1 else ""
     return replace(known, **found, in_order=other if wilson(moved, n)[0] > known.interval[1] else {})

@@ -126,7 +126,10 @@ def dead_last(scores: Tensor, reference: Reference | None) -> Tensor:
 
 def _first(scores: Tensor, k: int) -> Tensor:
     """Ids of the k highest scores of every row; of equal ones the smaller id comes first."""
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    values, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # says nothing of the order of equal ones
+    tied, ids = (values[:, 1:] == values[:, :-1]).any(dim=1), ids[:, :k]
+    ids[tied] = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids
 
 
 def rank_together(

@@ -159,7 +159,8 @@ class Reference:
     def __repr__(self) -> str:
         what = "mean and deviation only"
         if self.threshold is not None:
-            what = f"{self.n} images, level {self.level}, {int((~self.fitted).sum())} tails not fitted"
+            tails = int((~self.fitted).sum())
+            what = f"{self.n} images, level {self.level}, {tails} {'tail' if tails == 1 else 'tails'} not fitted"
         return f"Reference({len(self)} units, {what}, {int(self.dead.sum())} dead)"
 
     @property

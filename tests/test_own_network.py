@@ -74,6 +74,10 @@ def desk(tmp_path_factory):
                 pixels = rng.integers(60 - noise // 2, 60 + noise // 2, (20, 24, 3)) + 60 * shows
                 picture = Image.fromarray(pixels.astype(np.uint8))
                 picture.save(desk / folder / name / f"<img src=x onerror=1> {n}.png")
+    for name, source, count in (("cat", "fitted", 40), ("<b>dog", "training", 10)):  # all of them show a cat
+        (desk / "lopsided" / name).mkdir(parents=True)
+        for picture in sorted((desk / source / "cat").glob("*.png"))[:count]:
+            shutil.copy(picture, desk / "lopsided" / name)
     torch.save(model.state_dict(), desk / "net.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(desk)
@@ -115,7 +119,7 @@ def test_a_picture_and_a_folder_of_others(desk, mistake):
     units = pss.Units.of(network.model)
     explained = (pss.profile(network.model, case.image, case.labels, units), case.label)
     known = reading.usual(network, units, "", case.tree, explained)
-    assert "the explained one (found: 1)" in known.told[0] and known.reference.n == 39
+    assert "Of 48 images the explained one and 8 more that are misread" in known.told[0] and known.reference.n == 39
 
 
 def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
@@ -132,13 +136,31 @@ def test_usual_leaves_out_misread_images_and_the_explained_one(desk, mistake):
         s = pss.profile(network.model, torch.stack([tree[i][0] for i in kept]), tree.labels[kept], units)
         assert known.reference.n == len(kept) == left
         torch.testing.assert_close(known.reference.mean, s.double().mean(dim=0), rtol=1e-4, atol=1e-9)
-        assert (
-            f"Of 48 images the explained one (found: 1) and {9 - (at in wrong)} more that are misread" in known.told[0]
-        )
+        assert f"Of 48 images the explained one and {9 - (at in wrong)} more that are misread were" in known.told[0]
         assert len(known.mistakes) == 9 - (at in wrong) and known.reading.right == 39
     named = reading.usual(network, units, str(desk / "training"), str(desk / "photos"), explained)
-    assert named.reference.n == 48 and "because you named it as reference" in named.told[0]
+    assert named.reference.n == 48 and named.told[0].endswith("because you named it as reference.")
     assert reading.usual(network, units, str(desk / "training"), count=30).reference.n == 30
+    folder = reading.usual(network, units, tree=str(desk / "photos"))
+    assert "39 images of photos itself" in folder.told[0] and "Of 48 images 9 that are misread were" in folder.told[0]
+
+
+def test_more_images_are_advised_where_there_are_some(desk, mistake):
+    """A larger reference_count takes no more of a folder of which all were taken, and more crops are no new scenes."""
+    network, name, image, label = mistake
+    units, tree = pss.Units.of(network.model), str(desk / "photos")
+    case = explain.Case(image[None], torch.tensor([int(label)]), name)
+    table = pd.DataFrame({"p": [0.5], "significant": [True]})
+    for count, says in ((40, "8 were not drawn, -p reference_count 0 takes all."), (200, "-p reference FOLDER -p ref")):
+        known = reading.usual(network, units, tree=tree, count=count)
+        told = str(explain.what_next(network, case, int(label), table, known, pss.Patch("0" * 64), [], 0, 1))
+        assert says in told and ("not drawn" in told) == (count == 40)
+    digits, photographs = (reading.pictures(models.load(name), "", 60) for name in ("digits", "efficientnet_lite0"))
+    assert digits.undrawn == len(data.mnist("validation")) - 60 > 0 and photographs.undrawn == 0
+    with pytest.raises(
+        ValueError, match=r"20 images are needed, of photos there would be \d+. Of 20 images .* larger reference_count$"
+    ):
+        reading.usual(network, units, tree=tree, count=20)
 
 
 def test_a_folder_of_complaints_takes_what_is_to_stay_from_the_reference(desk, mistake, tmp_path):
@@ -172,7 +194,7 @@ def test_a_picture_in_two_folders_is_named_and_no_image_to_retain(desk, mistake,
     assert not any(torch.equal(x, y) for x in found.rest[0] for y in found.images)
     page = group.Report(tmp_path / "page", "title", "題")
     said = str(group.tell(found, network, units, page)["opening"])
-    assert "One of them is the very picture of an image of another class that is read right (cat/twin.png)" in said
+    assert "One of these mistakes is the very picture of an image of another class that is read right (cat/twin.png)" in said
 
 
 def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
@@ -225,24 +247,48 @@ def test_near_chance_nothing_is_ranked(desk):
     assert not found.near_chance and found.interval == pytest.approx((0.6415, 0.9332), abs=1e-4)
 
 
-def test_a_network_of_one_answer_is_not_ranked_where_most_images_are_of_that_class(desk, tmp_path):
-    """With the wrong preprocessing all images are read as one class, which is right for most of them."""
-    for own, name, count in zip("abc", CLASSES, (16, 2, 6), strict=True):
-        (tmp_path / "mostly" / own).mkdir(parents=True)
-        for n in range(count):
-            shutil.copy(desk / "training" / name / f"<img src=x onerror=1> {n}.png", tmp_path / "mostly" / own)
-    dark = YAML.replace("net.pth", str(desk / "net.pth")).replace("mean: [0.5, 0.5, 0.5]", "mean: [1, 1, 1]")
-    (tmp_path / "dark.yaml").write_text(dark)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(desk)
-        network = models.load(str(tmp_path / "dark.yaml"))
-    units, tree = pss.Units.of(network.model), str(tmp_path / "mostly")
-    with pytest.raises(
-        ValueError, match=r"Every one of 24 .* is read as cat, which is right for 16 .* a = cat, b = .*Nothing is rank"
-    ):
+def test_folders_that_are_taken_in_order_are_said_to_be(desk, mistake, tmp_path):
+    """As train and val would be for a network of two classes."""
+    for own, name in zip("abc", CLASSES, strict=True):
+        shutil.copytree(desk / "training" / name, tmp_path / "photos" / own)
+    told = reading.measure(mistake[0], reading.pictures(mistake[0], str(tmp_path / "photos"), 40)).told()
+    assert "taken in the order of these: a = cat, b = <b>dog, c = $x$." in told[0] and "b = <b>dog" in told[1]
+
+
+def test_one_answer_to_all_images_is_no_better_than_chance(desk, mistake):
+    """However many of the images it fits; those that it does not fit are no part of what is usual."""
+    network, units, tree = mistake[0], pss.Units.of(mistake[0].model), str(desk / "lopsided")
+    says = (
+        r"40 of 50 .*80% \(95% interval 67% to 89%\), but dealt to .* up to 80% right.* Nothing is .* of each class, or"
+    )
+    with pytest.raises(ValueError, match=says):
         reading.usual(network, units, tree=tree)
     known = reading.usual(network, units, tree=tree, allow_chance=True)
-    assert known.reference.n == 24 and "reads no better than chance" in known.told[0]
+    assert known.reference.n == 40 and "50枚のうち40枚が正しく分類される（80%" in known.reading.told()[1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers", "near"),
+    [
+        ([90, 10], [[81, 9], [1, 9]], False),  # less than always the first, but both are told apart
+        ([90, 10], [[90, 0], [10, 0]], True),
+        ([90, 10], [[88, 2], [10, 0]], True),
+        ([90, 10], [[90, 0], [7, 3]], False),
+        ([60, 2], [[60, 0], [2, 0]], False),  # two images of another class could not tell
+        ([60, 0], [[50, 10], [0, 0]], False),
+    ],
+)
+def test_answers_are_compared_with_themselves_dealt_at_random(labels, answers, near):
+    true = np.repeat([0, 1], labels)
+    said = np.concatenate([np.repeat([0, 1], row) for row in answers])
+    dealt = reading.dealt_at_random(true, said, 2)
+    assert reading.Reading("x", len(true), int((true == said).sum()), 2, dealt=dealt).near_chance == near
+    rng = np.random.default_rng(0)
+    many = [(true == rng.permutation(said)).mean() for _ in range(4000)]
+    if min(labels) >= 5:
+        assert dealt == pytest.approx(np.mean(many) + 1.96 * np.std(many), abs=2e-3)
+    else:
+        assert dealt == 0
 
 
 def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
@@ -261,10 +307,12 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     sure = models.predict(network.model, hidden[None]).softmax(dim=1)[0, int(label)]
     assert lost["true class"][0] == pytest.approx(float(sure), rel=1e-4)
     table = pd.DataFrame({"map": ["top", "random"], "lost": [0.2, 0.3]})
-    assert 'by -20%; those of the map "random" change it by -30%' in explain.map_verdict(table, "top", ["random"])[0]
+    assert (
+        'by -20.0%; those of the map "random" change it by -30.0%' in explain.map_verdict(table, "top", ["random"])[0]
+    )
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
     assert (
-        'no other map takes more of it. Those of the map "top" take less of it (-20%)'
+        'no other map takes more of it. Those of the map "top" take less of it (-20.0%)'
         in explain.map_verdict(table, "random", ["top"])[0]
     )
 
@@ -313,7 +361,7 @@ def test_one_image_ends_with_its_verdict_and_the_place_of_its_report(desk, mista
     assert page.texts["h2"][:2] == ["In short", "What to do next"] and table["name"][0] in "".join(page.texts["p"][:3])
     assert (
         "39 of 48 images of photos are read right" in page.text
-        and "the explained one (found: 1) and 8 more that are misread" in page.text
+        and "the explained one and 8 more that are misread" in page.text
     )
     assert "random units" in page.text and str(desk / "cache") in page.text
     assert len(table) == 16 and table["rank"].tolist() == list(range(1, 17)) and table["p"].between(0, 1).all()
@@ -392,7 +440,7 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     assert summary["confidence raw prune"] == pytest.approx(after[8].mean() - after[0].mean())
     assert {"scale_free_pot", "POT"} <= set(results["algo"]) and results["image"].str.endswith(".png").all()
     page = next((desk / "runs").glob(f"{EXPERIMENT.stem}__*/*.html")).read_text("utf-8")
-    assert "What is usual comes from 39 images; misread ones left out" in page and str(desk / "cache") in page
+    assert "comes from 39 images. Of 48 images 9 that are misread were left out" in page and str(desk / "cache") in page
 
     listed = type_in(desk, "cache").stdout
     assert "profiles" in listed and listed.splitlines()[-1].endswith(f"in {desk / 'cache'}")
@@ -459,6 +507,7 @@ def test_what_a_run_lacks_is_said_before_it_starts(desk, arguments, says):
             {"model": "net.yaml", "data_root": "photos", "index": 0, "reference": "other.safetensors"},
             ["reference /other.safetensors: the reference was fitted .*-p reference FOLDER"],
         ),
+        (EXPLAIN, {"model": "net.yaml", "data_root": "lopsided"}, ["40 of 50 images .* Nothing is ranked, .* of each"]),
         (EXPERIMENT, {"model": "net.yaml"}, ["give dataset_path, a folder"]),
         (
             EXPERIMENT,

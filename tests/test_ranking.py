@@ -144,6 +144,14 @@ def test_equal_scores_go_by_id():
     assert ids.tolist() == [*range(0, 2000, 3), *(i for i in range(2000) if i % 3)]
 
 
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_the_first_are_those_of_a_whole_sort_where_scores_are_equal_too(k):
+    generator = torch.Generator().manual_seed(k)
+    few = torch.randint(6, (200, 20), generator=generator).double()  # many are equal, at the last place too
+    rows = torch.where(torch.arange(200)[:, None] % 2 == 0, few, torch.rand(200, 20, generator=generator).double())
+    assert torch.equal(rank(rows, None, "raw", k), (-rows).argsort(dim=1, stable=True)[:, :k])
+
+
 def test_scores_are_float64(profiles, reference):
     for method, entry in RANKINGS.items():
         if not {"units", "scale_free"} & set(entry.needs):

@@ -1,5 +1,7 @@
 """Reference statistics against NumPy, SciPy and each other; saving, loading, refusing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -236,6 +238,8 @@ def test_statistics_as_they_are_published(tmp_path):
 
 def test_says_what_it_is(reference):
     assert repr(reference) == "Reference(7 units, 300 images, level 0.9, 2 tails not fitted, 1 dead)"
+    one = dataclasses.replace(reference, fitted=torch.arange(7) > 0)
+    assert "1 tail not fitted" in repr(one)
 
 
 @pytest.mark.parametrize("key", ["model", "loss", "signed", "pss"])

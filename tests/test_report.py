@@ -15,7 +15,7 @@ from served import Page, is_safe
 import pss
 from pss import models, patches
 from pss.apps import experiment, explain, group, reading
-from pss.apps.pages import sentence
+from pss.apps.pages import in_japanese, sentence
 from pss.apps.parameters import parameters_of
 from pss.apps.report import Report
 
@@ -391,6 +391,43 @@ def test_advice_for_a_group_does_not_send_to_the_group(tmp_path):
         assert all_[0] == ("look", "見る") and "without index" not in str(all_) and "more reference" in str(all_)
 
 
+def test_a_large_change_is_not_advised():
+    """Of the budgets that would correct more the largest that is small is; where none is that is said."""
+    case, network = explain.Case(torch.zeros(1, 3, 2, 2), torch.tensor([1]), "it"), models.load("digits", "random")
+    known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
+    tried = pd.DataFrame({"corrected": [0, 1, 2], "kl_upper": [0.01, 0.04, 0.9]})
+    for most, budget in ((3, 1.05 * 0.04), (1, 0.0)):
+        patch = pss.Patch("0" * 64, tried=tried[tried["corrected"] != 1] if most == 1 else tried)
+        assert explain.larger_budget(patch) == pytest.approx(budget)
+        table = pd.DataFrame({"significant": [True]})
+        told = str(explain.what_next(network, case, 0, table, known, patch, [], 0, 1))
+        assert ("-p budget 0.042" in told) == (budget > 0) == ("of a KL of at most 0.1, repairs it" not in told)
+
+
+def test_tails_that_are_only_rough_are_told():
+    usual = pss.Reference.fit(torch.rand(2000, 4, generator=torch.Generator().manual_seed(0)).log().neg())
+    told = explain.caution(dataclasses.replace(usual, fitted=torch.tensor([True, False, True, True])))
+    assert "One unit has too little above the threshold" in told[0] and "1個のユニットでは" in told[1]
+    assert explain.caution(usual)[0] == "The reference is made of 2,000 images."
+
+
+def test_names_of_maps_are_japanese_where_the_report_is(tmp_path):
+    names = ["gains of 10", "top 10", "gains of random units", "random units", "integrated gradients"]
+    lost = pd.DataFrame({"map": names, "lost": [0.2, 0.3, 0.1, 0.05, 0.4]})
+    report = Report(tmp_path, "title", "題")
+    report.table(lost, "maps", "マップ")
+    cells = [row[0] for row in report.blocks[0]["rows"]["ja"]]
+    assert cells[0] == "ゲイン（10個）" and not re.search("[a-z]", "".join(cells)) and len(set(cells)) == 5
+    for best in (0.1, 0.4):
+        told = explain.map_verdict(lost.assign(lost=[0.2, 0.3, 0.1, 0.05, best]), names[0], names[2:3])
+        assert "gains of 10" in told[0] and not re.search("[a-z]", told[1])
+
+
+def test_names_of_rankings_are_japanese_where_the_report_is(root):
+    for method in parameters_of(root / "notebooks" / "11_explain_one_image.ipynb")["method"].choices:
+        assert re.search("[^ -~]", in_japanese(pss.plots.METHOD_LABELS[method])), method
+
+
 @pytest.mark.parametrize("budget", [1e-6, 10.0])
 def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
     network, images = models.load("digits"), pss.data.mnist("test").subset(range(40))
@@ -406,17 +443,21 @@ def test_a_patch_over_its_budget_on_the_folder_is_taken_back(budget):
         assert torch.equal(found.gains, gains) and not found.reason
     else:
         assert not len(found.gains) and f"its KL is {kl:.2g}, up to {upper:.2g}" in found.reason
-        assert explain.larger_budget(found, 10) == pytest.approx(1.05 * upper) and upper > kl
-        assert explain.larger_budget(found, 1) == 0, "not as much as a guess costs"
+        assert explain.larger_budget(found) == pytest.approx(1.05 * upper) and upper > kl
         with pytest.raises(ValueError, match="more than the budget of 1e-06"):
             found.apply(network.model)
 
 
 def test_numbers_agree_with_their_nouns():
-    given = {"name": "x", "unit": "u", "k": 3, "count": 1, "chance": 1.0}
-    one, two = (sentence("group", n=n, hits=n, clusters=n, inside=n, **given)[0] for n in (1, 2))
-    assert "1 misread image of x was looked at" in one and "1 cluster, with 1 image." in one
-    assert "2 misread images of x were looked at" in two and "2 clusters, with 2 images." in two
+    one, two = (sentence("group", name="x", unit="u", k=3, chance=1.0, n=n, hits=n, count=n)[0] for n in (1, 2))
+    assert "1 misread image of x was looked at" in one and "u: 1 has it" in one and "One unit is there in" in one
+    assert "2 misread images of x were looked at" in two and "u: 2 have it" in two and "2 units are there in" in two
+    left = [sentence(f"left out {who}", n=9, itself=n, misread=n) for n in (1, 2) for who in ("itself", "misread")]
+    assert "the explained one was left" in left[0][0] and "one that is misread was left" in left[1][0]
+    assert "2 copies of the explained one were" in left[2][0] and "2 that are misread were left" in left[3][0]
+    assert "No three of them" in sentence("group unlike")[0]
+    assert "make one cluster, with one image in all" in sentence("group alike", clusters=1, inside=1)[0]
+    assert "説明の対象は除いた" in left[0][1] and "説明の対象と同じ2枚は除いた" in left[2][1]
     assert "1 of 24 images of x is read right" in reading.Reading("x", 24, 1, 3).told()[0]
 
 
@@ -429,6 +470,8 @@ def test_numbers_agree_with_their_nouns():
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0074, "kl_upper": 0.027}),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.027}),
         ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.0045, "kl_upper": 0.027}),
+        ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.001, "kl_upper": 0.2}),
+        ({"left": [1], "corrected": 0}, {"corrected": 1, "kl": 0.3, "kl_upper": 0.9}),
     ],
 )
 def test_a_patch_that_was_not_found_says_why_in_both_languages(best, more):
@@ -437,5 +480,7 @@ def test_a_patch_that_was_not_found_says_why_in_both_languages(best, more):
     assert reason in english and not re.search(r"[a-z]{4}", japanese)
     assert sorted(re.findall(r"[\d.]*\d%?", english)) == sorted(re.findall(r"[\d.]*\d%?", japanese))
     assert ("times as many retain images" in english) == (
-        more is not None and more["kl"] == 0.001
-    )  # 324 times are no advice
+        more is not None and more["kl"] == 0.001 and more["kl_upper"] < 0.1
+    )  # hundreds of times are no advice
+    assert ("a budget of that" in english) == (more is not None and more["kl_upper"] < 0.1)
+    assert ("that is known to be small does that" in english) == (more is not None and more["kl_upper"] > 0.1)

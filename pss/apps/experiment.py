@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import pss
 from pss import editing, models
-from pss.apps.pages import sentence
+from pss.apps.pages import joined, sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, in_memory, pictures, prepared, read_saved
 from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
@@ -102,7 +102,8 @@ class Statistics:
         """How many images they come from, and how many misread ones were left out: in English, and in Japanese."""
         of = next(iter(self.provenance.values()))
         if "left_out" in of:
-            return sentence("usual experiment", left=of["n"], out=int(of["left_out"]))
+            told, out = sentence("usual experiment", left=of["n"]), int(of["left_out"])
+            return joined([told, sentence("left out misread", n=of["n"] + out, misread=out)]) if out else told
         return sentence("usual saved", name=of.get("source", "reference"), n=of["n"] or "?")
 
 
@@ -243,10 +244,8 @@ class Plan:
     def check(self, units: Units, usual: Statistics) -> None:
         """Refuse what cannot be done with these units and statistics, before anything is computed."""
         if not self.algo or not (self.count is None or self.count >= 1):
-            raise ValueError(
-                f"count {self.count}, algo {list(self.algo)}: expected a count of at least 1, or None for all, and at "
-                "least one ranking"
-            )
+            what = "a count of at least 1, or None for all, and at least one ranking"
+            raise ValueError(f"count {self.count}, algo {list(self.algo)}: expected {what}")
         check_count("filters", self.filters, len(units), "the number of units")
         for edit in self.edits:
             check_known("edit", edit, editing.EDITS)
@@ -341,17 +340,10 @@ def run(
     for reference in filter(None, (usual.plain, usual.scale_free)):
         reference.check(units, model=network.model, loss=plan.loss, signed=False, of="gradient")
     plan.check(units, usual)
-    settings = {
-        **{"network": network.name, "weights": network.weights, "preprocessing": prepared(network)},
-        **(provenance or {}),
-        "pss": pss.__version__,
-        "model": fingerprint(network.model),
-        "units": units.fingerprint,
-        "data": name_of_data(dataset),
-        "statistics": usual.provenance,
-        **asdict(plan),
-        "loss": loss_name(plan.loss),
-    }
+    settings: dict[str, Any] = {"network": network.name, "weights": network.weights, "preprocessing": prepared(network)}
+    settings |= {**(provenance or {}), "pss": pss.__version__, "model": fingerprint(network.model)}
+    settings |= {"units": units.fingerprint, "data": name_of_data(dataset), "statistics": usual.provenance}
+    settings |= {**asdict(plan), "loss": loss_name(plan.loss)}
     folder = Path(folder) if str(folder) else models.cache_of(network) / "experiments" / key_of(settings)
     record = _begin(folder, settings)
     if record["complete"]:
@@ -456,17 +448,14 @@ class Job:
         if not len(wrong):
             return {"images": table, "ranking": none, "results": none}
         names, images, labels = table["image"].to_numpy()[wrong], images[wrong], labels[wrong]
-        ranked = self._rank(images, labels, positions[wrong])
+        s = profile(self.model, images, labels, self.units, self.plan.loss)
+        ranked = {name: self._rank(method, s, positions[wrong]) for name, method in self.plan.methods.items()}
         results = [self._edit(images, labels, names, ranked, edit) for edit in self.plan.edits]
         ranking = self._table_of_ranks(names, ranked)
         return {"images": table, "ranking": ranking, "results": pd.concat(results) if results else none}
 
-    def _rank(self, images: Tensor, labels: Tensor, positions: np.ndarray) -> dict[str, Tensor]:
-        """The first units of each image by every ranking, (B, filters)."""
-        s = profile(self.model, images, labels, self.units, self.plan.loss)
-        return {name: self._rank_by(method, s, positions) for name, method in self.plan.methods.items()}
-
-    def _rank_by(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
+    def _rank(self, method: str, s: Tensor, positions: np.ndarray) -> Tensor:
+        """The first units of each image, (B, filters)."""
         reference, k = self.usual.of(method), self.plan.filters
         if method not in _RANDOM:
             return rank(s, reference, method, k, self.units)

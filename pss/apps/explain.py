@@ -25,7 +25,7 @@ from pss.apps.reading import Usual, has_built_in, in_memory, pictures
 from pss.editing import edit_curve, edited, unit_steps
 from pss.engine.state import preserved
 from pss.models import predict
-from pss.patches import LEVEL, Patch, fit_patch
+from pss.patches import LEVEL, SMALL, Patch, fit_patch
 from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
@@ -82,11 +82,9 @@ def switch(value: Any, name: str) -> bool:
     ValueError
         For anything but true and false.
     """
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    raise ValueError(f"{name} is {value!r}: expected true or false")
+    if (text := str(value).lower()) not in ("true", "false"):
+        raise ValueError(f"{name} is {value!r}: expected true or false")
+    return text == "true"
 
 
 def take_image(
@@ -206,17 +204,14 @@ def unit_table(
     return table
 
 
-def _least_at_once(reference: Reference, q: float = 0.05) -> int:
-    """How many units must stand out at once for any to be significant, see `pss.statistics.fdr_significant`."""
-    return math.ceil(len(reference.mean) / (q * (reference.n + 1)))
-
-
 def caution(reference: Reference) -> tuple[str, str]:
     """How far the reference can be trusted: a sentence in English, and in Japanese."""
     if reference.threshold is None:
         return sentence("only mean and deviation")
     kind = "enough images" if reference.n >= ENOUGH else "few images"
-    return sentence(kind, n=reference.n, over=int(reference.n_excess.double().median()), least=1 / (reference.n + 1))
+    over, rough = int(reference.n_excess.double().median()), int((~reference.fitted & ~reference.dead).sum())
+    told = sentence(kind, n=reference.n, over=over, least=1 / (reference.n + 1))
+    return joined([told, sentence("rough tails", rough=rough)]) if rough else told
 
 
 def outcomes(curves: pd.DataFrame) -> pd.DataFrame:
@@ -290,20 +285,20 @@ def opening(
     did.append(known.at_hand.told() if known.at_hand else sentence("accuracy unknown"))
     stands = [stands_out(table, known)]
     if len(others):
-        share = float((others == int(table["unit"][0])).any(dim=1).double().mean())
-        many = {"share": share, "chance": others.shape[1] / len(table), "others": len(others)}
-        stands.append(sentence("shared", name=table["name"][0], **many))
-    if guess == case.label:
-        repairs = [sentence("nothing to repair")]
-    elif len(patch.gains):
-        repairs = [verdict(patch)]
-    else:
-        repairs = [_best_edit(ends, harm), verdict(patch)]
+        many = {"hits": int((others == int(table["unit"][0])).any(dim=1).sum()), "k": others.shape[1]}
+        chance = others.numel() / len(table)
+        stands.append(sentence("shared", name=table["name"][0], others=len(others), chance=chance, **many))
+    repairs = [sentence("nothing to repair") if guess == case.label else verdict(patch)]
+    if guess != case.label and not len(patch.gains):
+        repairs.insert(0, _best_edit(ends, harm))
     return [joined(did), joined(stands), joined(repairs)]
 
 
-def stands_out(table: pd.DataFrame, known: Usual) -> tuple[str, str]:
-    """Which unit stands out most, and how many are significant, as far as the reference lets that be said."""
+def stands_out(table: pd.DataFrame, known: Usual, q: float = 0.05) -> tuple[str, str]:
+    """Which unit stands out most, and how many are significant, as far as the reference lets that be said.
+
+    At false-discovery rate q; so many must stand out at once for any to be that, see `pss.statistics.fdr_significant`.
+    """
     first, right = table.iloc[0], {"n": len(known.right), "hits": known.alarms()}
     numbers = {"units": len(table), "name": first["name"], "z": first["z"]}
     if known.reference.threshold is None:
@@ -313,7 +308,7 @@ def stands_out(table: pd.DataFrame, known: Usual) -> tuple[str, str]:
         if known.reading and known.reading.interval[0] > known.own.interval[1]:
             told.append(sentence("read better", of=known.reading.name, share=known.reading.share, own=known.own.share))
         return joined(told)
-    hits, least = int(table["significant"].sum()), _least_at_once(known.reference)
+    hits, least = int(table["significant"].sum()), math.ceil(len(table) / (q * (known.reference.n + 1)))
     told = [sentence("most significant" if 2 * hits > len(table) else "significant", **numbers, hits=hits)]
     told += [sentence("out of reach", n=known.reference.n, least=least)] if not hits and least > 1 else []
     return joined(told)
@@ -344,19 +339,17 @@ def how_to_apply(network: models.Network, patch: Path) -> list[tuple[str, str] |
     return [sentence("next apply", file=patch.name), "\n".join(lines)]
 
 
-def larger_budget(patch: Patch, classes: int) -> float:
-    """The budget by which a patch would correct most, as far as was tried; 0 where more than this one is not known.
-
-    Nor is a budget of log(classes) advised: so far from a sure answer is one that says nothing.
-    """
+def larger_budget(patch: Patch) -> float:
+    """The budget by which a patch would correct most that is a small change; 0 where none is known to correct more."""
     parts = patch.evidence.set_index("part") if len(patch.evidence) else patch.evidence
     if not len(patch.gains) and OTHERS in parts.index:  # it corrects, but broke the budget there
-        needed = 1.05 * parts["kl_upper"][OTHERS]
+        upper = parts["kl_upper"][OTHERS]
     else:
         done = parts["n"]["mistakes"] * parts["accuracy_after"]["mistakes"] if len(patch.gains) else 0
-        more = patch.tried[patch.tried["corrected"] > done + 0.5] if len(patch.tried) else patch.tried
-        needed = 1.05 * float(more["kl_upper"][more["corrected"].idxmax()]) if len(more) else 0.0
-    return needed if needed < math.log(classes) else 0.0
+        tried = patch.tried.reindex(columns=["corrected", "kl_upper"])
+        more = tried[(tried["corrected"] > done + 0.5) & (tried["kl_upper"] <= SMALL)]
+        upper = more["kl_upper"][more["corrected"] == more["corrected"].max()].min()
+    return 1.05 * float(upper) if upper <= SMALL else 0.0
 
 
 def what_next(
@@ -384,28 +377,26 @@ def what_next(
         do about the image.
     """
     told = [sentence("next chance")] if found.reading and found.reading.near_chance else []
-    if not told and found.own and found.own.near_chance:
+    if not told and found.own and found.own.guessed:
         told.append(sentence("next labels", folder=found.own.name))
-    told += [sentence("next held out")] if "p" in table and "significant" not in table else []
-    few = [] if found.reference.n >= ENOUGH else [sentence("next images", n=found.reference.n or "?")]
-    if network.preprocess == models.Preprocessing():
-        told.append(sentence("next preprocessing"))
+    unlike = "p" in table and "significant" not in table
+    told += [sentence("next held out")] if unlike else []
+    more = sentence("next more" if found.undrawn else "next images", n=found.reference.n or "?", more=found.undrawn)
+    few = [] if unlike or found.reference.n >= ENOUGH else [more]
+    told += [sentence("next preprocessing")] if network.preprocess == models.Preprocessing() else []
     if group is not None:
         return [*told, *group, *to_apply, *few]
-    if guess == case.label:
-        told.append(sentence("next misread"))
+    told += [sentence("next misread")] if guess == case.label else []
     if len(patch.gains):
         told += to_apply or [sentence("next write")]
-    elif budget := larger_budget(patch, len(network.classes)):
+    elif budget := larger_budget(patch):
         told.append(sentence("next budget one", budget=budget))
+    elif len(patch.tried):
+        told.append(sentence("next no budget", most=SMALL))
     told += few
-    if rate:
-        told.append(sentence("next rate", rate=rate, lr=lr))
-    if "significant" in table and guess != case.label:
-        share = table["significant"].mean()
-        if share > 0.5 or not share:
-            told.append(sentence("next group"))
-    return told
+    told += [sentence("next rate", rate=rate, lr=lr)] if rate else []
+    share = table["significant"].mean() if "significant" in table and guess != case.label else 0.5
+    return told + [sentence("next group")] * bool(share > 0.5 or not share)
 
 
 def results(

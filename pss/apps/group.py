@@ -112,15 +112,14 @@ def find(
     count: int | None = None,
     method: str = "zscore",
     k: int = 10,
-    loss: str = "cross_entropy",
-    signed: bool = False,
     allow_chance: bool = False,
+    **how: Any,
 ) -> Group:
     """Look for the mistakes in a folder of pictures per class, and put those together that are alike.
 
     Parameters
     ----------
-    reference, count, loss, signed, allow_chance
+    reference, count, allow_chance, **how
         As in `pss.apps.reading.usual`; the misread images are no part of what is usual.
     method : str
         Ranking of the units; one that is not of one number a unit is replaced by the z-score.
@@ -133,8 +132,8 @@ def find(
         If nothing is misread, or as `pss.apps.reading.usual`.
     """
     tree = str(Path(tree).expanduser().absolute())
-    known = usual(network, units, reference, tree, None, count, loss, signed, allow_chance)
-    group = gather(network, units, pictures(network, tree), known.reference, method, k, loss, signed, tree)
+    known = usual(network, units, reference, tree, None, count, allow_chance, **how)
+    group = gather(network, units, pictures(network, tree), known.reference, method, k, tree, **how)
     if len(group.rest[1]) < _FEW and reference and Path(reference).is_dir():  # a folder of complaints, say
         others = pictures(network, reference, count)
         more, _ = _right(others, misclassified(network.model, others).index, np.random.default_rng(0), group.images)
@@ -150,9 +149,8 @@ def gather(
     reference: Reference,
     method: str = "zscore",
     k: int = 10,
-    loss: str = "cross_entropy",
-    signed: bool = False,
     tree: str = "",
+    **how: Any,
 ) -> Group:
     """Put those of the mistakes together that are alike, of any images, as `find` does of a folder.
 
@@ -177,7 +175,7 @@ def gather(
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
     x, y = in_memory(every, rows)
     rest, same = _right(every, wrong.index, rng, x)
-    s = profile(network.model, x, y, units, loss, signed)
+    s = profile(network.model, x, y, units, **how)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
@@ -357,7 +355,8 @@ def tell(
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
-    said = [sentence("group", **numbers), *([sentence("drawn", wrong=wrong)] if count < wrong else [])]
+    said = [sentence("group", **numbers), sentence("group alike" if len(found) else "group unlike", **numbers)]
+    said += [sentence("drawn", wrong=wrong)] if count < wrong else []
     said += [sentence("twins", n=len(group.twins), names=listed(group.twins))] if group.twins else []
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
@@ -410,7 +409,7 @@ def _offer(
                 if name:
                     patch.save(report.folder / name)
                     named = [sentence("named patch", name=name, cluster=cluster)]
-        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch, len(network.classes))):
+        elif (share > shuffled or not len(patch.gains)) and (needed := larger_budget(patch)):
             advice.append(sentence("next budget", cluster=cluster, budget=needed))
     for told in named:
         report.say(*told)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
+from multiprocessing import current_process
 from typing import Any
 
 from jupyter_client import AsyncKernelManager
@@ -51,7 +52,8 @@ async def _launch(provisioner: Any, cmd: Sequence[str], **options: Any) -> Mappi
 @cache
 def _server() -> subprocess.Popen:
     """The server of this process, with the environment as it is when first asked for; it ends with this process."""
-    command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+    turned = current_process().name.endswith(tuple("02468"))
+    command = [sys.executable, "-c", f"from {__name__} import serve; serve({turned})"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -85,9 +87,12 @@ class _Process:
         self.send_signal(signal.SIGTERM)
 
 
-def serve() -> None:
-    """Fork a kernel for every line that is read, and write its process id."""
-    for module in _IMPORTED:
+def serve(turned: bool = False) -> None:
+    """Fork a kernel for every line that is read, and write its process id.
+
+    Every other one imports in ``turned`` order: in a new environment it finds compiled what the one beside it has read.
+    """
+    for module in reversed(_IMPORTED) if turned else _IMPORTED:
         with suppress(ImportError):
             import_module(module)
     gc.freeze()  # a kernel's own collections, and its last, leave alone what it shares: each would copy all of it

@@ -29,7 +29,10 @@ def words() -> dict[str, dict[str, Any]]:
 
 
 class _Words(string.Formatter):
-    """``{n:unit|# units}`` is the first text where n is 1, otherwise the second; # is the number."""
+    """``{n:unit|# units}`` is the first where n is 1, else the second; # is the number. ``{n!j}`` is n in Japanese."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return in_japanese(value) if conversion == "j" else super().convert_field(value, conversion)
 
     def format_field(self, value: Any, spec: str) -> str:
         one, either, many = spec.partition("|")
@@ -42,6 +45,12 @@ def sentence(name: str, /, **values: Any) -> tuple[str, str]:
     return fill(told["en"], **values), fill(told["ja"], **values)
 
 
+def in_japanese(text: str, kind: str = "values") -> str:
+    """A value of a table, or part of a reason, in Japanese; where ``words.yaml`` has no pattern of it, as it is."""
+    found = ((re.fullmatch(pattern, text), said) for pattern, said in words()[kind].items())
+    return next((said.format(*match.groups()) for match, said in found if match), text)
+
+
 def joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """Sentences as one text, in English and in Japanese."""
     return " ".join(english for english, _ in told), "".join(japanese for _, japanese in told)
@@ -49,9 +58,5 @@ def joined(told: Sequence[tuple[str, str]]) -> tuple[str, str]:
 
 def no_patch(name: str, reason: str, **values: Any) -> tuple[str, str]:
     """The sentence of a patch without gains, with its reason in either language."""
-    said = (
-        pattern.format(*found.groups(""))
-        for text, pattern in words()["reasons"].items()
-        if (found := re.fullmatch(text, reason))
-    )
-    return sentence(name, reason=reason, **values)[0], sentence(name, reason=next(said, reason), **values)[1]
+    said = "，".join(in_japanese(part, "reasons") for part in reason.split(": "))
+    return sentence(name, reason=reason, **values)[0], sentence(name, reason=said, **values)[1]

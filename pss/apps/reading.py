@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -49,9 +50,10 @@ class Reading:
     """How many of some images a network reads right, of how many; ``classes`` is how many it has to choose from.
 
     ``damaged`` names the files that were left out, because they cannot be read; ``never`` the classes of five images or
-    more of which none is read right, if others are, and ``only`` the one that all images are read as then;
-    ``in_order`` are the first ``names`` of the classes, sorted, and the ``share`` that would be right in that order,
-    where it is clearly larger; ``folders`` says which class each folder was taken for, if their names do not.
+    more of which none is read right, if others are; ``in_order`` are the first ``names`` of the classes, sorted, and
+    the ``share`` that would be right in that order, where it is clearly larger. ``dealt`` is the share that the same
+    answers would have right on other images of such classes, see `dealt_at_random`. ``folders`` says for
+    which class each folder was taken, where they do not have the names of classes.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Reading:
     damaged: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     in_order: dict[str, Any] = field(default_factory=dict)
-    only: str = ""
+    dealt: float = 0.0
     folders: tuple[str, ...] = ()
 
     @property
@@ -75,20 +77,22 @@ class Reading:
         return self.right / self.n
 
     @property
-    def near_chance(self) -> bool:
-        """Whether guessing one of the classes at random lies within the interval, or above it; or all are read as one.
+    def guessed(self) -> bool:
+        """Whether guessing one of the classes at random lies within the interval, or above it."""
+        return self.interval[0] <= 1 / self.classes
 
-        Where most images are of one class, to read all as that one gives an accuracy far above a random guess.
-        """
-        return self.interval[0] <= 1 / self.classes or bool(self.only)
+    @property
+    def near_chance(self) -> bool:
+        """Whether guessing would do, or the network's own answers would, whatever images they were given to."""
+        return self.guessed or self.share <= self.dealt
 
     def told(self) -> tuple[str, str]:
         """A sentence in English, and in Japanese."""
         low, high = self.interval
         numbers = {"name": self.name, "n": self.n, "right": self.right, "share": self.share}
-        numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes}
-        kind = "one answer" if self.only else "near chance" if self.near_chance else "accuracy"
-        told = [sentence(kind, only=self.only, **numbers)]
+        numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes, "dealt": self.dealt}
+        kind = "near chance" if self.guessed else "one answer" if self.near_chance else "accuracy"
+        told = [sentence(kind, **numbers)]
         for name, names in (("folders", self.folders), ("damaged", self.damaged), ("never right", self.never)):
             told += [sentence(name, n=len(names), names=listed(names))] if names else []
         return joined([*told, *([sentence("other order", **self.in_order)] if self.in_order else [])])
@@ -109,11 +113,26 @@ class Reading:
         if self.near_chance and not allow_chance:
             raise ValueError(
                 f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
-                f"too few to tell. The pictures went in so: {prepared(network)}; classes: "
+                f"too few, or too many of one class, to tell. The pictures went in so: {prepared(network)}; classes: "
                 f"{listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
-                "was trained with, or set allow_chance"
+                "was trained with, give more images of each class, or set allow_chance"
             )
         return self
+
+
+def dealt_at_random(labels: np.ndarray, answers: np.ndarray, classes: int) -> float:
+    """Share of the answers that would be right, at most (97.5%), were they dealt to the images at random.
+
+    That of the best constant answer is no measure: a network that is right on most images of each class may lie below
+    it. One that knows nothing of the images is right as often as its answers dealt to any of them (Cohen 1960; the
+    variance over all ways to deal them is that of Fleiss, Cohen and Everitt 1969), and a constant answer just as often.
+    Zero where fewer than five images are of other classes than the most frequent: these could not tell.
+    """
+    n, (p, q) = len(labels), (np.bincount(of, minlength=classes) / len(labels) for of in (labels, answers))
+    if n * (1 - p.max()) < _FEW - 0.5:
+        return 0.0
+    mean = p @ q
+    return float(mean + 1.96 * np.sqrt(max(0.0, mean + mean**2 - (p * q) @ (p + q)) / (n - 1)))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -169,15 +188,18 @@ def reading_of(
     answers = labels.copy()
     answers[wrong.index] = wrong["predicted"]
     right, n = labels == answers, len(labels)
-    known = Reading(str(getattr(images, "name", "images")), n, int(right.sum()), len(classes), damaged_of(images))
+    known = Reading(str(getattr(images, "name", "images")), n, int(right.sum()), len(classes))
+    more = {
+        "folders": getattr(images, "taken_for", ()),
+        "damaged": getattr(images, "damaged", ()),
+        "dealt": dealt_at_random(labels, answers, len(classes)),
+    }
     missed = lambda i: right.any() and (labels == i).sum() >= _FEW and not right[labels == i].any()  # noqa: E731
     never = tuple(name for i, name in enumerate(classes) if missed(i))
     sorted_so = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
     moved = int((np.argsort(sorted_so)[labels] == answers).sum())
     other = {"names": listed([classes[i] for i in sorted_so]), "share": moved / n}
-    found = {"never": never, "folders": tuple(getattr(images, "taken_for", ()))}
-    found["only"] = classes[answers[0]] if never and len(set(answers.tolist())) == 1 else ""
-    return replace(known, **found, in_order=other if wilson(moved, n)[0] > known.interval[1] else {})
+    return replace(known, never=never, in_order=other if wilson(moved, n)[0] > known.interval[1] else {}, **more)
 
 
 def pictures(
@@ -189,16 +211,17 @@ def pictures(
 ) -> Dataset:
     """At most ``count`` images of a tree, or built-in ones: as `pss.models.reference_set`, which refuses too many.
 
-    Files are read once, and those that cannot be are left out, see `damaged_of`. Where none are named and none built in
-    fit, a ValueError says what is missing.
+    Files are read once, and those that cannot be are left out and named in ``damaged``. Where none are named and none
+    built in fit, a ValueError says what is missing. ``undrawn`` is how many are left; more crops of the photographs are
+    none, since they are no new scenes.
     """
-    if not source:
-        if not has_built_in(network):
-            raise ValueError(f"no built-in images fit {network.name}: give {missing} of pictures per class")
-        return models.reference_set(network, "", count, seed)
-    every = models.reference_set(network, source)
-    few = every if count is None or count >= len(every) else models.reference_set(network, source, count, seed)
-    return few.readable(_READ.setdefault(network.preprocess, {}))
+    if not source and not has_built_in(network):
+        raise ValueError(f"no built-in images fit {network.name}: give {missing} of pictures per class")
+    draw = partial(models.reference_set, network, source)
+    every = draw() if source or network.name == "digits" else draw(count, seed)
+    few = every if count is None or (source and count >= len(every)) else draw(count, seed)
+    few.undrawn = len(every) - len(few)
+    return few.readable(_READ.setdefault(network.preprocess, {})) if source else few
 
 
 def in_memory(images: Dataset, rows: Sequence[int] | np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -213,11 +236,6 @@ def in_memory(images: Dataset, rows: Sequence[int] | np.ndarray | None = None) -
         found.append(image)
         labels.append(int(label))
     return torch.stack(found) if found else images[0][0][None][:0], torch.tensor(labels, dtype=torch.int64)
-
-
-def damaged_of(images: Dataset) -> tuple[str, ...]:
-    """Names of the files that `pictures` left out."""
-    return getattr(images, "damaged", ())
 
 
 def has_built_in(network: models.Network) -> bool:
@@ -243,6 +261,8 @@ class Usual:
         Of the folder that the explained image comes from, where the reference is made of something else.
     right : Tensor, shape (R, U)
         Profiles of images of that folder that are read right; at most 50.
+    undrawn : int
+        How many more images there are where the reference is from.
     """
 
     reference: Reference
@@ -251,6 +271,7 @@ class Usual:
     mistakes: Tensor
     own: Reading | None = None
     right: Tensor = field(default_factory=lambda: torch.empty(0))
+    undrawn: int = 0
 
     @property
     def at_hand(self) -> Reading | None:
@@ -284,9 +305,8 @@ def usual(
     tree: str = "",
     explained: tuple[Tensor, int] | None = None,
     count: int | None = None,
-    loss: str = "cross_entropy",
-    signed: bool = False,
     allow_chance: bool = False,
+    **how: Any,
 ) -> Usual:
     """What is usual: a saved reference, or one fitted to the images that the network reads right.
 
@@ -303,7 +323,9 @@ def usual(
     count : int, optional
         Draw at most so many images.
     allow_chance : bool
-        Go on where the network reads no better than chance; then the misread images stay in.
+        Go on where the network reads no better than chance; where it only guesses, the misread images stay in.
+    **how
+        ``loss`` and ``signed`` of `pss.profile`.
 
     Raises
     ------
@@ -313,7 +335,6 @@ def usual(
     """
     reference, tree = (str(Path(place).expanduser().absolute()) if place else "" for place in (reference, tree))
     source = reference or tree
-    how = {"loss": loss, "signed": signed}
     if Path(source).suffix in SAVED:
         advice = "-p reference FOLDER in its place, a folder of pictures per class, has one made for this network"
         found = read_saved(network, units, source, advice, **how)
@@ -381,24 +402,26 @@ def fit_usual(
     """
     store = models.profiles_of(network, units, images, **{"progress": False} | how)
     wrong, itself = store.misclassified, _rows_of(store.profiles, store.labels, explained)
-    told = _labelled(images)
-    at = np.flatnonzero(np.isin(told, wrong))
-    misread_as = pd.DataFrame({"predicted": store.predictions[told[at]]}, index=at)
-    reading = reading_of(network, images, misread_as, told).check(network, allow_chance)
-    out = np.union1d([] if misread or reading.near_chance else wrong, itself).astype(int)
-    others = np.setdiff1d(wrong, itself)
-    numbers = {"name": reading.name, "n": len(store), "wrong": len(others), "itself": len(itself)}
-    numbers["left"] = len(store) - len(out)
+    rows = _labelled(images)
+    at = np.flatnonzero(np.isin(rows, wrong))
+    misread_as = pd.DataFrame({"predicted": store.predictions[rows[at]]}, index=at)
+    reading = reading_of(network, images, misread_as, rows).check(network, allow_chance)
+    out = np.union1d([] if misread or reading.guessed else wrong, itself).astype(int)
+    others, undrawn = np.setdiff1d(wrong, itself), getattr(images, "undrawn", 0)
+    numbers = {"name": reading.name, "n": len(store), "wrong": len(others), "left": len(store) - len(out)}
+    without = {"itself": len(itself), "misread": len(out) - len(itself)}
+    who = " and ".join(name for name, count in without.items() if count)
+    said = [sentence(f"left out {who}", n=len(store), **without)] if who else []
     if numbers["left"] < MIN_IMAGES:
+        more = ", or a larger reference_count" * (undrawn > 0)
         raise ValueError(
-            "to say what is usual {least} images are needed, and {left} of {name} would be left: of {n} images {wrong} "
-            "more than the explained one (found: {itself}) are misread; give {parameter}, a folder with more of them, "
-            "or a larger reference_count".format(least=MIN_IMAGES, parameter=parameter, **numbers)
+            f"to say what is usual {MIN_IMAGES} images are needed, of {reading.name} there would be {numbers['left']}. "
+            f"{joined(said)[0]} Give {parameter}, a folder with more of them{more}"
         )
     made_of = {"left_out": str(len(out)), "misread": "kept" if misread else "left out"}
     found = Reference.fit(store.without(out), level, scale_free, provenance=made_of)
-    said = sentence("usual chance" if reading.near_chance else f"usual {kind}", **numbers)
-    return Usual(found, said, reading, torch.from_numpy(store.profiles[others[:_SHOWN]]))
+    told = joined([sentence("usual chance" if reading.guessed else f"usual {kind}", **numbers), *said])
+    return Usual(found, told, reading, torch.from_numpy(store.profiles[others[:_SHOWN]]), undrawn=undrawn)
 
 
 def read_saved(

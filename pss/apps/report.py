@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import pss
-from pss.apps.pages import render, sentence, words
+from pss.apps.pages import in_japanese, render, sentence, words
 from pss.plots.figures import show
 from pss.storage.whole import write_whole
 
@@ -76,8 +76,8 @@ class Report:
 
     def table(self, frame: pd.DataFrame, text: str, ja: str) -> pd.DataFrame:
         """Put a table on the page, with a caption; returns it, for the notebook to show."""
-        ours = frame.columns.intersection(["edit", "part", "setting", "units"])
-        japanese = frame.assign(**{name: frame[name].replace(words()["values"]) for name in ours})
+        ours = frame.columns.intersection(["edit", "map", "part", "setting", "units"])
+        japanese = frame.assign(**{name: frame[name].map(in_japanese) for name in ours})
         columns = {"en": list(frame), "ja": [words()["columns"].get(name, name) for name in frame]}
         rows = {"en": _cells(frame), "ja": _cells(japanese)}
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})

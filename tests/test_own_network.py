@@ -194,7 +194,7 @@ def test_a_picture_in_two_folders_is_named_and_no_image_to_retain(desk, mistake,
     assert not any(torch.equal(x, y) for x in found.rest[0] for y in found.images)
     page = group.Report(tmp_path / "page", "title", "題")
     said = str(group.tell(found, network, units, page)["opening"])
-    assert "One of these mistakes is the very picture of an image of another class that is read right (cat/twin.png)" in said
+    assert "One of these mistakes is the very picture of an image of another class" in said and "(cat/twin.png)" in said
 
 
 def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):

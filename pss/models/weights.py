@@ -93,7 +93,9 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         held = ", ".join(list(map(str, content))[:5]) if isinstance(content, Mapping) else type(content).__name__
         kept = "state_dict, model_state_dict or model"
-        raise ValueError(f"{path} holds no state dict, but {held}: expected names and tensors, or these under {kept}")
+        raise ValueError(
+            f"{path} holds no state dict: expected names and tensors, or these under {kept}; it has {held or 'nothing'}"
+        )
     return dict(content)
 
 

@@ -286,6 +286,7 @@ ZOO = [  # untrained, as small as each model allows: constructor, options, kind 
     ("densenet121", {}, "filters", 32),
     ("inception_v3", {"init_weights": False, "aux_logits": True}, "filters", 75),
     ("mobilenet_v2", {}, "filters", 32),
+    ("mobilenet_v3_small", {}, "filters", 32),
     ("convnext_tiny", {}, "filters", 32),
     ("convnext_tiny", {}, "rows", 32),
     ("vit_b_16", {"image_size": 32}, "heads", 32),

@@ -47,6 +47,17 @@ def twice():
     from pss.models import logits_of
     return logits_of(single(), lambda z: torch.cat([0 * z, z], dim=1))
 
+def flat():
+    return nn.Sequential(single(), nn.Flatten(0))
+
+def restless():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 64), nn.Dropout(), nn.Linear(64, 3))
+    net.eval = lambda: net
+    return net
+
+def compiled(width):
+    return torch.compile(Net(width), backend="eager")
+
 def shares():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Softmax(dim=1))
 
@@ -260,11 +271,21 @@ def test_one_number_for_two_classes_is_wrapped_as_the_message_says(own):
     assert both.shape == (2, 2) and torch.equal(both[:, 0], torch.zeros(2)) and len(network.classes) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+def test_a_compiled_network_is_what_was_compiled(own):
+    plain = models.load(str(own))
+    own.write_text(own.read_text().replace(":Net", ":compiled"))
+    found = models.load(str(own))
+    assert models.fingerprint(found.model) == models.fingerprint(plain.model) and type(found.model).__name__ == "Net"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"preprocessing": {"sise": 3}}, ValueError, "preprocessing has unknown keys sise"),
         ({"preprocessing": {"mean": [0.5], "std": [1]}}, ValueError, "expected 3 numbers each"),
+        ({"preprocessing": {"mean": 0.5, "std": 0.5}}, ValueError, r"expected 3 numbers each, as \[0.5, 0.5, 0.5\]"),
+        ({"preprocessing": {"mean": [127] * 3, "std": [64] * 3}}, ValueError, "pixels in 0..1; divide .* by 255"),
         ({"preprocessing": {"mean": [0.5] * 3}}, ValueError, "give both, or neither for pixels in 0..1"),
         ({"preprocessing": {"crop": 2.5}}, ValueError, "crop is 2.5: expected a number of pixels"),
         ({"preprocessing": {"interpolation": "cubic"}}, ValueError, "unknown interpolation 'cubic'"),
@@ -288,6 +309,8 @@ def test_one_number_for_two_classes_is_wrapped_as_the_message_says(own):
             ValueError,
             r"one number .* lambda z: torch.cat",
         ),
+        ({"model": "MODULE:flat", "arguments": {}, "checkpoint": None}, ValueError, r"lambda z: torch.stack"),
+        ({"model": "MODULE:restless", "arguments": {}, "checkpoint": None}, ValueError, r"other logits each time"),
         ({"model": "MODULE:shares", "arguments": {}, "checkpoint": None}, ValueError, "gives probabilities .* softmax"),
         ("a: [", ValueError, "cannot be read as YAML"),
     ],

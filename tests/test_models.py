@@ -232,8 +232,22 @@ def test_saving_is_the_same_bytes_and_round_trips(tmp_path):
         lambda state: {"module." + name: tensor for name, tensor in state.items()},
         lambda state: {"state_dict": {"module.model." + name: tensor for name, tensor in state.items()}},
         lambda state: {"model." + name: tensor for name, tensor in state.items()},
+        lambda state: {"model": {"module._orig_mod." + name: tensor for name, tensor in state.items()}},
+        lambda state: {"state_dict": {"net." + name: tensor for name, tensor in state.items()}},
+        lambda state: {name: tensor.double() for name, tensor in state.items()},
     ],
-    ids=["plain", "state_dict", "model_state_dict", "model", "module.", "state_dict module.model.", "model."],
+    ids=[
+        "plain",
+        "state_dict",
+        "model_state_dict",
+        "model",
+        "module.",
+        "state_dict module.model.",
+        "model.",
+        "of torch.compile",
+        "of Lightning",
+        "float64",
+    ],
 )
 def test_checkpoints_of_others(tmp_path, wrap):
     model = models.resnet18(4)
@@ -267,6 +281,12 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path):
         match=r"weight is \(4, 2\), in the model \(3, 2\); bias is missing.*; extra is \(1,\), in the model missing",
     ):
         models.load_weights(model, tmp_path / "other.pth")
+    torch.save({"stem.weight": torch.zeros(4, 2), "head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match=r"no name in common; the file.s are stem.weight, .*model.s weight, bias"):
+        models.load_weights(model, tmp_path / "foreign.pth")
+    torch.save({"net": model.state_dict(), "epoch": 3}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"no state dict: expected names and tensors, .*; it has net, epoch"):
+        models.load_weights(model, tmp_path / "odd.pth")
     assert models.fingerprint(model) == before
 
 

@@ -182,6 +182,21 @@ def test_a_folder_of_complaints_takes_what_is_to_stay_from_the_reference(desk, m
     assert "unless they were chosen as mistakes, look at their labels" in told[0][0]
 
 
+def test_a_picture_in_two_folders_is_named_and_no_image_to_retain(desk, mistake, tmp_path):
+    """One of its labels is wrong: no repair reads both right."""
+    shutil.copytree(desk / "photos", tmp_path / "photos")
+    network, units = mistake[0], pss.Units.of(mistake[0].model)
+    tree = models.reference_set(network, desk / "photos")
+    right = next(str(tree.ids[i]) for i in range(48) if i not in models.misclassified(network.model, tree).index)
+    shutil.copy(desk / "photos" / right, tmp_path / "photos" / CLASSES[0] / "twin.png")
+    found = group.find(network, units, tmp_path / "photos", k=3)
+    assert found.twins == ("cat/twin.png",) and len(found.table) == 10 and len(found.rest[1]) == 38
+    assert not any(torch.equal(x, y) for x in found.rest[0] for y in found.images)
+    page = group.Report(tmp_path / "page", "title", "題")
+    said = str(group.tell(found, network, units, page)["opening"])
+    assert "One of these mistakes is the very picture of an image of another class" in said and "(cat/twin.png)" in said
+
+
 def test_damaged_files_are_left_out_and_named(desk, mistake, tmp_path):
     shutil.copytree(desk / "photos", tmp_path / "some photos")
     broken = next((tmp_path / "some photos" / "cat").glob("* 9.png"))
@@ -230,6 +245,14 @@ def test_near_chance_nothing_is_ranked(desk):
     assert known.reference.n == 48 and "misread ones among them" in known.told[0]
     found = reading.Reading("some", 24, 20, 3)
     assert not found.near_chance and found.interval == pytest.approx((0.6415, 0.9332), abs=1e-4)
+
+
+def test_folders_that_are_taken_in_order_are_said_to_be(desk, mistake, tmp_path):
+    """As train and val would be for a network of two classes."""
+    for own, name in zip("abc", CLASSES, strict=True):
+        shutil.copytree(desk / "training" / name, tmp_path / "photos" / own)
+    told = reading.measure(mistake[0], reading.pictures(mistake[0], str(tmp_path / "photos"), 40)).told()
+    assert "taken in the order of these: a = cat, b = <b>dog, c = $x$." in told[0] and "b = <b>dog" in told[1]
 
 
 def test_one_answer_to_all_images_is_no_better_than_chance(desk, mistake):
@@ -289,7 +312,7 @@ def test_masked_pixels_are_compared_with_those_of_random_units(mistake):
     )
     assert "says nothing about these units" in explain.map_verdict(table, "top", ["random"])[0]
     assert (
-        "no other map takes more of it. The map of random units takes less (-20.0%)"
+        'no other map takes more of it. Those of the map "top" take less of it (-20.0%)'
         in explain.map_verdict(table, "random", ["top"])[0]
     )
 

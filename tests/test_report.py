@@ -81,6 +81,8 @@ def test_one_language(tmp_path, capsys):
 def test_text_of_a_figure_is_short_plain_and_known_to_the_font():
     assert pss.plots.plain("a$b$  c\nd") == r"a\$b\$ c d" and pss.plots.plain("猫 cat") == "? cat"
     assert len(pss.plots.plain("x" * 99)) == 28
+    with plt.rc_context({"font.family": ["sans-serif"]}):  # matplotlib's own style
+        assert pss.plots.plain("cat") == "cat"
 
 
 @pytest.mark.filterwarnings("error:Glyph")
@@ -214,6 +216,18 @@ def test_a_patch_is_told_with_the_same_numbers_in_both_languages():
     english, japanese = explain.verdict(patch)
     assert "2 units" in english and "KL of 0.0012 on the retain images that chose it and 0.034 on those held" in english
     assert "2個" in japanese and re.search(r"選択に使った[^，]+で0\.0012，取り分けて[^，]+で0\.034", japanese)
+    assert english.endswith("held out.")
+    wide = {
+        "n": [226, 58],
+        "kl_mean": [0.039, np.nan],
+        "still_right": [0.969, np.nan],
+        "accuracy_after": [0.969, 0.845],
+    }
+    folder = pd.DataFrame({"part": ["others, read right", "others, misread"], **wide})
+    patch = dataclasses.replace(patch, evidence=pd.concat([evidence, folder], ignore_index=True))
+    english, japanese = explain.verdict(patch)
+    assert "On 226 other images that are read right its KL is 0.039, and 97% of them stay so." in english
+    assert "Of 58 other misread images it corrects 84%." in english and "226枚ではKLの平均は0.039で，97%" in japanese
 
 
 def ends_of(*rows) -> pd.DataFrame:
@@ -238,6 +252,25 @@ def test_the_opening_says_by_what_the_mistake_was_repaired(found, says):
     network = dataclasses.replace(models.load("digits", "random"), classes=("a", "b"))
     told = explain.opening(case, torch.tensor([0.9, 0.1]), network, table, known, [], ends, None, pss.Patch("0" * 64))
     assert says in told[2][0] and not re.search("[a-z]{4}", told[2][1].replace("None", ""))
+
+
+def test_an_edit_after_which_all_is_one_class_is_said_to_repair_nothing():
+    """Where most images are of that class the accuracy falls by little."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False))
+    model[1].weight.data[:] = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    network = models.Network("mine", model, models.Preprocessing(), ("a", "b"), "")
+    images = torch.zeros(10, 1, 2, 2)
+    images[:9, 0, 0, 0] = images[9, 0, 0, 1] = 1
+    retain, case = (images, torch.tensor([0] * 9 + [1])), explain.Case(images[9:], torch.tensor([0]), "it")
+    units, chosen = pss.Units.of(model, "rows"), {"top": torch.tensor([1, 0]), "random": torch.tensor([0, 1])}
+    ends = ends_of(("prune", "top", 2.0), ("prune", "random", float("nan")))
+    harm = explain.damage(network, case, retain, chosen, ends, 1, units, 0.1, "cross_entropy")
+    assert harm["classes answered"].tolist() == [1, 2]
+    table = pd.DataFrame({"unit": [1], "name": ["1[1]"], "z": [4.0]})
+    known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
+    told = explain.opening(case, torch.tensor([0.1, 0.9]), network, table, known, [], ends, harm, pss.Patch("0" * 64))
+    assert "from 100% to 90%; of those read right before, 90% stay so. After it all" in told[2][0]
+    assert "破壊" in told[2][1]
 
 
 def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():
@@ -312,7 +345,7 @@ def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkey
     for rest in (0.35, 0.9):
         ends = {"gains": (0.68, rest), "shared": (0.27, 0.6), "random": (0.55, 0.52)}
         rows = [
-            {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b}
+            {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b, "classes answered": 1}
             for n, (a, b) in ends.items()
         ]
         monkeypatch.setattr(group, "repairs", lambda *_, rows=rows: pd.DataFrame(rows))
@@ -320,6 +353,7 @@ def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkey
         group.tell(found, network, units, report)
         said = [block["en"] for block in report.blocks]
         assert any("no better than pruning random units" in text for text in said) == (rest == 0.35)
+        assert any("3 of these edits leave a single class" in text for text in said)
     heads = [block["columns"]["ja"] for block in report.blocks if block["kind"] == "table"]
     assert heads[0][:2] == ["ユニット", "誤分類画像の枚数"] and heads[0][3].startswith("クラスタ1")
 

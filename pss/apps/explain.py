@@ -33,7 +33,8 @@ from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
-OTHERS = "others, read right"  # images that took no part in a patch
+ANSWERED = "classes answered"  # how many classes some images are read as after an edit
+OTHERS, OTHERS_MISREAD = "others, read right", "others, misread"  # images that took no part in a patch
 _MEASURED = 1000  # images of a folder that a patch is measured on, at most
 _FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
@@ -229,8 +230,16 @@ def verdict(patch: Patch) -> tuple[str, str]:
     """What `offer_patch` found: a sentence in English, and in Japanese."""
     if not len(patch.gains):
         return no_patch("no patch", patch.reason)
-    held_out, fitted = (patch.evidence.set_index("part")["kl_mean"][part] for part in ("retain held out", "retain"))
-    return sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)
+    parts = patch.evidence.set_index("part")
+    held_out, fitted = (parts["kl_mean"][part] for part in ("retain held out", "retain"))
+    told = [sentence("patch", units=len(patch.gains), size=patch.kilobytes, kl=fitted, held_out=held_out)]
+    if OTHERS in parts.index:
+        n, kl, still = parts.loc[OTHERS, ["n", "kl_mean", "still_right"]]
+        told.append(sentence("patch others", n=int(n), kl=kl, still=still))
+    if OTHERS_MISREAD in parts.index:
+        n, share = parts.loc[OTHERS_MISREAD, ["n", "accuracy_after"]]
+        told.append(sentence("patch others misread", n=int(n), share=share))
+    return joined(told)
 
 
 def rate_that_moves(network: models.Network, case: Case, ids: Tensor, units: Units, lr: float, loss: str) -> float:
@@ -310,9 +319,11 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
     other = ends.loc[random & (ends["edit"] == best["edit"]), "repaired at"].iloc[0]
     told = [sentence(f"{best['edit']} {best['units']} repairs", first=int(best["repaired at"]))]
     told.append(sentence("random fails") if np.isnan(other) else sentence("random repairs", first=int(other)))
-    if harm is not None:
+    if harm is not None and harm["still right"].notna().all():
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
-        told.append(sentence("costs", before=own["accuracy before"], after=own["accuracy after"]))
+        numbers = {"before": own["accuracy before"], "after": own["accuracy after"], "still": own["still right"]}
+        told.append(sentence("costs", **numbers))
+        told += [sentence("costs all")] if own[ANSWERED] == 1 < harm[ANSWERED].max() else []
     return joined(told)
 
 
@@ -398,8 +409,9 @@ def results(
         found[f"{_column(row)}_kl"] = None if np.isnan(row["mean KL"]) else float(row["mean KL"])
     found["patch_units"] = len(patch.gains)
     if len(patch.gains):
-        kl = patch.evidence.set_index("part")["kl_mean"]["retain held out"]
-        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": float(kl)}
+        kl = patch.evidence.set_index("part")["kl_mean"]
+        held_out = float(kl.get(OTHERS, kl["retain held out"]))  # most of the images that took no part
+        found |= {"patch_kb": round(patch.kilobytes, 1), "patch_kl_held_out": held_out}
     return found | (known.at_hand.summary() if known.at_hand else {})
 
 
@@ -454,8 +466,10 @@ def map_verdict(lost: pd.DataFrame, mine: str, others: Sequence[str]) -> tuple[s
     best = changed.idxmin()
     numbers = {"share": MASKED, "map": mine, "mine": changed[mine], "best": best, "most": changed[best]}
     told = [sentence("masked best" if best == mine else "masked", **numbers)]
-    if beside := [changed[name] for name in others if name in changed]:
-        told.append(sentence("map better" if changed[mine] < min(beside) else "map no better", random=min(beside)))
+    if beside := [name for name in others if name in changed]:
+        first = min(beside, key=changed.__getitem__)
+        kind = "map better" if changed[mine] < changed[first] else "map no better"
+        told.append(sentence(kind, beside=first, random=changed[first]))
     return joined(told)
 
 
@@ -533,8 +547,10 @@ def damage(
         ids = chosen[name][None, : int(first) if first > 0 else k]
         steps = None if edit == "prune" else unit_steps(network.model, case.image, case.labels, units, ids, loss, lr)[0]
         with edited(network.model, units, ids[0], edit, steps):
-            rows.append({"edit": edit, "units": name, "k": ids.shape[1], **editing.damage(before, log_p(), retain[1])})
-    return readable(pd.DataFrame(rows).filter(items=["edit", "units", "k", *_COLUMNS]))
+            after = log_p()
+        own = {"edit": edit, "units": name, "k": ids.shape[1], ANSWERED: len(after.argmax(dim=1).unique())}
+        rows.append(own | editing.damage(before, after, retain[1]))
+    return readable(pd.DataFrame(rows).filter(items=["edit", "units", "k", *_COLUMNS, ANSWERED]))
 
 
 def readable(damages: pd.DataFrame) -> pd.DataFrame:
@@ -572,7 +588,7 @@ def measured(network: models.Network, case: Case, patch: Patch, retain: tuple[Te
     if any(left):
         images, labels = images[left], labels[left]
         right = predict(network.model, images).argmax(dim=1) == labels
-        named = {OTHERS: right, "others, misread": ~right}
+        named = {OTHERS: right, OTHERS_MISREAD: ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
     return with_evidence(network, patch, parts)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pss import models
-from pss.apps.explain import OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
+from pss.apps.explain import ANSWERED, OTHERS, Case, how_to_apply, larger_budget, readable, with_evidence
 from pss.apps.pages import joined, no_patch, sentence
-from pss.apps.reading import Reading, Usual, in_memory, pictures, reading_of, usual
+from pss.apps.reading import Reading, Usual, in_memory, listed, pictures, reading_of, usual
 from pss.apps.report import Report
 from pss.editing import edited
 from pss.models import misclassified, predict
@@ -33,6 +33,7 @@ from pss.plots import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile
+from pss.storage.digests import digest
 from pss.units import Units
 
 ALIKE = 0.5  # mean cosine similarity of the members of a cluster, at least
@@ -69,6 +70,8 @@ class Group:
         Place and name of the folder.
     known : Usual, optional
         What is usual, if `find` looked for it.
+    twins : tuple of str
+        Mistakes that are the same picture as one that is read right, by another label.
     """
 
     table: pd.DataFrame
@@ -81,6 +84,7 @@ class Group:
     tree: str
     name: str
     known: Usual | None = None
+    twins: tuple[str, ...] = ()
 
     @property
     def example(self) -> int:
@@ -132,7 +136,7 @@ def find(
     group = gather(network, units, pictures(network, tree), known.reference, method, k, tree, **how)
     if len(group.rest[1]) < _FEW and reference and Path(reference).is_dir():  # a folder of complaints, say
         others = pictures(network, reference, count)
-        more = _right(others, misclassified(network.model, others).index, np.random.default_rng(0))
+        more, _ = _right(others, misclassified(network.model, others).index, np.random.default_rng(0), group.images)
         mixed = torch.randperm(len(group.rest[1]) + len(more[1]), generator=torch.Generator().manual_seed(0))
         group = replace(group, rest=tuple(torch.cat(pair)[mixed] for pair in zip(group.rest, more, strict=True)))
     return replace(group, known=replace(known, **{"own" if reference else "reading": group.reading}))
@@ -169,21 +173,26 @@ def gather(
         raise ValueError(f"none of the {len(every)} images of {name} is misread: give index, to explain one anyway")
     rng = np.random.default_rng(0)
     rows = np.sort(rng.permutation(wrong.index)[:_MOST])
-    rest = _right(every, wrong.index, rng)
     x, y = in_memory(every, rows)
+    rest, same = _right(every, wrong.index, rng, x)
     s = profile(network.model, x, y, units, **how)
     gains = profile(network.model, x, y, units, "logit_difference", signed=True, of="gain")
     ranking = method if RANKINGS[method].differentiable else "zscore"
     table = wrong.loc[rows, ["id", "label", "predicted", "confidence"]].reset_index(drop=True)
     table["cluster"] = _clusters(gains)
     top = rank(s, reference, ranking, min(k, len(units)))
-    return Group(table, x, y, top, gains, rest, reading, tree, name)
+    return Group(table, x, y, top, gains, rest, reading, tree, name, twins=tuple(table["id"][same]))
 
 
-def _right(every: Dataset, wrong: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """At most 600 images that are read right, and their labels."""
+def _right(
+    every: Dataset, wrong: Any, rng: np.random.Generator, mistakes: Tensor
+) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """At most 600 images that are read right, and their labels, without those that are a mistake; which these are."""
     rows = rng.permutation(np.setdiff1d(np.arange(len(every)), wrong))[:_REST]
-    return in_memory(every, rows)
+    x, y = in_memory(every, rows)
+    own, others = ([digest(image.numpy()) for image in images] for images in (mistakes, x))
+    left = torch.tensor([content not in own for content in others], dtype=torch.bool)
+    return (x[left], y[left]), [i for i, content in enumerate(own) if content in others]
 
 
 def _clusters(gains: Tensor) -> np.ndarray:
@@ -265,18 +274,16 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
     -------
     DataFrame
         A row for each name of ``shared``: ``units``, ``k``, ``mistakes read right`` (share), ``rest before`` and ``rest
-        after`` (accuracy on at most 600 images that were read right).
+        after`` (accuracy on at most 600 images that were read right), ``classes answered`` for all of these.
     """
     rows = []
     for name, ids in shared.items():
         with edited(network.model, units, ids):
-            now, rest = (
-                predict(network.model, x).argmax(dim=1) == y if len(x) else torch.zeros(0)
-                for x, y in ((group.images, group.labels), group.rest)
-            )
-        after = float(rest.double().mean()) if len(rest) else np.nan
-        numbers = {"mistakes read right": float(now.double().mean()), "rest before": 1.0, "rest after": after}
-        rows.append({"units": name, "k": len(ids), **numbers})
+            x, y = (torch.cat(pair) for pair in zip((group.images, group.labels), group.rest, strict=True))
+            answers = predict(network.model, x).argmax(dim=1)
+        mistakes, rest = (answers == y).double().split([len(group.images), len(group.rest[0])])
+        numbers = {"mistakes read right": float(mistakes.mean()), "rest before": 1.0, "rest after": float(rest.mean())}
+        rows.append({"units": name, "k": len(ids), **numbers, ANSWERED: len(answers.unique())})
     return pd.DataFrame(rows)
 
 
@@ -342,12 +349,15 @@ def tell(
     both = right + ends.set_index("units")["rest after"]
     if any(share[["shared", "gains"]].max() <= share["random"] for share in (right, both)):
         verdict = joined([verdict, sentence("group repair no better")])
+    if (constant := int((ends[ANSWERED] == 1).sum())) and len(group.labels.unique()) > 1:
+        verdict = joined([verdict, sentence("group repair costs all", n=constant)])
     wrong = group.reading.n - group.reading.right
     numbers = {"name": group.name, "n": count, "k": group.top.shape[1], "unit": first["name"]}
     numbers |= {"count": int(first["mistakes"]), "chance": first["by chance"], "clusters": len(found)}
     numbers |= {"hits": int((together["mistakes"] > count / 2).sum()), "inside": int(found["images"].sum())}
     said = [sentence("group", **numbers), sentence("group alike" if len(found) else "group unlike", **numbers)]
     said += [sentence("drawn", wrong=wrong)] if count < wrong else []
+    said += [sentence("twins", n=len(group.twins), names=listed(group.twins))] if group.twins else []
     report.heading("The mistakes of the folder", "フォルダ内の誤分類画像")
     report.say(*group.reading.told())
     report.say(*joined(said))

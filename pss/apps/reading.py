@@ -45,7 +45,8 @@ class Reading:
     ``damaged`` names the files that were left out, because they cannot be read; ``never`` the classes of five images or
     more of which none is read right, if others are; ``in_order`` are the first ``names`` of the classes, sorted, and
     the ``share`` that would be right in that order, where it is clearly larger. ``dealt`` is the share that the same
-    answers would have right on other images of such classes, see `dealt_at_random`.
+    answers would have right on other images of such classes, see `dealt_at_random`. ``folders`` says for
+    which class each folder was taken, where they do not have the names of classes.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Reading:
     never: tuple[str, ...] = ()
     in_order: dict[str, Any] = field(default_factory=dict)
     dealt: float = 0.0
+    folders: tuple[str, ...] = ()
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -84,8 +86,8 @@ class Reading:
         numbers |= {"low": low, "high": high, "chance": 1 / self.classes, "classes": self.classes, "dealt": self.dealt}
         kind = "near chance" if self.guessed else "one answer" if self.near_chance else "accuracy"
         told = [sentence(kind, **numbers)]
-        for name, names in (("damaged", self.damaged), ("never right", self.never)):
-            told += [sentence(name, n=len(names), names=_listed(names))] if names else []
+        for name, names in (("folders", self.folders), ("damaged", self.damaged), ("never right", self.never)):
+            told += [sentence(name, n=len(names), names=listed(names))] if names else []
         return joined([*told, *([sentence("other order", **self.in_order)] if self.in_order else [])])
 
     def summary(self) -> dict[str, object]:
@@ -105,7 +107,7 @@ class Reading:
             raise ValueError(
                 f"{self.told()[0]} Nothing is ranked, because the labels or the preprocessing are wrong, or the images "
                 f"too few, or too many of one class, to tell. The pictures went in so: {prepared(network)}; classes: "
-                f"{_listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
+                f"{listed(network.classes)}. Say under preprocessing and classes in the network's YAML file what it "
                 "was trained with, give more images of each class, or set allow_chance"
             )
         return self
@@ -126,7 +128,8 @@ def dealt_at_random(labels: np.ndarray, answers: np.ndarray, classes: int) -> fl
     return float(mean + 1.96 * np.sqrt(max(0.0, mean + mean**2 - (p * q) @ (p + q)) / (n - 1)))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first five of them."""
     return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
@@ -179,12 +182,16 @@ def reading_of(
     answers[wrong.index] = wrong["predicted"]
     right, n = labels == answers, len(labels)
     known = Reading(str(getattr(images, "name", "images")), n, int(right.sum()), len(classes))
-    more = {"damaged": getattr(images, "damaged", ()), "dealt": dealt_at_random(labels, answers, len(classes))}
+    more = {
+        "folders": getattr(images, "taken_for", ()),
+        "damaged": getattr(images, "damaged", ()),
+        "dealt": dealt_at_random(labels, answers, len(classes)),
+    }
     missed = lambda i: right.any() and (labels == i).sum() >= _FEW and not right[labels == i].any()  # noqa: E731
     never = tuple(name for i, name in enumerate(classes) if missed(i))
     sorted_so = np.argsort(classes)  # torchvision's ImageFolder numbers classes so: 0, 1, 10, 2
     moved = int((np.argsort(sorted_so)[labels] == answers).sum())
-    other = {"names": _listed([classes[i] for i in sorted_so]), "share": moved / n}
+    other = {"names": listed([classes[i] for i in sorted_so]), "share": moved / n}
     return replace(known, never=never, in_order=other if wilson(moved, n)[0] > known.interval[1] else {}, **more)
 
 

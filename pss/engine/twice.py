@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.state import preserved
@@ -33,7 +35,19 @@ def gradients_of_one(
 ) -> dict[str, Tensor]:
     """Gradients ``{name: (1, *shape)}`` of the loss of one image, as functions that can be differentiated."""
     wanted = {name: model.get_parameter(name) for name in parameters}
-    with ExplicitNormalization():
+    with _TwiceDifferentiable(), ExplicitNormalization():
         value = loss(model(image), label).sum()
     found = torch.autograd.grad(value, list(wanted.values()), create_graph=True, materialize_grads=True)
     return {name: gradient[None] for name, gradient in zip(wanted, found, strict=True)}
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Hard sigmoids, as MobileNetV3 has them, by ReLU6: PyTorch's own can be differentiated once only."""
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        return (_hardsigmoid if function is F.hardsigmoid else function)(*args, **(kwargs or {}))
+
+
+def _hardsigmoid(input, inplace=False):
+    found = F.relu6(input + 3) / 6
+    return input.copy_(found) if inplace else found

@@ -194,6 +194,7 @@ def _verified(path: Path) -> Path:
 def _own(name: str, weights: str, seed: int, arguments: dict) -> Network:
     make = _resolve(name)
     model = seeded(lambda: make(**arguments), seed)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose graphs none of what is asked here goes through
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} gave a {type(model).__name__}: expected a callable that gives a torch.nn.Module")
     what = f"as {name} gives them" if weights == "published" else _fill(model, weights, seed)
@@ -285,7 +286,7 @@ def _checked(network: Network) -> Network:
         x = network.preprocess(Image.new("RGB", (side, side), (128, 128, 128)))
         try:
             with torch.no_grad():
-                outputs = model(x[None])
+                outputs, again = model(x[None]), model(x[None])
             break
         except (RuntimeError, ValueError, TypeError) as error:
             failed = error
@@ -295,16 +296,23 @@ def _checked(network: Network) -> Network:
             "under preprocessing in a YAML file which size it needs, as resize: [height, width], and whether it is "
             f"grey; it says: {failed}"
         ) from failed
+    if isinstance(outputs, Tensor) and outputs.numel() == 1:
+        join = "cat" if outputs.ndim == 2 else "stack"
+        raise ValueError(
+            f"{network.name} gives one number for a picture: expected a logit for each class; of one logit for two "
+            f"classes (no sigmoid) pss.models.logits_of(model, lambda z: torch.{join}([0 * z, z], dim=1)) makes two, "
+            "in the function that makes the network"
+        )
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         raise ValueError(
             f"{network.name} gives {shape_of(outputs)} for one picture: expected logits of shape (1, classes); in the "
             "function that makes it, give pss.models.logits_of(model, lambda out: out[0]), where out is what the model "
             "gives, and out[0] the logits in it"
         )
-    if outputs.shape[1] == 1:
+    if not torch.allclose(outputs, again, rtol=1e-2, atol=1e-4, equal_nan=True):
         raise ValueError(
-            f"{network.name} gives one number for a picture: expected a logit for each class; of one for two classes "
-            "pss.models.logits_of(model, lambda z: torch.cat([0 * z, z], dim=1)) makes two"
+            f"{network.name} gives other logits each time for the same picture: expected nothing random in eval mode; "
+            "as F.dropout(x, p, self.training) is not"
         )
     if (outputs >= 0).all() and torch.allclose(outputs.sum(dim=1), torch.ones(1), atol=1e-4):
         raise ValueError(

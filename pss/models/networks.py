@@ -55,8 +55,11 @@ class Preprocessing:
         for name in ("resize", "crop", "mean", "std"):
             value = defaults.get(name) if getattr(self, name) is None else getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)  # YAML has lists
-        if not len(self.mean) == len(self.std) == channels or not all(s > 0 for s in self.std):
-            raise ValueError(f"mean {self.mean} and std {self.std}: expected {channels} numbers each, and std above 0")
+        told = f"mean {self.mean} and std {self.std}: expected"
+        if not all(isinstance(v, tuple) and len(v) == channels for v in (self.mean, self.std)) or min(self.std) <= 0:
+            raise ValueError(f"{told} {channels} numbers each, as {[0.5] * channels}, and std above 0")
+        if max(self.mean) > 1:
+            raise ValueError(f"{told} those of pixels in 0..1; divide those of pixels in 0..255 by 255")
         check_known("interpolation", self.interpolation, [mode.value for mode in t.InterpolationMode])
         for name, value in {"resize": self.resize, "crop": self.crop}.items():
             sides = [1] if value is None else np.ravel(value)

@@ -220,6 +220,8 @@ def _tree(network: Network, root: Path) -> Dataset:
         wanted = folders
     tree = data.folder(root, network.preprocess, wanted)
     tree.classes = list(network.classes)
+    pairs = zip(folders, network.classes, strict=True) if wanted is folders else ()
+    tree.taken_for = [f"{folder} = {name}" for folder, name in pairs]
     return tree
 
 

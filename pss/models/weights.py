@@ -16,7 +16,6 @@ from pss.storage.fingerprints import fingerprint, hash_state
 from pss.storage.tensors import load_tensors, pack, unpack
 from pss.storage.whole import write_whole
 
-_PREFIXES = ("module.", "model.", "state_dict.")
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")  # torchvision's files still have norm.1
 
 
@@ -60,8 +59,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         Changed in place, and only if everything fits.
     path : path
         safetensors, or what ``torch.save`` wrote and ``torch.load(weights_only=True)`` reads: a state dict, or a dict
-        that holds one as ``state_dict``, ``model_state_dict`` or ``model``. The prefixes ``module.``, ``model.`` and
-        ``state_dict.`` are taken off where every name has them and the model's names have not.
+        that holds one as ``state_dict``, ``model_state_dict`` or ``model``. What every name begins with, as
+        ``module.`` or ``_orig_mod.``, is taken off where the model's names have it not.
 
     Returns
     -------
@@ -92,23 +91,39 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        held = ", ".join(list(map(str, content))[:5]) if isinstance(content, Mapping) else type(content).__name__
         kept = "state_dict, model_state_dict or model"
-        raise ValueError(f"{path} holds no state dict: expected names and tensors, or these under {kept}")
+        raise ValueError(
+            f"{path} holds no state dict: expected names and tensors, or these under {kept}; it has {held or 'nothing'}"
+        )
     return dict(content)
 
 
 def _unprefixed(state: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
-    while state and not names & set(state):
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
-        if prefix is None:
+    """Without what every name begins with, if that leaves names of the model.
+
+    DistributedDataParallel, Lightning and `torch.compile` put there what they call the network in it.
+    """
+    short = state
+    while not names & set(short):
+        parts = [name.partition(".") for name in short]
+        if len({first for first, _, _ in parts}) != 1 or not all(rest for *_, rest in parts):
+            short = state
             break
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        short = {rest: tensor for (*_, rest), tensor in zip(parts, short.values(), strict=True)}
+    state = short
     renamed = {_OLD_DENSENET.sub(r"\1", name): tensor for name, tensor in state.items()}
     return renamed if set(renamed) <= names else state
 
 
 def _check_fits(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     own, found = ({name: tuple(tensor.shape) for name, tensor in s.items()} for s in (model.state_dict(), state))
+    if not own.keys() & found.keys():
+        theirs, ours = (", ".join(list(names)[:3]) or "none" for names in (found, own))
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: they have no name in common; the file's are {theirs}, …, the "
+            f"model's {ours}, …"
+        )
     for name in own.keys() - found.keys():
         if name.endswith(".num_batches_tracked"):  # of batch norm, which files from before torch 0.4.1 do not have
             del own[name]

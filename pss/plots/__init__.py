@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -354,7 +354,7 @@ def story(
 
 def plain(text: str, longest: int = 28) -> str:
     """Text that a figure can show as it stands: shortened, no mathematics, glyphs that the fonts lack as ``?``."""
-    known = [get_font(findfont(name)).get_charmap() for name in plt.rcParams["font.family"]]
+    known = [get_font(findfont(FontProperties(family=[name]))).get_charmap() for name in plt.rcParams["font.family"]]
     text = "".join(letter if any(ord(letter) in font for font in known) else "?" for letter in " ".join(text.split()))
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 

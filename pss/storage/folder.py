@@ -230,6 +230,7 @@ def refuse_other(path: Path, made_of: dict) -> dict:
         what = "".join(f"\n  {key}: stored {stored.get(key)!r}, given {given[key]!r}" for key in differ)
         raise ValueError(
             f"the profiles in {path} were made of something else:{what}\n"
-            "give another path, or rebuild=True to compute them anew; ProfileStore.open reads finished ones as they are"
+            "give another path, or rebuild=True (--rebuild) to compute them anew; ProfileStore.open reads finished "
+            "ones as they are"
         )
     return manifest

@@ -25,8 +25,12 @@ EXPLAIN, EXPERIMENT = NOTEBOOKS / "11_explain_one_image.ipynb", NOTEBOOKS / "12_
 MODULE = """
 import torch
 
+class Gate(torch.nn.Module):  # of a hard sigmoid, as MobileNetV3 has, here always open
+    def forward(self, x):
+        return x.relu() * torch.nn.functional.hardsigmoid(x.relu() + 4)
+
 def make(width):
-    layers = [torch.nn.Conv2d(3, width, 3), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3), torch.nn.ReLU()]
+    layers = [torch.nn.Conv2d(3, width, 3), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3), Gate()]
     return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, 3))
 """
 YAML = """

@@ -59,7 +59,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> None:
     """Every ratio to a plain loop in one picture: longer is faster."""
     import matplotlib.pyplot as plt
 
-    from pss.plots import figures as plots
+    from pss import plots
 
     plots.use_style()
     bars = [

@@ -1,7 +1,5 @@
 """``python -m pss COMMAND``: notebooks and sweeps, profiles of a data set, the built-in model, the explorer, caches."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -11,17 +9,9 @@ from importlib import import_module
 COMMANDS = {
     "run": ("batch", "execute notebooks", "notebooks/11_explain_one_image.ipynb -p model net.yaml -p data_root photos"),
     "sweep": ("batch", "execute one notebook over a grid or a table of parameters", "sweep.yaml --jobs 2"),
-    "profile": (
-        "profiling",
-        "profile a data set into a folder",
-        "--model pss.models:digits --data pss.data:digits split=test --out runs/digits",
-    ),
+    "profile": ("profiling", "profile a data set into a folder", "--model net.yaml --data photos --out runs/photos"),
     "train": ("training", "train a ResNet-18 on the built-in digits", "--out net.safetensors --epochs 2"),
-    "evaluate": (
-        "training",
-        "accuracy of the built-in model, or one like it, on every built-in set",
-        "net.safetensors",
-    ),
+    "evaluate": ("training", "accuracy of the built-in model, or one like it, on all built-in sets", "net.safetensors"),
     "explorer": ("explorer", "write the explorer of the site", "site/_static/explorer"),
     "cache": ("caches", "list what is kept in the cache, or empty it", "--empty profiles"),
 }

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pss.editing import Ids, check_batch, check_logits, damage
+from pss.editing import Ids, check_batch, check_logits, damage, distinct
 from pss.engine.checks import check_ids, check_known, check_positive
 from pss.engine.edits import restored
 from pss.engine.state import laid_out, preserved
@@ -180,13 +182,9 @@ def changes(model: nn.Module, maps: Mapping[str, Tensor], steps: Tensor) -> dict
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of the model in evaluation mode, without gradients."""
-    with preserved(model), torch.no_grad():
-        return torch.cat([laid_out(model, images[part], model) for part in _parts(images)])
-
-
-def _parts(images: Tensor) -> list[slice]:
     size = max(1, _NUMBERS // max(1, images[0].numel()))
-    return [slice(start, start + size) for start in range(0, len(images), size)]
+    with preserved(model), torch.no_grad():
+        return torch.cat([laid_out(model, part, model) for part in images.split(size)])
 
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
@@ -281,62 +279,56 @@ def smallest_correction(
     rankings = rankings if isinstance(rankings, Mapping) else {"ranking": rankings}
     rankings = {name: check_ids(ids, len(units)) for name, ids in rankings.items()}
     ks = [len(units)] if k is None else np.atleast_1d(k).tolist()
-    _check_options(units, rankings, ks, ways, usual, max_relative_step=max_relative_step, tolerance=tolerance)
+    _check_options(units, rankings, ks, ways, usual)
+    check_positive(max_relative_step=max_relative_step, tolerance=tolerance)
     if retain is None:
         raise ValueError("no retain images: give retain=(images, labels), on which the damage is measured")
     for ids in rankings.values():
         check_batch(model, images, labels, units, ids)
-    image_ids = list(range(len(images))) if image_ids is None else list(image_ids)
-    if len(image_ids) != len(images) or len(set(image_ids)) != len(images):
-        raise ValueError(f"image_ids must be {len(images)} different ids, one per image")
+    image_ids = distinct(image_ids, len(images)).tolist()
     check_inputs(model, *retain, what="retain images")
     check_mistakes(model, (images, labels), image_ids)
     refuse_overlap(retain[0], images)
     if usual is not None:
         check_inputs(model, usual, usual.new_zeros(len(usual), dtype=torch.long), what="usual images")
         refuse_overlap(retain[0], usual, "usual images")
-    search = _Search(model, units, retain, get_loss(loss), max_relative_step, tolerance)
     curvature = Curvature.of(model, usual, units) if "gains" in ways else None
+    search = _Search(model, units, retain, usual, curvature, get_loss(loss), max_relative_step, tolerance)
     rows: list[dict] = []
     with preserved(model):
         for b, image_id in enumerate(tqdm(image_ids, unit="image", delay=2, disable=not progress)):
             x, y = images[b : b + 1], labels[b : b + 1]
+            of_image = {"image": image_id, "label": int(y)}
             gradient = search.gradient(x, y) if "weights" in ways or parameters else {}
-            jobs = [(name, count, way) for way in ways for count in ks for name in rankings]
             found: dict[tuple, dict] = {}  # all units are the same whatever the ranking
-            for name, count, way in jobs:
+            for way, count, name in product(ways, ks, rankings):
                 ids = tuple(range(count)) if count == len(units) else tuple(rankings[name][b, :count].tolist())
                 if (way, ids) not in found:
-                    line = (
-                        search.by_gains(x, y, ids, curvature, usual)
-                        if way == "gains"
-                        else search.by_gradient(x, y, gradient, ids)
-                    )
+                    line = search.by_gains(x, y, ids) if way == "gains" else search.by_gradient(x, y, gradient, ids)
                     found[way, ids] = search.measure(*line)
-                rows.append(
-                    {"image": image_id, "label": int(y), "ranking": name, "k": count, "through": way} | found[way, ids]
-                )
+                rows.append(of_image | {"ranking": name, "k": count, "through": way} | found[way, ids])
             for name, whole in (parameters or {}).items():
                 cost = search.measure(*search.by_gradient(x, y, gradient, (), whole))
-                rows.append({"image": image_id, "label": int(y), "ranking": name, "k": 0, "through": "weights"} | cost)
+                rows.append(of_image | {"ranking": name, "k": 0, "through": "weights"} | cost)
     return pd.DataFrame(rows)
 
 
+@dataclass
 class _Search:
     """Finds the smallest step that corrects an image, and measures it on the retain images."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        units: Units,
-        retain: tuple[Tensor, Tensor],
-        loss: Loss,
-        longest: float,
-        tolerance: float,
-    ):
-        self.model, self.units, self.retain, self.loss = model, units, retain, loss
-        self.longest, self.tolerance, self.maps = longest, tolerance, unit_maps(units)
-        self.before = logits_of(model, retain[0]).double().log_softmax(dim=1)
+    model: nn.Module
+    units: Units
+    retain: tuple[Tensor, Tensor]
+    usual: Tensor | None
+    curvature: Curvature | None
+    loss: Loss
+    longest: float
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        self.maps = unit_maps(self.units)
+        self.before = logits_of(self.model, self.retain[0]).double().log_softmax(dim=1)
 
     def gradient(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Of the loss of one image, to every parameter."""
@@ -352,14 +344,14 @@ class _Search:
         line, length = self._line(delta, mask)
         return line, length, self._smallest(x, y, line)
 
-    def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int], curvature: Curvature, usual: Tensor) -> tuple:
+    def by_gains(self, x: Tensor, y: Tensor, ids: Sequence[int]) -> tuple:
         """Line of least curvature that closes the margins, and the size on it.
 
         Of lines for several dampings, and one with the margins linear at the end of the best, that of least KL on the
         usual images: where the curvature is nearly zero, it does not hold for long.
         """
-        ids, mask, before = list(ids), self._mask(ids), logits_of(self.model, usual)
-        own = curvature if len(ids) == len(self.units) else Curvature(curvature.rows[:, ids])
+        ids, mask, before = list(ids), self._mask(ids), logits_of(self.model, self.usual)
+        own = self.curvature if len(ids) == len(self.units) else Curvature(self.curvature.rows[:, ids])
         found: list[tuple] = [(np.inf, ({}, 0.0, np.inf), 1, torch.zeros(len(self.units)).to(own.rows))]
         unmoved = margins(self.model, x, y, self.units)
         for factor in (*_CAUTION, None):
@@ -373,7 +365,7 @@ class _Search:
             size = self._smallest(x, y, line)
             if np.isfinite(size):
                 with shifted(self.model, line, size):
-                    kl = float(divergences(before, logits_of(self.model, usual)).mean())
+                    kl = float(divergences(before, logits_of(self.model, self.usual)).mean())
                 found.append((kl, (line, length, size), factor, steps * (size * length / _norm(delta))))
         return min(found, key=lambda each: each[0])[1]
 
@@ -468,12 +460,7 @@ def refuse_overlap(retain: Tensor, others: Tensor, what: str = "mistakes") -> No
 
 
 def _check_options(
-    units: Units,
-    rankings: Mapping[str, np.ndarray],
-    ks: list[int],
-    ways: list[str],
-    usual: Tensor | None,
-    **positive: float,
+    units: Units, rankings: Mapping[str, np.ndarray], ks: list[int], ways: list[str], usual: Tensor | None
 ) -> None:
     shortest = min(ids.shape[1] for ids in rankings.values()) if rankings else 0
     for k in ks:
@@ -483,4 +470,3 @@ def _check_options(
         check_known("through", way, ("gains", "weights"))
     if "gains" in ways and (usual is None or not len(usual)):
         raise ValueError("through='gains' needs usual=: images, without labels, on which the curvature is taken")
-    check_positive(**positive)

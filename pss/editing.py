@@ -13,8 +13,6 @@ confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; W
 otherwise edits in place and undoes it: the same numbers, slower.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,7 +211,7 @@ def edit_curves(
     check_known("edit", edit, EDITS)
     check_positive(lr=lr, step_norm=step_norm)
     check_batch(model, images, labels, units, ids)
-    image_ids = _distinct(image_ids, len(images))
+    image_ids = distinct(image_ids, len(images))
     runner, frames = _runner(model, units, loss, strategy), []
     with ready(model, images), tqdm(total=len(images), unit="image", delay=2, disable=not progress) as bar:
         images, labels = savable(images), savable(labels)
@@ -230,9 +228,9 @@ def edit_curves(
     return pd.concat(frames, ignore_index=True)
 
 
-def _distinct(image_ids: Sequence | None, count: int) -> np.ndarray:
+def distinct(image_ids: Sequence | None, count: int) -> np.ndarray:
     """Ids of the images, by default their numbers."""
-    image_ids = np.arange(count) if image_ids is None else np.asarray(image_ids)
+    image_ids = np.arange(count) if image_ids is None else np.asarray(list(image_ids))
     if len(image_ids) != count or len(set(image_ids.tolist())) != count:
         raise ValueError(f"image_ids must be {count} different ids, one per image")
     return image_ids
@@ -338,7 +336,7 @@ def side_effects(
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} retain images and {len(labels)} labels: give as many, and at least one")
     check_inputs(model, images, labels, units, "retain images")
-    image_ids = _distinct(image_ids, len(ids))
+    image_ids = distinct(image_ids, len(ids))
 
     def forward() -> Tensor:  # log-probabilities in float64: the divergences are as small as 1e-6
         with torch.no_grad():

@@ -9,8 +9,6 @@ profile with its :math:`k` most salient units boosted by a factor, the map is
 The profile is itself made of gradients, so this differentiates twice: once to the weights, then back to the image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pss.engine.checks import as_batch, check_count, check_known, check_positive, ids_of_each
-from pss.engine.twice import gradient_to, gradients_of_one, twice_differentiable
+from pss.engine.strategies import gradients_to
+from pss.engine.twice import gradients_of_one, twice_differentiable
 from pss.ranking import RANKINGS, rank, score
 from pss.reference import Reference
 from pss.saliency import Loss, check_inputs, get_loss, profile
@@ -147,7 +146,7 @@ def input_saliency(
                 standard = standardize(_profile(model, image, label, units, loss, signed), reference, method)
                 boosted = standard.detach().clone()
                 boosted[:, of_image] *= boost
-                gradients.append(gradient_to(image, similarity(standard, boosted).sum()))
+                gradients += gradients_to([image], similarity(standard, boosted).sum())
             total = total + torch.cat(gradients)
     maps = channel_map(total / noise_iters, order)
     if not torch.isfinite(maps).all():
@@ -201,7 +200,8 @@ def gain_map(
             image = image.detach().clone().requires_grad_()
             gains = _profile(model, image, label, units, get_loss(loss), signed=True, gain=True)
             top = gains.detach().topk(k).indices if ids is None else ids[i : i + 1]
-            maps.append((image * gradient_to(image, gains.gather(1, top).sum())).sum(dim=1).abs().detach())
+            (slope,) = gradients_to([image], gains.gather(1, top).sum())
+            maps.append((image * slope).sum(dim=1).abs().detach())
     found = torch.cat(maps)
     return found[0] if single else found
 

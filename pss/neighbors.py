@@ -9,12 +9,11 @@ neighbours share true and predicted class has to be seen beside what those two a
 (`pss.statistics.agreement`).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pss.engine.checks import check_count, check_exclude, check_known
@@ -106,10 +105,9 @@ def _directions(profiles: Tensor, reference: Reference | None, method: str, colu
     if RANKINGS[method].tail:
         values = values.clamp(max=-math.log(LEAST_PROBABILITY))
     values = values[:, columns]
-    largest = values.abs().amax(dim=1, keepdim=True)  # scaled by it first: squares of 1e-25 are zero in float32
-    scaled = (values / torch.where(largest > 0, largest, 1)).to(profiles.dtype)
-    length = scaled.norm(dim=1, keepdim=True)
-    return scaled / torch.where(length > 0, length, 1)
+    # By the largest value first: squares of 1e-25 are zero in float32.
+    scaled = F.normalize(values, torch.inf, eps=torch.finfo(values.dtype).tiny).to(profiles.dtype)
+    return F.normalize(scaled)
 
 
 def _columns(units: Units | None, stage: str | None, count: int) -> Tensor | slice:

@@ -142,9 +142,7 @@ class Patch:
         if self.is_applied(model):
             raise ValueError("this patch is applied to the model already")
         if (found := base_fingerprint(model)) != self.model:
-            raise ValueError(
-                f"the patch is for model {self.model[:8]}…, this one is {found[:8]}…: load the weights of it"
-            )
+            raise ValueError(f"the patch is for model {self.model[:8]}…, this one is {found[:8]}…: load its weights")
         for group in self.groups:
             if getattr(scaling.weight(model, group.parameter), "shape", None) != group.shape:
                 raise ValueError(f"the model has no parameter {group.parameter!r} of shape {group.shape}")

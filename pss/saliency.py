@@ -5,8 +5,6 @@ unit :math:`k` is its mean over the parameters :math:`\alpha_k` of the unit (Lev
 taken for every sample of a batch on its own: absolute values of per-sample gradients, never of their sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,29 +32,21 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     at a loss of 1e-6 it is off by 10%.
     """
     others = torch.logsumexp(logits.scatter(1, labels[:, None], -torch.inf), dim=1)
-    return -F.logsigmoid(_true_logit(logits, labels) - others)
+    return -F.logsigmoid(logit(logits, labels) - others)
 
 
 def logit(logits: Tensor, labels: Tensor) -> Tensor:
     """Logit of the true class, shape (B,)."""
-    return _true_logit(logits, labels)
+    return logits.gather(1, labels[:, None])[:, 0]
 
 
 def logit_difference(logits: Tensor, labels: Tensor) -> Tensor:
     """Largest logit of the other classes less the logit of the true class, shape (B,): positive on mistakes."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(dim=1) - _true_logit(logits, labels)
+    return others.amax(dim=1) - logit(logits, labels)
 
 
-def _true_logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels[:, None])[:, 0]
-
-
-LOSSES: dict[str, Loss] = {
-    "cross_entropy": cross_entropy,
-    "logit": logit,
-    "logit_difference": logit_difference,
-}
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "logit": logit, "logit_difference": logit_difference}
 
 
 def get_loss(loss: str | Loss) -> Loss:

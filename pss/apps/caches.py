@@ -1,7 +1,5 @@
 """The command ``cache``: what is kept between runs, how large it is, and how to be rid of it."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path
@@ -30,14 +28,10 @@ def _list(folder: Path, empty: list[str] | None) -> None:
     """Print what is in a folder, and remove it or some of it unless ``empty`` is None."""
     total = 0
     for path in sorted(folder.glob("*")):
-        size = sum(_size(file) for file in ([path] if path.is_file() else path.rglob("*")))
+        size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
         removed = empty is not None and (not empty or path.name in empty)
         if removed:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         total += 0 if removed else size
         print(f"{size / 1e6:10.1f} MB  {path.name}{'  removed' if removed else ''}")
     print(f"{total / 1e6:10.1f} MB  in {folder}")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -1,7 +1,5 @@
 """One notebook through papermill: the executed copy in a folder of its own, with its figures, or refreshed in place."""
 
-from __future__ import annotations
-
 import base64
 import os
 from collections.abc import Iterator, Mapping
@@ -106,12 +104,7 @@ def refresh(notebook: str | os.PathLike) -> None:
 
 @contextmanager
 def _executed(
-    notebook: Path,
-    output: Path,
-    parameters: Mapping[str, Any],
-    caller: Path | None,
-    many: bool,
-    failed: bool = True,
+    notebook: Path, output: Path, parameters: Mapping[str, Any], caller: Path | None, many: bool, failed: bool = True
 ) -> Iterator[Path]:
     """Path of the executed notebook beside its place; where a cell raises, what there is is kept if ``failed``."""
     beside = output.with_name(f".{output.stem}.running.ipynb")

@@ -35,7 +35,6 @@ import pss
 from pss import editing, models
 from pss.apps.pages import joined, sentence
 from pss.apps.reading import SAVED, Reading, fit_usual, has_built_in, in_memory, pictures, prepared, read_saved
-from pss.data import digits
 from pss.engine.checks import check_count, check_known, check_positive
 from pss.engine.process import thread_count
 from pss.models.predictions import answers, ids_of, predict
@@ -71,10 +70,8 @@ def method_of(algo: str) -> str:
     ValueError
         For any other name.
     """
-    method = PUBLISHED.get(algo, algo)
-    if method not in RANKINGS:
-        raise ValueError(f"unknown algo {algo!r}: expected one of {', '.join([*PUBLISHED, *RANKINGS])}")
-    return method
+    check_known("algo", algo, [*PUBLISHED, *RANKINGS])
+    return PUBLISHED.get(algo, algo)
 
 
 # --- statistics: made once, reused ------------------------------------------------------------------------------------
@@ -181,7 +178,7 @@ def images_of(network: models.Network, root: str | Path = "") -> Dataset:
     `pss.data.digits`, that its reference never saw.
     """
     if network.name == "digits" and not str(root):
-        return digits("test")
+        return pss.data.digits("test")
     return pictures(network, str(root), missing="dataset_path, a folder with folders")
 
 
@@ -533,9 +530,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def differences(
-    results: pd.DataFrame, first: str, value: str = "corrected", level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
+def differences(results: pd.DataFrame, first: str, value: str = "corrected", seed: int = 0) -> pd.DataFrame:
     """A ranking less each other one after all edits, on the same images, with `pss.statistics.paired_difference`.
 
     Returns
@@ -547,7 +542,7 @@ def differences(
     for edit, own in results.groupby("edit", sort=False):
         for other in own["algo"].unique():
             if other != first:
-                last = paired_difference(own, first, other, value, "algo", level, seed=seed).iloc[-1]
+                last = paired_difference(own, first, other, value, "algo", seed=seed).iloc[-1]
                 rows.append({"edit": edit, "than": other, **last[["n", "mean", "low", "high"]]})
     return pd.DataFrame(rows, columns=["edit", "than", "n", "mean", "low", "high"])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ from pss.ranking import RANKINGS, rank
 from pss.reference import Reference
 from pss.saliency import profile
 from pss.statistics import fdr_significant
-from pss.storage.fingerprints import fingerprint
 from pss.units import Units
 
 ENOUGH = 1000  # reference images, for tail probabilities of one in a hundred
 MOVED = 0.1  # change of confidence that counts as one
 ANSWERED = "classes answered"  # how many classes some images are read as after an edit
 OTHERS, OTHERS_MISREAD = "others, read right", "others, misread"  # images that took no part in a patch
+_MEASURED = 1000  # images of a folder that a patch is measured on, at most
 _FEW = 20  # retain images that are read right, below which others are looked for
 MASKED = 0.05  # share of the pixels that the maps are tested with
 _COLUMNS = {
@@ -168,9 +167,7 @@ def _place(index: int | str, ids: list[str], name: str) -> int:
     raise ValueError(f"index {index!r}: {name} has 0..{len(ids) - 1}, or names such as {', '.join(ids[:8])}")
 
 
-def unit_table(
-    saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore", q: float = 0.05
-) -> pd.DataFrame:
+def unit_table(saliency: Tensor, known: Usual, units: Units, order: Tensor, method: str = "zscore") -> pd.DataFrame:
     """Every unit in the order given, with its layer, stage, saliency, z-score and tail probability.
 
     Parameters
@@ -180,15 +177,13 @@ def unit_table(
         From `pss.rank`, of all units.
     method : str
         ``"exponential"`` takes that tail for p, everything else the generalized Pareto one.
-    q : float
-        False-discovery rate for the column ``significant``.
 
     Returns
     -------
     DataFrame
-        ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant``; the last two
-        are missing where the reference has no tail, and the last where it is not calibrated, see `Usual.calibrated`.
-        ``p`` is at least 1 / (n + 1) with n reference images.
+        ``rank``, ``unit``, ``name``, ``layer``, ``stage``, ``saliency``, ``z``, ``p``, ``significant`` (at a
+        false-discovery rate of 5%); the last two are missing where the reference has no tail, and the last where it is
+        not calibrated, see `Usual.calibrated`. ``p`` is at least 1 / (n + 1) with n reference images.
     """
     reference = known.reference
     table = units.table()[["unit", "name", "layer", "stage"]]
@@ -197,8 +192,8 @@ def unit_table(
     if reference.threshold is not None:
         log_p = reference.log_tail_probability(saliency, RANKINGS[method].tail or "gpd")
         table["p"] = log_p.exp().clamp(min=1 / (reference.n + 1))[0].cpu().numpy()
-        if known.calibrated(q):
-            table["significant"] = fdr_significant(log_p, reference.n, q)[0].cpu().numpy()
+        if known.calibrated():
+            table["significant"] = fdr_significant(log_p, reference.n)[0].cpu().numpy()
     table = table.iloc[order.cpu().numpy()].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -564,59 +559,46 @@ def readable(damages: pd.DataFrame) -> pd.DataFrame:
 
 
 def offer_patch(
-    network: models.Network,
-    case: Case,
-    retain: tuple[Tensor, Tensor] | None,
-    units: Units,
-    budget: float = 0.01,
+    network: models.Network, case: Case, retain: tuple[Tensor, Tensor] | None, units: Units, budget: float = 0.01
 ) -> Patch:
     """`pss.fit_patch` for one image; where it cannot be asked, a patch without gains that says why."""
-    none = partial(Patch, fingerprint(network.model))
+    none = Patch(models.fingerprint(network.model))
     if int(predict(network.model, case.image).argmax()) == case.label:
-        return none(reason="the image is read correctly: there is nothing to repair")
+        return replace(none, reason="the image is read correctly: there is nothing to repair")
     if retain is None:
-        return none(reason="there are no retain images to measure the damage on: give data_root or reference")
+        return replace(none, reason="there are no retain images to measure the damage on: give data_root or reference")
     right = predict(network.model, retain[0]).argmax(dim=1) == retain[1]
     if int(right.sum()) < 4:
-        return none(reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
+        return replace(none, reason=f"only {int(right.sum())} of {len(right)} retain images are read correctly")
     return fit_patch(network.model, (case.image, case.labels), retain, units, budget, progress=False)
 
 
-def measured(
-    network: models.Network,
-    case: Case,
-    patch: Patch,
-    retain: tuple[Tensor, Tensor] | None,
-    most: int = 1000,
-    seed: int = 0,
-) -> Patch:
+def measured(network: models.Network, case: Case, patch: Patch, retain: tuple[Tensor, Tensor] | None) -> Patch:
     """The patch with more evidence: on the folder that the image comes from, and what its gains do to random units.
 
-    The folder is all of it, or ``most`` images drawn, but for the image itself and the retain images; ``shuffled`` is
+    The folder is all of it, or 1,000 images drawn, but for the image itself and the retain images; ``shuffled`` is
     the same gains dealt to other units.
     """
     if not len(patch.gains):
         return patch
     used = [case.image[0], *([] if retain is None else retain[0])]
     parts = {"mistakes": (case.image, case.labels)}
-    images, labels = in_memory(pictures(network, case.tree, most, seed)) if case.tree else (case.image, case.labels)
+    images, labels = in_memory(pictures(network, case.tree, _MEASURED)) if case.tree else (case.image, case.labels)
     left = [not any(torch.equal(image, other) for other in used) for image in images]
     if any(left):
         images, labels = images[left], labels[left]
         right = predict(network.model, images).argmax(dim=1) == labels
         named = {OTHERS: right, OTHERS_MISREAD: ~right}
         parts |= {name: (images[which], labels[which]) for name, which in named.items() if which.any()}
-    return with_evidence(network, patch, parts, seed)
+    return with_evidence(network, patch, parts)
 
 
-def with_evidence(
-    network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]], seed: int
-) -> Patch:
+def with_evidence(network: models.Network, patch: Patch, parts: Mapping[str, tuple[Tensor, Tensor]]) -> Patch:
     """The patch with more rows of evidence: for each part, the gains as they are, and dealt to other units.
 
     One that breaks its budget on others that are read right is taken back, with the reason.
     """
-    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(seed))
+    dealt = torch.randperm(len(patch.gains), generator=torch.Generator().manual_seed(0))
     shuffled = replace(patch, gains=patch.gains[dealt]).measured(network.model, parts).evidence
     shuffled["part"] = shuffled["part"] + ", shuffled"
     more = patch.measured(network.model, parts).evidence

@@ -6,8 +6,6 @@ loads over http and from a folder on disk alike, where a browser refuses to fetc
 the page only draws. Values of all units are kept in 8 bits each (`pack`), those of the top units to 4 digits.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import io
@@ -29,15 +27,11 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 import pss
-from pss import editing, models
+from pss import editing, models, plots
 from pss.apps.execution import source_hash
-from pss.input_space import input_saliency
-from pss.plots import figures as plots
-from pss.ranking import rank
+from pss.data.image_set import to_pixels
 from pss.reference import Reference
-from pss.statistics import fdr_significant
 from pss.storage.digests import digest
-from pss.storage.fingerprints import fingerprint
 from pss.storage.places import cache_folder
 from pss.storage.tensors import bytes_of
 from pss.storage.whole import write_whole
@@ -104,7 +98,7 @@ class Collection:
 
     def pixels(self, image: Tensor) -> np.ndarray:
         """(C, H, W) to (H, W, 3), uint8."""
-        return _pixels(self.network.to_image(image))
+        return to_pixels(self.network.to_image(image))
 
     def reference(self, method: str) -> Reference:
         """What a ranking takes as usual."""
@@ -119,7 +113,7 @@ class Collection:
     def top(self, profiles: dict[str, Tensor], method: str) -> Tensor:
         """Ids of the first K units, (1, K)."""
         ranking = "raw" if method == "gain" else method
-        return rank(profiles[method], self.reference(method), ranking, K, self.units)
+        return pss.rank(profiles[method], self.reference(method), ranking, K, self.units)
 
 
 def digits(count: int = 24, retain: int = 200) -> Collection:
@@ -206,9 +200,8 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
     profiles = c.profiles(position)
     tops = torch.cat([c.top(profiles, method) for method in METHODS])  # (methods, K)
     many = image.expand(len(tops), -1, -1, -1), label.expand(len(tops))
-    curves = {
-        e: editing.edit_curves(c.model, *many, tops, c.units, e, lr=c.learning_rate, progress=False) for e in EDITS
-    }
+    how = {"lr": c.learning_rate, "progress": False}
+    curves = {edit: editing.edit_curves(c.model, *many, tops, c.units, edit, **how) for edit in EDITS}
     steps = editing.unit_steps(c.model, image, label, c.units, tops.unique()[None], lr=c.learning_rate)[0]
     steps = dict(zip(tops.unique().tolist(), steps, strict=True))
     before = models.predict(c.model, image).softmax(dim=1)[0]
@@ -218,17 +211,16 @@ def describe(collection: Collection, position: int) -> dict[str, Any]:
         "label": int(label),
         "predicted": predicted,
         "confidence": _short([before[int(label)], before[predicted]]),
-        "significant": int(fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
+        "significant": int(pss.fdr_significant(c.plain.log_tail_probability(profiles["pot"]), c.plain.n).sum()),
         "picture": picture(c.pixels(image[0])),
         "heights": {method: pack(height(profiles[method], method, c.reference(method))) for method in HEIGHTS},
         "methods": {},
     }
     for row, (method, top) in enumerate(zip(METHODS, tops, strict=True)):
-        own = {edit: curve[curve["image"] == row] for edit, curve in curves.items()}
         found["methods"][method] = {
             **_table(profiles, method, top, c),
             "map": _map(image, label, method, top, c),
-            **{edit: _curve(curve) | _elsewhere(edit, top, steps, c) for edit, curve in own.items()},
+            **{edit: _edited(edit, curve[curve["image"] == row], top, steps, c) for edit, curve in curves.items()},
         }
     return found
 
@@ -245,38 +237,30 @@ def _table(profiles: dict[str, Tensor], method: str, top: Tensor, c: Collection)
     }
 
 
-def _curve(curve: pd.DataFrame) -> dict[str, list]:
-    return {
-        "true": _short(curve["confidence_true"]),
-        "wrong": _short(curve["confidence_wrong"]),
-        "predicted": curve["predicted"].tolist(),
-    }
-
-
-def _elsewhere(edit: str, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
-    """Share of the retain images that stay right after the first edits."""
+def _edited(edit: str, curve: pd.DataFrame, top: Tensor, steps: dict[int, Tensor], c: Collection) -> dict[str, list]:
+    """What each edit does to the image, and the share of the retain images that stay right after the first edits."""
     shares = []
     for k in c.elsewhere:
         own = [[steps[u] for u in top[:k].tolist()]] if edit == "finetune" else None
         table = editing.side_effects(c.model, c.units, top[None, :k], *c.retain, edit, own, progress=False)
         shares.append(table["still_right"][0])
-    return {"still_right": _short(shares)}
+    return {
+        "true": _short(curve["confidence_true"]),
+        "wrong": _short(curve["confidence_wrong"]),
+        "predicted": curve["predicted"].tolist(),
+        "still_right": _short(shares),
+    }
 
 
 def _map(image: Tensor, label: Tensor, method: str, top: Tensor, c: Collection) -> str:
     """The input-space map over the darkened image, coloured as in `pss.plots.overlay`."""
     standard = {"scale_free_pot": "pot", "layer_matched_random": "pot", "gain": "zscore"}.get(method, method)
     which = {"boost": BOOST, "method": standard, "ids": top[:MAP_UNITS]}
-    raw = input_saliency(c.model, image, label, c.units, c.reference(method), **which)
+    raw = pss.input_saliency(c.model, image, label, c.units, c.reference(method), **which)
     heat = plots.render_map(raw)[0].clamp(0, 1).numpy()
     grey = 0.6 * c.pixels(image[0]).mean(axis=2, keepdims=True) / 255
     alpha = (1.5 * heat).clip(0, 1)[..., None]
-    return picture(_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
-
-
-def _pixels(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 from uint8, or from floats in 0..1."""
-    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return picture(to_pixels((1 - alpha) * grey + alpha * plt.colormaps["autumn"](heat)[..., :3]))
 
 
 def picture(pixels: np.ndarray, size: int | None = None) -> str:
@@ -299,7 +283,8 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
     """What the page needs before any image is chosen: the images of each collection, its layers, names and colours."""
     sets = {}
     for c, of_images in zip(collections, found, strict=True):
-        used = {int(i) for d in of_images for i in [d["label"], *_predictions(d)]}
+        predicted = [m[edit]["predicted"] for d in of_images for m in d["methods"].values() for edit in EDITS]
+        used = {d["label"] for d in of_images}.union(*predicted)
         colors = {s: plt.matplotlib.colors.to_hex(v) for s, v in plots.stage_colors(c.units.stages).items()}
         sets[c.name] = {
             "layers": [
@@ -327,10 +312,6 @@ def index(collections: Sequence[Collection], found: Sequence[Sequence[dict]]) ->
     colors = {method: COLORS[method] for method in METHODS}
     options = {"k": K, "map_units": MAP_UNITS, "boost": BOOST, "rare": RARE}
     return {"version": pss.__version__, "methods": colors, **options, "sets": sets}
-
-
-def _predictions(description: dict) -> list[int]:
-    return [p for m in description["methods"].values() for edit in EDITS for p in m[edit]["predicted"]]
 
 
 def write(folder: Path | str, collections: Sequence[Collection] | None = None, jobs: int = 2) -> list[Path]:
@@ -366,16 +347,14 @@ def write(folder: Path | str, collections: Sequence[Collection] | None = None, j
 
 def _cached(collection: Collection, position: int, code: str) -> dict[str, Any]:
     path = cache_folder() / "explorer" / f"{_fingerprint(collection, position, code)}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = describe(collection, position)
-    write_whole(path, json.dumps(found))
-    return found
+    if not path.exists():
+        write_whole(path, json.dumps(describe(collection, position)))
+    return json.loads(path.read_text())
 
 
 def _fingerprint(c: Collection, position: int, code: str) -> str:
     """Of all that a description depends on."""
-    plain = [c.name, c.ids[position], fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
+    plain = [c.name, c.ids[position], models.fingerprint(c.model), c.units.fingerprint, c.learning_rate, c.elsewhere]
     tensors = [c.images[position], c.labels[position], *c.retain]
     tensors += [t for r in (c.plain, c.scale_free) for t in (r.mean, r.std, r.threshold, r.xi, r.scale)]
     return digest(repr(plain), code, *(bytes_of(tensor) for tensor in tensors))[:24]
@@ -403,8 +382,7 @@ def widget(collection: Collection | None = None) -> Any:
     edit = ipywidgets.RadioButtons(options=[("fine-tune", "finetune"), ("prune", "prune")], description="edit")
     k = ipywidgets.IntSlider(10, 1, K, description="filters", continuous_update=False)
     box = ipywidgets.VBox([image, method, edit, k, ipywidgets.HTML(), ipywidgets.Image(format="png")])
-    box.image, box.method, box.edit, box.k = image, method, edit, k
-    box.text, box.picture = box.children[4:]
+    box.image, box.method, box.edit, box.k, box.text, box.picture = box.children
 
     def show(_: Any = None) -> None:
         box.text.value, box.picture.value = _story(c, image.value, method.value, edit.value, k.value)

@@ -29,7 +29,7 @@ from pss.editing import edited
 from pss.models import misclassified, predict
 from pss.neighbors import nearest
 from pss.patches import Patch, fit_patch
-from pss.plots.figures import image_row, plain
+from pss.plots import image_row, plain
 from pss.ranking import RANKINGS, rank, rank_together
 from pss.reference import Reference
 from pss.saliency import profile
@@ -301,7 +301,7 @@ def patches(group: Group, network: models.Network, units: Units, budget: float =
         patch = fit_patch(network.model, mistakes, (x[:kept], y[:kept]), units, budget, progress=False)
         if len(patch.gains):
             parts = {"mistakes": mistakes, "mistakes held out": (group.images[held_out], group.labels[held_out])}
-            patch = with_evidence(network, patch, parts | {OTHERS: (x[kept:], y[kept:])}, seed=0)
+            patch = with_evidence(network, patch, parts | {OTHERS: (x[kept:], y[kept:])})
         found[cluster] = patch
     return found
 

@@ -1,7 +1,5 @@
 """Kernels of many notebooks, each forked from one process that has imported once what all of them import."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -10,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from importlib import import_module
 from multiprocessing import current_process
 from typing import Any
@@ -74,17 +72,13 @@ class _Process:
             return 0  # how it ended only its parent knows
         return None
 
-    def wait(self) -> int | None:
-        return self.poll()
+    wait = poll
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+    kill = partialmethod(send_signal, signal.SIGKILL)
+    terminate = partialmethod(send_signal, signal.SIGTERM)
 
 
 def serve(turned: bool = False) -> None:

@@ -5,8 +5,6 @@
 ``torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pss import models
 from pss.profiles import profile_dataset
@@ -45,7 +42,7 @@ def _named(text: str) -> str | Callable:
     return pkgutil.resolve_name(text) if ":" in text else text
 
 
-def _opened(chosen: argparse.Namespace) -> tuple[nn.Module, Any, str]:
+def _opened(chosen: argparse.Namespace) -> tuple[torch.nn.Module, Any, str]:
     """The model, the data set, and what its pictures go through: called, or a network's and a folder's names."""
     name, *arguments = chosen.model
     model = _call(chosen.model if ":" in name else ["pss.models:load", f"name={name}", *arguments])

@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -26,7 +25,7 @@ from pss.models import misclassified
 from pss.models.predictions import ids_of
 from pss.reference import MIN_IMAGES, Reference
 from pss.saliency import profile
-from pss.statistics import fdr_significant
+from pss.statistics import fdr_significant, wilson
 from pss.storage.fingerprints import name_of
 from pss.units import Units
 
@@ -37,12 +36,6 @@ _FEW = 5  # images of a class, below which it says little that none is read righ
 _TRIED = 50  # images that are read right, to try the reference on
 _READ: WeakKeyDictionary = WeakKeyDictionary()  # pictures that were read, by the preprocessing that they went through
 _SAME = {"rtol": 1e-3, "atol": 1e-6}  # the same image profiled in another batch
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Where a share of which ``hits`` of n were seen lies, at 95% (Wilson 1927)."""
-    found = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
-    return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)

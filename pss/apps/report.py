@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 
 import pss
 from pss.apps.pages import in_japanese, render, sentence, words
-from pss.plots.figures import show
+from pss.plots import show
 from pss.storage.whole import write_whole
 
 LANGUAGES = {"en": ("en",), "ja": ("ja",), "both": ("en", "ja")}
@@ -79,7 +78,7 @@ class Report:
         ours = frame.columns.intersection(["edit", "map", "part", "setting", "units"])
         japanese = frame.assign(**{name: frame[name].map(in_japanese) for name in ours})
         columns = {"en": list(frame), "ja": [words()["columns"].get(name, name) for name in frame]}
-        rows = {"en": _cells(frame), "ja": _cells(japanese)}
+        rows = {"en": frame.map(_text).to_numpy().tolist(), "ja": japanese.map(_text).to_numpy().tolist()}
         self.blocks.append({"kind": "table", "en": text, "ja": ja, "columns": columns, "rows": rows})
         return frame
 
@@ -99,13 +98,11 @@ class Report:
 
     def show(self, figure: Figure | Axes, name: str, alt: str, ja: str) -> None:
         """Display a picture once, write it to ``<name>.png``, and put it on the page with its alternative text."""
-        figure = figure if isinstance(figure, Figure) else figure.figure
-        png = io.BytesIO()
+        figure, png = figure.figure, io.BytesIO()  # of a figure it is itself
         figure.savefig(png, format="png", dpi=110)
         self.keep(f"{name}.png", png.getvalue())
         self.blocks.append({"kind": "figure", "en": alt, "ja": ja, "png": base64.b64encode(png.getvalue()).decode()})
         show(figure, alt, ja=ja)
-        plt.close(figure)
 
     def keep(self, name: str, content: str | bytes | dict[str, Any] | Callable[[BinaryIO], object]) -> Path:
         """Write a file into the folder, whole or not at all, and list it; the content, or what a function writes."""
@@ -127,17 +124,10 @@ class Report:
 
     def write(self) -> Path:
         """Write ``report.html``."""
-        page = {
-            "languages": LANGUAGES[self.language],
-            "title": {"en": self.title, "ja": self.ja},
-            "blocks": self.blocks,
-        }
+        page: dict[str, Any] = {"languages": LANGUAGES[self.language], "blocks": self.blocks}
+        page |= {"title": {"en": self.title, "ja": self.ja}}
         versions = f"pss {pss.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
         return self.keep("report.html", render("report.html", **page, versions=versions))
-
-
-def _cells(frame: pd.DataFrame) -> list[list[str]]:
-    return [[_text(value) for value in row] for row in frame.itertuples(index=False)]
 
 
 def _text(value: Any) -> str:

@@ -15,15 +15,14 @@ own folder as its value, and what the notebook writes to ``summary.json`` there,
 summary. A run is finished once its ``run.json`` says so: whoever runs the sweep may be killed at any moment.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import logging
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -234,10 +233,7 @@ def _rows(asked: dict, fixed: dict, known: Mapping[str, Parameter], path: Path) 
     for name in sorted(set().union(*parts.values())):
         if len(where := [part for part, names in parts.items() if name in names]) > 1:
             raise ValueError(f"{path.name}: {name} is given in {' and '.join(where)}: give it once")
-    count = len(table)
-    for values in grid.values():
-        count *= len(values)
-    if count > MOST:
+    if (count := len(table) * math.prod(map(len, grid.values()))) > MOST:
         raise ValueError(f"{path.name} asks for {count} runs, more than {MOST}")
     steps = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     return [fixed | row | step for row in table for step in steps]
@@ -277,9 +273,8 @@ def _runs(notebook: Path, out: Path, rows: Sequence[dict], fixed: set[str]) -> I
     outputs: set[str] = set()
     for number, values in enumerate(rows, 1):
         key = key_of([code, values, __version__], 12)
-        if key in seen:
-            raise ValueError(f"runs {seen[key]} and {number} have the same parameters: {values}")
-        seen[key] = number
+        if (other := seen.setdefault(key, number)) != number:
+            raise ValueError(f"runs {other} and {number} have the same parameters: {values}")
         shown = {name: value for name, value in values.items() if name not in fixed}
         folder = made.get(key, out / f"{_readable(shown)}-{key}")
         values = _with_output(notebook, values, folder)
@@ -344,39 +339,21 @@ def run_sweep(
         note = f", {older} of them by other source of pss {__version__}" if older else ""
         tqdm.write(f"{len(finished)} of {len(sweep.runs)} runs are finished already{note}")
     sweep.out.mkdir(parents=True, exist_ok=True)
-    write = sweep.write_summary if len(sweep.runs) > 1 else lambda: None
-    write_now = _sparing(write)
-    write_now()
+    write, due = sweep.write_summary if len(sweep.runs) > 1 else lambda: None, 0.0
+    write()
     many = len(to_do) > 2 * jobs and "import pss" in to_do[-1].notebook.read_text(encoding="utf-8")
+    order = [*to_do[:lead], *reversed(to_do[lead:])] if lead else to_do
     try:
         with _workers(jobs, dask) as workers, tqdm(total=len(to_do), unit="run", disable=not progress) as bar:
-            for name, error in _outcomes(to_do, lead, many, workers):
+            for name, error in workers(delayed(run_one)(run, Path.cwd(), many) for run in order):
                 tqdm.write(f"{name} " + (f"FAILED: {error}" if error else "finished"))
                 bar.update()
-                write_now()
+                if (now := time.monotonic()) >= due:  # the summary is to take a twentieth of the time at most
+                    write()
+                    due = now + 21 * (time.monotonic() - now)
     finally:
         write()
     return sweep.summary().infer_objects()
-
-
-def _outcomes(runs: Sequence[Run], lead: int, many: bool, workers: Parallel) -> Iterator[tuple[str, str]]:
-    """What `run_one` returns of each, as they end."""
-    order = [*runs[:lead], *reversed(runs[lead:])] if lead else runs
-    return workers(delayed(run_one)(run, Path.cwd(), many) for run in order)
-
-
-def _sparing(act: Callable[[], None]) -> Callable[[], None]:
-    """The same, but left out where it would take more than a twentieth of the time."""
-    due = 0.0
-
-    def spared() -> None:
-        nonlocal due
-        started = time.monotonic()
-        if started >= due:
-            act()
-            due = time.monotonic() + 20 * (time.monotonic() - started)
-
-    return spared
 
 
 @contextmanager

@@ -1,14 +1,11 @@
 """The commands ``train`` and ``evaluate``, of the built-in model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
 from torch import nn
 
 from pss import models
-from pss.storage.fingerprints import fingerprint
 
 
 def add_options(parser: argparse.ArgumentParser, command: str) -> None:
@@ -35,7 +32,7 @@ def main(options: argparse.Namespace) -> None:
         options.refuse(f"--out {options.out}: expected a name that ends in .safetensors")
     model, record = models.train(options.seed, options.width, options.epochs, threads=options.threads)
     models.save_weights(model, options.out, record)
-    for key, value in {**record, "sha256": fingerprint(model), "file": options.out}.items():
+    for key, value in {**record, "sha256": models.fingerprint(model), "file": options.out}.items():
         print(f"{key}={value}")
 
 

@@ -14,8 +14,6 @@ The generated sets are made from the 1,000 MNIST digits that no model here was t
 every ``reference`` split and the other every ``test`` split, so no test image shares its digit with any reference.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from PIL import Image, ImageChops
 from scipy import ndimage
 
-from pss.data.image_set import ImageSet
+from pss.data.image_set import ImageSet, to_pixels
 from pss.data.pictures import of_extra, read_image, shipped
 from pss.engine.checks import check_known
 from pss.storage.cache import cached
@@ -121,13 +119,8 @@ def mnist_split(labels: np.ndarray, split: str) -> np.ndarray:
     """Row numbers of a split: 400 digits of every class to train, 50 to reference, 50 to test, then shuffled."""
     rng = np.random.default_rng(2022)
     by_class = np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
-    columns = {
-        "train": slice(0, 400),
-        "validation": slice(400, 500),
-        "reference": slice(400, 450),
-        "test": slice(450, 500),
-    }
-    return rng.permutation(by_class[:, columns[split]].ravel())
+    ends = {"train": (0, 400), "validation": (400, 500), "reference": (400, 450), "test": (450, 500)}
+    return rng.permutation(by_class[:, slice(*ends[split])].ravel())
 
 
 def _scikit_digits(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,10 +154,6 @@ def draw(name: str, raw: np.ndarray, sources: np.ndarray, draws: np.ndarray, see
     return np.stack([make(raw, source, pool, rng) for source, rng in zip(sources, streams, strict=True)])
 
 
-def _to_pixels(image: np.ndarray) -> np.ndarray:
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
 def house_number(digit, neighbours, rng: np.random.Generator) -> np.ndarray:
     """One digit of a house number: its neighbours cut off at the sides, two colours, uneven light, blur, noise."""
     height, slant, squeeze = rng.integers(22, 29), rng.uniform(-8, 8), rng.uniform(0.65, 0.95)
@@ -189,7 +178,7 @@ def house_number(digit, neighbours, rng: np.random.Generator) -> np.ndarray:
     rows, columns = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1) - 0.5
     light = rng.uniform(-0.25, 0.25) * rows + rng.uniform(-0.25, 0.25) * columns
     image = ndimage.gaussian_filter(image + light[..., None], sigma=(*[rng.uniform(0.4, 1.0)] * 2, 0))
-    return _to_pixels(image + rng.uniform(0.01, 0.04) * rng.standard_normal(image.shape))
+    return to_pixels(image + rng.uniform(0.01, 0.04) * rng.standard_normal(image.shape))
 
 
 def _glyph(digit: np.ndarray, height: int, slant: float, squeeze: float) -> Image.Image:
@@ -221,7 +210,7 @@ def mnist_m_photographs() -> tuple[np.ndarray, ...]:
 
 def _under_noise(raw, source, pool, rng) -> np.ndarray:
     image = resize(raw[source][None])[0] / 255
-    return _to_pixels(image + _NOISE * rng.standard_normal(image.shape))
+    return to_pixels(image + _NOISE * rng.standard_normal(image.shape))
 
 
 _GENERATED = {"svhn_like": (1, _among_neighbours), "mnist_m": (2, _over_a_photograph), "noise": (3, _under_noise)}

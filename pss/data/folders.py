@@ -138,16 +138,18 @@ class _Folder(torchvision.datasets.ImageFolder):
         return chosen
 
     def find_classes(self, directory):
-        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        names = folders_of(directory)
         if not names:
             raise FileNotFoundError(f"{directory} holds no folders: expected one for each class, with its pictures")
-        numbers = {name: number for number, name in enumerate(names)}
-        if self._wanted is None:
-            return names, numbers
-        if unknown := sorted(set(names) - set(self._wanted)):
+        wanted = names if self._wanted is None else self._wanted
+        if unknown := sorted(set(names) - set(wanted)):
             raise ValueError(f"{directory} has folders that are not in classes: {', '.join(unknown)}")
-        present = [name for name in self._wanted if name in numbers]
-        return list(self._wanted), {name: self._wanted.index(name) for name in present}
+        return wanted, {name: wanted.index(name) for name in names}
+
+
+def folders_of(directory: str | os.PathLike) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
 
 
 def folder(
@@ -243,9 +245,8 @@ def open_set(
     if not own:
         start, stop = (round(part * len(rows)) for part in parts[split])
         rows = rows[start:stop]
-    if not len(rows[:count]):
+    if not len(rows := rows[:count]):
         raise ValueError(f"{path} has too few pictures ({len(tree)}) for a split {split!r}")
-    images, labels = zip(*(tree[int(row)] for row in rows[:count]), strict=True)
-    looks = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD)}
-    ids = tree.ids[rows[:count]]
-    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, ids=ids, **looks)
+    images, labels = zip(*(tree[int(row)] for row in rows), strict=True)
+    told = {"mean": getattr(transform, "mean", MEAN), "std": getattr(transform, "std", STD), "ids": tree.ids[rows]}
+    return ImageSet(torch.stack(images), labels, name=name, split=split, classes=tree.classes, **told)

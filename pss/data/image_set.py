@@ -47,12 +47,11 @@ class ImageSet(TensorDataset):
             raise ValueError(f"labels are {labels.dtype}: expected class numbers, ints")
         labels = labels.to(torch.int64)
         if images.ndim != 4 or len(images) != len(labels):
-            raise ValueError(
-                f"expected images (N, C, H, W) and N labels, got {tuple(images.shape)} and {tuple(labels.shape)}"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            wrong = next(int(label) for label in labels if not 0 <= label < len(classes))
-            raise ValueError(f"label {wrong} is outside 0..{len(classes) - 1}: give one name in classes per class")
+            given = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"expected images (N, C, H, W) and N labels, got {given}")
+        if len(wrong := labels[(labels < 0) | (labels >= len(classes))]):
+            outside = f"label {int(wrong[0])} is outside 0..{len(classes) - 1}"
+            raise ValueError(f"{outside}: give one name in classes per class")
         super().__init__(images, labels)
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.ids = np.asarray([str(i) for i in (range(len(labels)) if ids is None else ids)])
@@ -84,7 +83,7 @@ class ImageSet(TensorDataset):
 
     def to_image(self, image: torch.Tensor) -> np.ndarray:
         """Undo the normalization for display: ``(…, C, H, W)`` floats to ``(…, H, W, C)`` uint8."""
-        return (denormalize(image, self.mean, self.std) * 255).round().astype(np.uint8)
+        return to_pixels(denormalize(image, self.mean, self.std))
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name}/{self.split}: {len(self)} images of shape {tuple(self.images.shape[1:])})"
@@ -94,6 +93,11 @@ def denormalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]
     """Undo a normalization by channel for display: ``(…, C, H, W)`` to ``(…, H, W, C)`` in 0..1."""
     mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
     return (image.detach().cpu() * std + mean).clamp(0, 1).movedim(-3, -1).numpy()
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+    """Floats in 0..1, the nearest of these where they are not, to uint8."""
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:

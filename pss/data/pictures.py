@@ -1,7 +1,5 @@
 """Picture files, and the photographs that lie in installed packages."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**26  # of a picture file: 8,192 by 8,192
-_MAX_RATIO = 100  # of its sides: a line of one pixel, scaled to 256 pixels across, would fill the memory
+_RATIO = 100  # of its sides: a line of one pixel, scaled to 256 pixels across, would fill the memory
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program, as EPS does
 _SKLEARN = ("china.jpg", "flower.jpg")  # the others are scikit-image's
 
@@ -68,10 +66,8 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.I
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(f"{path} has {width} x {height} pixels: at most {max_pixels:,} are read; make it smaller")
-        if max(width, height) > _MAX_RATIO * min(width, height):
-            raise ValueError(
-                f"{path} has {width} x {height} pixels: at most {_MAX_RATIO} times as long as wide is read"
-            )
+        if max(width, height) > _RATIO * min(width, height):
+            raise ValueError(f"{path} has {width} x {height} pixels: at most {_RATIO} times as long as wide is read")
         try:
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
@@ -153,14 +149,13 @@ def photographs() -> list[Photograph]:
     return [Photograph(*row) for row in _PHOTOGRAPHS]
 
 
-def of_extra(name: str) -> ModuleType:
-    """Import a package in which built-in data lie; a network and pictures of one's own need none of them."""
+def of_extra(name: str, needing: str = "the built-in data need", extra: str = "notebooks") -> ModuleType:
+    """Import a package of an extra; a network and pictures of one's own need none of them."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the built-in data need {error.name}: pip install 'pss[notebooks]'", name=error.name
-        ) from error
+        what = f"{needing} {error.name}: pip install 'pss[{extra}]'"
+        raise ModuleNotFoundError(what, name=error.name) from error
 
 
 def shipped(name: str) -> Path:

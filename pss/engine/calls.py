@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from pss.engine.kernels import Convolution, Linear, Table
 
 if TYPE_CHECKING:
     from pss.engine.locating import BatchDimension
+    from pss.engine.recorder import GradientRecorder
 
 
 class Unsupported(RuntimeError):
@@ -25,28 +25,11 @@ class OwnGradients(Unsupported):
     """The network runs a backward pass within its forward pass."""
 
 
-class Keeper(Protocol):
-    """Who keeps the outputs of calls."""
-
-    keep: Callable[[LayerCall, Tensor], None]
-
-
-class Recorder(Protocol):
-    """Who is told of calls, and of their gradients."""
-
-    token: Tensor  # makes the outputs of layers require a gradient
-    bf16: bool
-    kept: Keeper | None
-    record: Callable[[LayerCall, Tensor], None]
-    collect: Callable[[LayerCall, Tensor, Tensor], None]
-    collect_products: Callable[[LayerCall, Tensor, Tensor], None]
-
-
 @dataclass(eq=False)
 class LayerCall:
     """One call of a layer: which parameter, how, and what to multiply its gradient by."""
 
-    recorder: Recorder
+    recorder: GradientRecorder
     name: str
     layer: Convolution | Linear | Table
     weight: Tensor

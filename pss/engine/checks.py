@@ -1,7 +1,5 @@
 """Checks of arguments that several modules make: each says what was wrong, what was expected, and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any
@@ -87,9 +85,7 @@ def check_exclude(exclude: Tensor | np.ndarray | None, queries: int, count: int)
     """Ids of the queries among the candidates, (Q,), or -1: integers in -1..N-1, or refused."""
     own = torch.full((queries,), -1) if exclude is None else torch.as_tensor(exclude).cpu()
     if own.shape != (queries,) or own.is_floating_point() or ((own < -1) | (own >= count)).any():
-        raise ValueError(
-            f"exclude must hold one id for each of the {queries} queries, in 0..{count - 1} or -1 for none"
-        )
+        raise ValueError(f"exclude must hold one id for each of the {queries} queries, in 0..{count - 1} or -1")
     return own.long()
 
 

@@ -1,7 +1,5 @@
 """Tensors that depend on no image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradients and logits of several images under edits of a few weights: together on a growing batch, or one by one."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.growing import Change, NotCarried, Unseen, forward
 from pss.engine.state import preserved
+from pss.engine.strategies import gradients_to
 
 log = logging.getLogger(__name__)
 Losses = Callable[[Tensor, Tensor], Tensor]  # of outputs and labels, which it checks
@@ -47,35 +46,27 @@ class EditRunner:
 
     def gradients(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
         """Gradient of each image's loss to its own units."""
-        return self._choose(
-            lambda: self._gradients_together(images, labels, ids),
-            lambda: self._gradients_alone(images, labels, ids),
-            images[:1],
-        )
+        return self._choose(self._gradients_together, self._gradients_alone, images, labels, ids)
 
     @torch.no_grad()
     def logits(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         """Logits after the first k steps, for every k, shape (B, K + 1, C)."""
-        return self._choose(
-            lambda: self._logits_together(images, ids, steps),
-            lambda: self._logits_alone(images, ids, steps),
-            images[:1],
-        )
+        return self._choose(self._logits_together, self._logits_alone, images, ids, steps)
 
-    def _choose(self, together: Any, alone: Any, image: Tensor) -> Any:
+    def _choose(self, together: Callable, alone: Callable, images: Tensor, *rest: Any) -> Any:
         if self.strategy == "in_place":
-            return alone()
+            return alone(images, *rest)
         try:
-            return together()
+            return together(images, *rest)
         except Exception as error:  # whatever a model raises on a growing batch: a real fault comes again
-            if isinstance(error, Unseen) and self._take_no_part(error.parameters, image):
+            if isinstance(error, Unseen) and self._take_no_part(error.parameters, images[:1]):
                 self.idle.update(error.parameters)
-                return self._choose(together, alone, image)
-            if self.strategy == "variants":
+            elif self.strategy == "variants":
                 raise
-            log.info("edits one at a time, in place, because: %s", error)
-            self.strategy = "in_place"
-        return alone()
+            else:
+                log.info("edits one at a time, in place, because: %s", error)
+                self.strategy = "in_place"
+        return self._choose(together, alone, images, *rest)
 
     @torch.no_grad()
     def _take_no_part(self, parameters: list[nn.Parameter], image: Tensor) -> bool:
@@ -111,8 +102,7 @@ class EditRunner:
                 with torch.no_grad():
                     self._compare(outputs[0], self.model(images[:1])[0], "alone")
                 self.apart = True
-            found = self._differentiate(outputs, labels, flat)
-        gradients = iter(found)
+            gradients = iter(gradients_to(flat, self.losses(outputs, labels).sum()))
         return [[next(gradients) for _ in own] for own in ids]
 
     def _gradients_alone(self, images: Tensor, labels: Tensor, ids: np.ndarray) -> list[list[Tensor]]:
@@ -124,17 +114,10 @@ class EditRunner:
             with preserved(self.model), torch.enable_grad(), ExplicitNormalization():
                 self.model.requires_grad_(False)
                 parameters = [self.model.get_parameter(name).requires_grad_() for name in names]
-                found = self._differentiate(self.model(image[None]), label[None], parameters)
+                found = gradients_to(parameters, self.losses(self.model(image[None]), label[None]).sum())
             gradients = dict(zip(names, found, strict=True))
             result.append([gradients[place.parameter][place.index].clone() for place in places])
         return result
-
-    def _differentiate(self, outputs: Tensor, labels: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Gradients of the summed loss: zero for what takes no part in it, all of them if need be."""
-        loss = self.losses(outputs, labels).sum()
-        if not loss.requires_grad:
-            return [torch.zeros_like(i) for i in inputs]
-        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
     def _logits_together(self, images: Tensor, ids: np.ndarray, steps: list[list[Tensor]]) -> Tensor:
         changes = self._changes(ids, steps, cumulative=True)

@@ -1,7 +1,5 @@
 """BatchNorm as the affine map that it is in evaluation mode: within a convolution, or on its own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -80,8 +78,4 @@ def _instance_norm(
     return F.group_norm(input, input.shape[1], weight, bias, eps)
 
 
-NORMALIZATIONS = {
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
-    F.instance_norm: _instance_norm,
-}
+NORMALIZATIONS = {F.batch_norm: _batch_norm, torch.batch_norm: _torch_batch_norm, F.instance_norm: _instance_norm}

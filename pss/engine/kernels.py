@@ -10,8 +10,6 @@ where :math:`p` runs over the positions of sample :math:`b` and :math:`c_{bp}` i
 over each row :math:`o`, so the gradients are made in blocks that stay in the cache, reduced, and overwritten.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -122,7 +120,7 @@ class Convolution:
 
     def _by_whole_gradients(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over filters of gradients that PyTorch's own kernel makes."""
-        return torch.cat([_sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
+        return torch.cat([sum_rows(gradient, signed) for gradient in self._gradients(x, g)])
 
     def _by_im2col(self, x: Tensor, g: Tensor, signed: bool) -> Tensor:
         """Sum over filters by matrix products, a few samples at a time: the patches must not fill the memory."""
@@ -259,9 +257,10 @@ def sums_of_products(patches: Tensor, g: Tensor, signed: bool) -> Tensor:
     return sums
 
 
-def _sum_rows(gradients: Tensor, signed: bool) -> Tensor:
+def sum_rows(gradients: Tensor, signed: bool) -> Tensor:
+    """Sum over rows of (absolute) gradients, which are written into."""
     gradients = gradients if signed else gradients.abs_()
-    return gradients.flatten(2).sum(2)
+    return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
 
 def _pads(sides: Iterable[tuple[int, int]]) -> list[int]:

@@ -1,7 +1,5 @@
 """What is asked for, a column for every group of slices, and the way of a batch through the engine in parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -41,9 +39,7 @@ def task_of(
     rows = (*(name for name, some in by_name.items() if all(_in_rows(group) for group in some.values())), *columns)
     whole = tuple(name for name in by_name if name not in rows)
     if "output" in options.of and whole:
-        raise ValueError(
-            f"units of {', '.join(whole[:5])} are no rows of a layer: of='output' knows what rows say only"
-        )
+        raise ValueError(f"units of {', '.join(whole[:5])} are no rows of a layer: of='output' knows what rows say")
     labels = tuple(group.name for group in groups) * len(options.of)
     return Task(model, loss, check, rows, whole, reduce, labels, columns, options, kind)
 

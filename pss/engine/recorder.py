@@ -24,7 +24,7 @@ from pss.engine.calls import METADATA, DeferredConvolution, LayerCall, OwnGradie
 from pss.engine.constants import Constants, parameters_of
 from pss.engine.folding import NORMALIZATIONS, fold, mixes_samples
 from pss.engine.hearing import FOLLOWED, KeptOutputs
-from pss.engine.kernels import Convolution, Linear, Table
+from pss.engine.kernels import Convolution, Linear, Table, sum_rows
 from pss.engine.locating import BatchDimension
 
 QUANTITIES = ("gradient", "gain", "output")
@@ -87,6 +87,7 @@ class GradientRecorder(TorchFunctionMode):
         asked = visit is None and options.of != ("gradient",)
         self.kept = KeptOutputs(listens="output" in options.of) if asked else None
         like = next(iter({**wanted, **self.others}.values()))
+        # Makes the outputs of layers require a gradient.
         self.token = torch.zeros((), device=like.device, requires_grad=visit is None)
         self.calls: list[tuple[LayerCall, Tensor]] = []  # with their inputs, until the batch is found in them
         self.constants: Constants | None = None
@@ -231,9 +232,8 @@ class GradientRecorder(TorchFunctionMode):
         for call, output in self.kept.heard.items():
             if call.name not in self.lost:
                 first = output if call.batch is None else call.batch.first(output)
-                mean = self._mean(
-                    call.name, first.reshape(self.samples, -1, first.shape[-1]).mean(1), self.uses[call.name]
-                )
+                rows = first.reshape(self.samples, -1, first.shape[-1]).mean(1)
+                mean = self._mean(call.name, rows, self.uses[call.name])
                 means[call.name] = (mean + means[call.name][0] if call.name in means else mean,)
         known = {name: p for name, p in self.wanted.items() if name not in self.lost}
         used: tuple[Tensor | None, ...] = (None,) * len(known)
@@ -347,7 +347,7 @@ class GradientRecorder(TorchFunctionMode):
                 found = [of_one.clone() for of_one in found]
             for name, of_one in zip(call.parameters, found, strict=True):
                 of_one = of_one.mT[None] if name in self.columns else of_one[None]
-                parts[name].append(of_one if self.uses[name] > 1 else self._row_sums(of_one))
+                parts[name].append(of_one if self.uses[name] > 1 else sum_rows(of_one, self.signed))
         for name, of_each in parts.items():
             if self.uses[name] == 1:
                 self.sums[name] = torch.cat(of_each)
@@ -379,15 +379,10 @@ class GradientRecorder(TorchFunctionMode):
         means = {}
         for name in self.wanted:
             if name in self.gradients:
-                self.sums[name] = self._row_sums(self.gradients.pop(name))
+                self.sums[name] = sum_rows(self.gradients.pop(name), self.signed)
             sums = {"gradient": self.sums.get(name), "gain": self.products.get(name)}
             means[name] = tuple(self._mean(name, sums[quantity]) for quantity in self.options.of)
         return {name: m for name, m in means.items() if name not in reached and name not in self.lost}, reached
-
-    def _row_sums(self, gradients: Tensor) -> Tensor:
-        """Sum over rows of (absolute) gradients, which are written into."""
-        gradients = gradients if self.signed else gradients.abs_()
-        return gradients.reshape(*gradients.shape[:2], -1).sum(2)
 
     def _mean(self, name: str, sums: Tensor | None, size: int | None = None) -> Tensor:
         """Mean of each row or column from its sum over so many numbers, by default all; zero where there is none."""

@@ -3,8 +3,6 @@
 The weights below are never written. Factors of one owner go on together or not at all, and come off in any order.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,11 +27,7 @@ class _Factor(nn.Module):
 
 def owners(model: nn.Module) -> list[Any]:
     """Whose factors are on a model, in the order in which they were put on."""
-    found: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, _Factor) and module.owner not in found:
-            found.append(module.owner)
-    return found
+    return list(dict.fromkeys(module.owner for module in model.modules() if isinstance(module, _Factor)))
 
 
 def put_on(model: nn.Module, owner: Any, factors: Mapping[str, Tensor]) -> None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pss.engine.calls import OwnGradients, Unsupported
+from pss.engine.checks import shape_of
 from pss.engine.folding import ExplicitNormalization
 from pss.engine.locating import Locator, close
 from pss.engine.recorder import GradientRecorder, Options
@@ -159,7 +161,7 @@ def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
         If the last way leaves something.
     """
     part, left, queue = Part(), dict.fromkeys(task.parameters, ""), list(known.ways)
-    while queue:
+    while True:  # the last way returns or raises
         way = queue.pop(0)
         try:
             done, left = WAYS[way](task, images, labels, tuple(left), known)
@@ -180,7 +182,6 @@ def compute(task: Task, images: Tensor, labels: Tensor, known: Known) -> Part:
         if queue[0] == "single":  # its pass does all at once
             known.drop(way)
             part, left = Part(), dict.fromkeys(task.parameters, "")
-    raise AssertionError("no way is left")  # the last one returns or raises
 
 
 # One recorded pass
@@ -224,12 +225,7 @@ def _alone(task: Task, image: Tensor, label: Tensor, names: tuple[str, ...], kno
 
 
 def _recorded(
-    task: Task,
-    images: Tensor,
-    labels: Tensor,
-    wanted: dict[str, Tensor],
-    others: dict[str, Tensor],
-    known: Known,
+    task: Task, images: Tensor, labels: Tensor, wanted: dict[str, Tensor], others: dict[str, Tensor], known: Known
 ) -> tuple[GradientRecorder, Part, dict[str, Tensor], dict[str, Tensor]]:
     """A forward and a backward pass under a recorder; without folding where that cannot be."""
     for fold in (True, False) if task.options.fold and known.fold else (False,):
@@ -240,7 +236,8 @@ def _recorded(
             if len(images) > 1:
                 recorder.place(_batches(task, recorder, images, labels, (outputs, losses), known))
             means, reached = recorder.row_means(losses)
-            return recorder, Part({}, _detached(outputs), losses.detach()), means, reached
+            seen = outputs.detach() if isinstance(outputs, Tensor) else None
+            return recorder, Part({}, seen, losses.detach()), means, reached
         except Unsupported:
             if not fold:
                 raise
@@ -275,21 +272,13 @@ def _refuse_company(of_batch: tuple[Any, Tensor], alone: tuple[Any, Tensor]) -> 
 # Gradients of whole samples
 
 
-def _vmap(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
-    return _reduced(task, names, vectorized(task, images, labels, names)), {}
-
-
-def _loop(task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
-    return _reduced(task, names, one_by_one(task, images, labels, names)), {}
-
-
-def _reduced(task: Task, names: tuple[str, ...], chunks: Iterable[dict[str, Tensor]]) -> Part:
+def _whole(way: Callable, task: Task, images: Tensor, labels: Tensor, names: tuple[str, ...], known: Known):
     parts = []
-    for gradients in chunks:
+    for gradients in way(task, images, labels, names):
         parts.append(Part())
         for name in names:
             parts[-1].columns |= task.columns(name, gradients[name])
-    return Part.join(parts)
+    return Part.join(parts), {}
 
 
 def whole_gradients(task: Task, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
@@ -337,14 +326,18 @@ def one_by_one(task: Task, images: Tensor, labels: Tensor, names: Iterable[str])
     for image, label in _pairs(images, labels):
         with ExplicitNormalization():
             losses = losses_of(task, task.model(image), label)
-        found: tuple[Tensor | None, ...] = (None,) * len(parameters)
-        if losses.requires_grad:
-            found = torch.autograd.grad(losses.sum(), tuple(parameters.values()), allow_unused=True)
-        pairs = zip(parameters.items(), found, strict=True)
-        yield {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+        found = gradients_to(list(parameters.values()), losses.sum())
+        yield {name: gradient[None] for name, gradient in zip(parameters, found, strict=True)}
 
 
-WAYS = {"fast": _fast, "single": _single, "vmap": _vmap, "loop": _loop}
+def gradients_to(inputs: Sequence[Tensor], value: Tensor) -> Sequence[Tensor]:
+    """Gradients of a value to tensors: zero to what takes no part in it, to all of them if need be."""
+    if not value.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    return torch.autograd.grad(value, inputs, materialize_grads=True)
+
+
+WAYS = {"fast": _fast, "single": _single, "vmap": partial(_whole, vectorized), "loop": partial(_whole, one_by_one)}
 _TITLES = {
     "single": "one image at a time",
     "vmap": "gradients of whole samples",
@@ -383,10 +376,8 @@ def losses_of(task: Task, outputs: Any, labels: Tensor) -> Tensor:
 def check_losses(losses: Any, labels: Tensor, values: bool = True) -> None:
     """Whether there is one finite loss per sample; ``values=False`` looks at the shape alone, as under vmap."""
     if not isinstance(losses, Tensor) or losses.shape != (len(labels),):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"the loss returned {shape} for {len(labels)} samples: expected ({len(labels)},), one value each"
-        )
+        shape, n = shape_of(losses), len(labels)
+        raise ValueError(f"the loss returned {shape} for {n} samples: expected ({n},), one value each")
     if values and not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         raise ValueError(f"the loss is not finite for samples {bad} of the batch")
@@ -396,10 +387,6 @@ def is_of_the_machine(error: Exception) -> bool:
     """Out of memory, or a loader's worker that died: no reason to take another way."""
     words = ("DataLoader worker", "allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-def _detached(outputs: Any) -> Any:
-    return outputs.detach() if isinstance(outputs, Tensor) else None
 
 
 def _pairs(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -51,10 +51,3 @@ class _TwiceDifferentiable(TorchFunctionMode):
 def _hardsigmoid(input, inplace=False):
     found = F.relu6(input + 3) / 6
     return input.copy_(found) if inplace else found
-
-
-def gradient_to(image: Tensor, value: Tensor) -> Tensor:
-    """Gradient to the image; zero where the value does not depend on it."""
-    if not value.requires_grad:
-        return torch.zeros_like(image)
-    return torch.autograd.grad(value, image, materialize_grads=True)[0]

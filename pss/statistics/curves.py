@@ -1,7 +1,5 @@
 """Means over images with their intervals: of edit curves, of their differences, of what neighbours share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,12 +71,14 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.nd
     return mean, mean - half, mean + half
 
 
+def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Where a share of which ``hits`` of n were seen lies (Wilson 1927)."""
+    found = stats.binomtest(hits, n).proportion_ci(level, "wilson")
+    return float(found.low), float(found.high)
+
+
 def summarize(
-    curves: pd.DataFrame,
-    by: str | Sequence[str] = "method",
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    curves: pd.DataFrame, by: str | Sequence[str] = "method", level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Means over images at each number of edits, with confidence intervals.
 
@@ -116,9 +116,9 @@ def summarize(
             columns[f"change_{name}"] = change.mean(axis=0)
             columns[f"change_{name}_low"], columns[f"change_{name}_high"] = bootstrap(change, level, resamples, seed)
         right = wide["corrected"]
-        wilson = [stats.binomtest(int(hits), len(right)).proportion_ci(level, "wilson") for hits in right.sum()]
+        ends = [wilson(int(hits), len(right), level) for hits in right.sum()]
         columns |= {"corrected": right.mean().to_numpy()}
-        columns |= {"corrected_low": [w.low for w in wilson], "corrected_high": [w.high for w in wilson]}
+        columns["corrected_low"], columns["corrected_high"] = zip(*ends, strict=True)
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 

@@ -3,19 +3,17 @@ r"""Diagnostics of tails, for many rows at once: do the data follow a generalize
 A row is one sample, as in `pss.evt`; every function takes tensors or arrays and returns float64 tensors.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from pss.engine.checks import check_share
 from pss.evt import GPDFit, fit_gpd, float64, gpd_log_survival, gpd_quantile
+from pss.statistics.curves import wilson
 
 
 def likelihood_ratio(excesses, fit: GPDFit | None = None) -> tuple[Tensor, Tensor]:
@@ -189,8 +187,7 @@ def calibration(log_p, rates=(0.1, 0.01, 0.001), confidence: float = 0.95) -> pd
     table = []
     for rate in rates:
         hits = int((log_p <= math.log(rate)).sum())
-        interval = binomtest(hits, len(log_p)).proportion_ci(confidence, method="wilson")
-        table.append((rate, len(log_p), hits, hits / len(log_p), interval.low, interval.high))
+        table.append((rate, len(log_p), hits, hits / len(log_p), *wilson(hits, len(log_p), confidence)))
     return pd.DataFrame(table, columns=["nominal", "n", "hits", "observed", "low", "high"])
 
 

@@ -1,7 +1,5 @@
 """What the first units of a ranking are: significant or not, and in which stages they lie."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np
@@ -37,9 +35,7 @@ def fdr_significant(log_p: Tensor, n: int, q: float = 0.05, dependent: bool = Fa
     if log_p.isnan().any():
         raise ValueError("log_p has NaN entries: leave the images out whose profiles are not finite")
     if (log_p > 0).any():
-        raise ValueError(
-            "log_p has positive entries: expected logarithms, as Reference.log_tail_probability gives them"
-        )
+        raise ValueError("log_p has positive entries: expected logarithms, as log_tail_probability gives them")
     p = log_p.double().exp().clamp(min=1 / (n + 1)).cpu().numpy()
     adjusted = false_discovery_control(p, axis=1, method="by" if dependent else "bh")
     return torch.from_numpy(adjusted <= q).to(log_p.device)
@@ -67,7 +63,5 @@ def stage_shares(ids: Tensor, units: Units) -> pd.DataFrame:
     each = torch.stack([(stages == i).double().mean(dim=1) for i in range(len(units.stages))], dim=1)  # (B, stages)
     error = each.std(dim=0) / len(each) ** 0.5 if len(each) > 1 else torch.full((each.shape[1],), torch.nan)
     prior = np.bincount(units.stage_ids, minlength=len(units.stages)) / len(units)
-    return pd.DataFrame(
-        {"share": each.mean(dim=0).numpy(), "error": error.numpy(), "prior": prior},
-        index=pd.Index(units.stages, name="stage"),
-    )
+    shares = {"share": each.mean(dim=0).numpy(), "error": error.numpy(), "prior": prior}
+    return pd.DataFrame(shares, index=pd.Index(units.stages, name="stage"))

@@ -5,8 +5,6 @@ bit of a row depends on the batch it was computed in: a pass that is resumed, or
 whole batches and writes the same bytes as an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import signal
@@ -162,8 +160,7 @@ def _compute_good(
     try:
         rows, records = compute(images, labels)
         refused = {int(i): "its profile is NaN or infinite" for i in np.flatnonzero(~np.isfinite(rows).all(axis=1))}
-        if refused:
-            rows[list(refused)], records[list(refused)] = empty_rows(len(refused), units)
+        rows[list(refused)], records[list(refused)] = empty_rows(len(refused), units)
         return rows, records, refused
     except ValueError:
         refused = {}
@@ -214,9 +211,6 @@ class _Guarded(Dataset):
 
     def __init__(self, dataset: Dataset, skip: bool):
         self.dataset, self.skip = dataset, skip
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Any, Any, str]:
         try:

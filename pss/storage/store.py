@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pss.storage.folder import damage, is_store, open_arrays, partial_of, read_manifest
 from pss.storage.records import FINISHED, PENDING, RECORD, damaged
@@ -69,10 +68,8 @@ class ProfileStore:
         path = Path(path)
         if not is_store(path) and is_store(partial := partial_of(path)):
             status = open_arrays(partial, read_manifest(partial))[1]["status"]
-            done = int((status != PENDING).sum())
-            raise ValueError(
-                f"{path} is not finished ({done} of {len(status)} rows): call profile_dataset again, as before"
-            )
+            done, n = int((status != PENDING).sum()), len(status)
+            raise ValueError(f"{path} is not finished ({done} of {n} rows): call profile_dataset again, as before")
         manifest = read_manifest(path)
         rows, records = open_arrays(path, manifest)
         if verify:
@@ -180,7 +177,7 @@ def blocks(profiles: Any, max_bytes: int = 1 << 28) -> Iterator[tuple[slice, np.
             yield columns, profiles.columns(columns)
             continue
         block = profiles[:, columns]
-        if isinstance(block, Tensor):
+        if isinstance(block, torch.Tensor):
             block = block.detach().to("cpu", torch.float32 if itemsize == 4 else torch.float64)
         yield columns, np.asarray(block, np.float32 if itemsize == 4 else np.float64)
 

@@ -1,7 +1,5 @@
 """Files of tensors that show when a bit of them has changed."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,6 @@
 """The one writer of files, whole or not at all; loads no torch, which the workers of a sweep do without."""
 
-from __future__ import annotations
-
+import glob
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ def beside(path: Path) -> Path:
     A process that is killed leaves ``.<name>.<random>.partial``, which nobody reads and which a later call takes away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{_literal(path.name)}.*.partial"):
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with suppress(FileNotFoundError):  # another process has moved it to its place by now
             if time.time() - old.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
@@ -43,8 +42,3 @@ def write_whole(path: Path, content: str | bytes | dict[str, Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _literal(name: str) -> str:
-    """A name for glob, in which ``[``, ``*`` and ``?`` mean themselves."""
-    return "".join(f"[{c}]" if c in "[*?" else c for c in name)

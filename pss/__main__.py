@@ -1,5 +1,7 @@
 """``python -m pss COMMAND``: notebooks and sweeps, profiles of a data set, the built-in model, the explorer, caches."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -13,6 +13,8 @@ confidence in the wrong and in the true class (Levin et al. 2022, section 3.1; W
 otherwise edits in place and undoes it: the same numbers, slower.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -9,6 +9,8 @@ device and returns tensors. The generalized Pareto distribution (GPD) with shape
 which is ``scipy.stats.genpareto(c=xi, scale=scale)``. (Wang and Sato's text swaps the names of the two parameters.)
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

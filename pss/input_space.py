@@ -9,6 +9,8 @@ profile with its :math:`k` most salient units boosted by a factor, the map is
 The profile is itself made of gradients, so this differentiates twice: once to the weights, then back to the image.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 

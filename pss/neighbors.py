@@ -9,6 +9,8 @@ neighbours share true and predicted class has to be seen beside what those two a
 (`pss.statistics.agreement`).
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

@@ -5,6 +5,8 @@ which a reference is fitted (Levin et al. 2022, section 2.1; Wang and Sato 2023,
 `pss.storage.folder` describes the folder, `pss.storage.passes` the pass, which may be killed at any moment.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from typing import Any

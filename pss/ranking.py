@@ -5,6 +5,8 @@ the reference set) come last whatever the method. A ranking knows profiles and t
 quantity that a profile can hold.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

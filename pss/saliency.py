@@ -5,6 +5,8 @@ unit :math:`k` is its mean over the parameters :math:`\alpha_k` of the unit (Lev
 taken for every sample of a batch on its own: absolute values of per-sample gradients, never of their sum.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -6,6 +6,8 @@
 `pss.apps.sweep`. Unknown names, values of another type and places that are missing are errors before anything runs.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import sys

@@ -1,5 +1,7 @@
 """The command ``cache``: what is kept between runs, how large it is, and how to be rid of it."""
 
+from __future__ import annotations
+
 import argparse
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """One notebook through papermill: the executed copy in a folder of its own, with its figures, or refreshed in place."""
 
+from __future__ import annotations
+
 import base64
 import os
 from collections.abc import Iterator, Mapping

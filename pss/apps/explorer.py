@@ -6,6 +6,8 @@ loads over http and from a folder on disk alike, where a browser refuses to fetc
 the page only draws. Values of all units are kept in 8 bits each (`pack`), those of the top units to 4 digits.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import io

@@ -1,5 +1,7 @@
 """Kernels of many notebooks, each forked from one process that has imported once what all of them import."""
 
+from __future__ import annotations
+
 import gc
 import json
 import os

@@ -8,6 +8,8 @@ The comment behind a parameter may begin with its kind::
     method = "zscore"   # one of zscore, pot: the ranking          nothing else is taken
 """
 
+from __future__ import annotations
+
 import ast
 import os
 import re

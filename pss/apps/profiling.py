@@ -5,6 +5,8 @@
 ``torchrun --nproc-per-node 2 -m pss profile --model … --data … --out …``.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -15,6 +15,8 @@ own folder as its value, and what the notebook writes to ``summary.json`` there,
 summary. A run is finished once its ``run.json`` says so: whoever runs the sweep may be killed at any moment.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json

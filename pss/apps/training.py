@@ -1,5 +1,7 @@
 """The commands ``train`` and ``evaluate``, of the built-in model."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 

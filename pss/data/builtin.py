@@ -14,6 +14,8 @@ The generated sets are made from the 1,000 MNIST digits that no model here was t
 every ``reference`` split and the other every ``test`` split, so no test image shares its digit with any reference.
 """
 
+from __future__ import annotations
+
 from functools import cache
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Picture files, and the photographs that lie in installed packages."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from dataclasses import dataclass

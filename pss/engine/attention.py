@@ -1,5 +1,7 @@
 """Where the heads of an attention module lie in its weights, read from its attributes and the names of its layers."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 

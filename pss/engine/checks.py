@@ -1,5 +1,7 @@
 """Checks of arguments that several modules make: each says what was wrong, what was expected, and what to do."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any

@@ -1,5 +1,7 @@
 """Tensors that depend on no image."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Gradients and logits of several images under edits of a few weights: together on a growing batch, or one by one."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

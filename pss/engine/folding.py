@@ -1,5 +1,7 @@
 """BatchNorm as the affine map that it is in evaluation mode: within a convolution, or on its own."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

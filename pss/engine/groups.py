@@ -1,5 +1,7 @@
 """Equal slices of one parameter, as the filters of a convolution, and where a network's layers have them."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -13,6 +13,8 @@ are expanded to the union.
 The same pass gives the gradient of each image to its own filters: let the changes be zeros that require one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

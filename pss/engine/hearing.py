@@ -1,5 +1,7 @@
 """The outputs of layers, kept for what is asked of them: what a unit says, or what it gains."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

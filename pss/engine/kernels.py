@@ -10,6 +10,8 @@ where :math:`p` runs over the positions of sample :math:`b` and :math:`c_{bp}` i
 over each row :math:`o`, so the gradients are made in blocks that stay in the cache, reduced, and overwritten.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterable, Iterator

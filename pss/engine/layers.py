@@ -1,5 +1,7 @@
 """Which layers a network has, where their weights are, and what stage its architecture's names put them in."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator
 

@@ -11,6 +11,8 @@ somewhere in between. The search is over v = log(1 + theta max(x)): every real v
 (theta, log(theta + 1/mean), log(theta + 1/median)) Newton's method needs the fewest steps in this one.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -1,5 +1,7 @@
 """What is asked for, a column for every group of slices, and the way of a batch through the engine in parts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 

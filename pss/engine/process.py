@@ -1,5 +1,7 @@
 """What a process computes with: its threads, and the memory that it keeps. Loads no torch before it is needed."""
 
+from __future__ import annotations
+
 import ctypes
 import sys
 from collections.abc import Iterator

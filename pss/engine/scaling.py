@@ -3,6 +3,8 @@
 The weights below are never written. Factors of one owner go on together or not at all, and come off in any order.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """Leaving a model as it was found."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar

@@ -12,6 +12,8 @@ another, single units change by percents, and all those before them a little. So
 Products in bfloat16 are held to 2 alone, and the same pass without them to all.
 """
 
+from __future__ import annotations
+
 import copy
 import logging
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """What a model predicts, and where it is wrong."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 import pandas as pd

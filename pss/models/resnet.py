@@ -8,6 +8,8 @@ the shipped one, which has the same layers and names, 0.7 M parameters and 1,200
 and see how it does on the built-in sets with ``python -m pss evaluate my.safetensors``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 

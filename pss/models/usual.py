@@ -1,5 +1,7 @@
 """Images and references by which to measure what is usual for a network."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from pathlib import Path

@@ -6,6 +6,8 @@ The same method and the same stage have the same colour everywhere. The method c
 told apart also by readers who are colour-blind.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Means over images with their intervals: of edit curves, of their differences, of what neighbours share."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,6 +3,8 @@ r"""Diagnostics of tails, for many rows at once: do the data follow a generalize
 A row is one sample, as in `pss.evt`; every function takes tensors or arrays and returns float64 tensors.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """What the first units of a ranking are: significant or not, and in which stages they lie."""
 
+from __future__ import annotations
+
 import sys
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Tensors that take long to make are kept in the cache."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any

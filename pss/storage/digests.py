@@ -1,5 +1,7 @@
 """Checksums of content; loads no torch, which the workers of a sweep do without."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Names for what numbers were made of: weights, data sets, functions."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -11,6 +11,8 @@ away. A row is finished once its record says so *and* its checksum fits, so whoe
 `pss.storage.passes` fills it, `pss.storage.store` reads it.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import os

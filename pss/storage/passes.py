@@ -5,6 +5,8 @@ bit of a row depends on the batch it was computed in: a pass that is resumed, or
 whole batches and writes the same bytes as an uninterrupted one.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 import signal

@@ -1,5 +1,7 @@
 """Where files of PSS itself live."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

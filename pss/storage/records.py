@@ -1,5 +1,7 @@
 """What a folder of profiles notes of each row: whose it is, what the model said, and a checksum of both."""
 
+from __future__ import annotations
+
 import zlib
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Files of what is usual for each unit: ours, and those that the first paper published."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

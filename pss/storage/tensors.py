@@ -1,5 +1,7 @@
 """Files of tensors that show when a bit of them has changed."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping

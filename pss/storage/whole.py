@@ -1,5 +1,7 @@
 """The one writer of files, whole or not at all; loads no torch, which the workers of a sweep do without."""
 
+from __future__ import annotations
+
 import glob
 import json
 import os

@@ -436,7 +436,7 @@ def test_the_experiment_by_its_defaults_on_a_tree_of_pictures(desk):
     done = type_in(desk, "run", EXPERIMENT, *asked)
     assert done.returncode == 0, done.stdout + done.stderr
     verdict, place = done.stdout.splitlines()[-2:]
-    assert re.match(r"3 misread images edited: most are corrected by .*% after 8 units", verdict)
+    assert re.match(r"3 misread images edited: most are corrected by .*% after 8 units; what that does to", verdict)
     results = pd.read_csv(Path(place).parent / "results.csv")
     summary = json.loads((Path(place).parent / "summary.json").read_text())
     assert "resize (16, 16)" in summary["preprocessing"] and 0 < summary["accuracy"] < summary["accuracy_high"] <= 1

@@ -418,7 +418,7 @@ def _summary(record: dict[str, Any], tables: dict[str, pd.DataFrame], looked_at:
     if shares:
         best = max(shares, key=shares.get)
         most = f"most are corrected by {best}, {shares[best]:.0%} after {record['filters']} units"
-        summary["verdict"] = f"{edited} misread images edited: {most}"
+        summary["verdict"] = f"{edited} misread images edited: {most}; what that does to other images was not measured"
     return summary
 
 

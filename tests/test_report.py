@@ -268,9 +268,14 @@ def test_an_edit_after_which_all_is_one_class_is_said_to_repair_nothing():
     assert harm["classes answered"].tolist() == [1, 2]
     table = pd.DataFrame({"unit": [1], "name": ["1[1]"], "z": [4.0]})
     known = reading.Usual(pss.Reference(torch.ones(2).double(), torch.ones(2).double()), ("", ""), None, torch.empty(0))
-    told = explain.opening(case, torch.tensor([0.1, 0.9]), network, table, known, [], ends, harm, pss.Patch("0" * 64))
+    before, none = torch.tensor([0.1, 0.9]), pss.Patch("0" * 64)
+    told = explain.opening(case, before, network, table, known, [], ends, harm, none)
     assert "from 100% to 90%; of those read right before, 90% stay so. After it all" in told[2][0]
     assert "破壊" in told[2][1]
+    for still, said in ((0.4, True), (0.5, False)):
+        most = harm.assign(**{"still right": still, "classes answered": 2})
+        told = explain.opening(case, before, network, table, known, [], ends, most, none)
+        assert ("It breaks far more images than it repairs." in told[2][0]) == said
 
 
 def test_units_by_gain_are_those_that_pruning_moves_the_margin_with():

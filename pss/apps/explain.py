@@ -323,7 +323,10 @@ def _best_edit(ends: pd.DataFrame, harm: pd.DataFrame | None) -> tuple[str, str]
         own = harm[(harm["edit"] == best["edit"]) & (harm["units"] == best["units"])].iloc[0]
         numbers = {"before": own["accuracy before"], "after": own["accuracy after"], "still": own["still right"]}
         told.append(sentence("costs", **numbers))
-        told += [sentence("costs all")] if own[ANSWERED] == 1 < harm[ANSWERED].max() else []
+        if own[ANSWERED] == 1 < harm[ANSWERED].max():
+            told.append(sentence("costs all"))
+        elif own["still right"] < 0.5:
+            told.append(sentence("costs most"))
     return joined(told)
 
 

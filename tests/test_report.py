@@ -341,6 +341,25 @@ def test_a_cluster_is_named_by_what_its_images_are_read_as(label, predicted, say
     assert group.clusters(found, named, pss.Units.of(network.model))["most frequent"].tolist() == [says]
 
 
+def test_no_more_units_are_pruned_than_are_to_blame():
+    """The first unit reads a mark as class 1, where each class has a unit of its own."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2))
+    model[1].weight.data[:] = torch.eye(4)
+    model[2].weight.data[:] = torch.tensor([[0.0, 1, 0, 0], [3, 0, 1, 0]])
+    model[2].bias.data[:] = torch.tensor([0.0, 0.5])
+    network = models.Network("mine", model, models.Preprocessing(), ("a", "b"), "")
+    one, two = torch.eye(4)[1].reshape(1, 1, 2, 2), torch.eye(4)[2].reshape(1, 1, 2, 2)
+    marked = one + torch.eye(4)[0].reshape(1, 1, 2, 2)
+    rest, labels = torch.cat([one, two]), torch.tensor([0, 1])
+    table = pd.DataFrame({"label": [0], "predicted": [1], "cluster": [0]})
+    top, read = torch.zeros(1, 1, dtype=torch.int64), reading.Reading("x", 3, 2, 2)
+    found = group.Group(table, marked, labels[:1], top, torch.zeros(1, 4), (rest, labels), read, "", "x")
+    units = pss.Units.of(model, "rows")
+    tried, best = group._fewest(found, network, units, torch.tensor([0, 1, 3, 2]))
+    assert tried["k"].tolist() == [1, 2, 4] and best["k"] == 1
+    assert tried["mistakes read right"].tolist() == [1, 0, 0] and tried["rest after"].tolist() == [1, 0.5, 0.5]
+
+
 def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkeypatch):
     """Without most of its units a network gives one answer, which is right for some of the mistakes."""
     network, some = models.load("digits"), pss.data.digits("test").subset(range(60))
@@ -353,7 +372,8 @@ def test_repairs_that_cost_as_much_as_random_ones_are_no_better(tmp_path, monkey
             {"units": n, "k": 5, "mistakes read right": a, "rest before": 1.0, "rest after": b, "classes answered": 1}
             for n, (a, b) in ends.items()
         ]
-        monkeypatch.setattr(group, "repairs", lambda *_, rows=rows: pd.DataFrame(rows))
+        of = lambda *given, rows=rows: pd.DataFrame([row for row in rows if row["units"] in given[-1]])  # noqa: E731
+        monkeypatch.setattr(group, "repairs", of)
         report = Report(tmp_path, "title", "題")
         group.tell(found, network, units, report)
         said = [block["en"] for block in report.blocks]

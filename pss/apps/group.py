@@ -45,6 +45,7 @@ _SHOWN = 8  # pictures of each
 _RETAIN = 8  # other images that a patch needs, at least
 _REST = 600  # other images, those retained and those that a repair is measured on
 _FEW = 100  # of them in the folder, below which those of the reference are taken in
+_PRUNED = (1, 2, 5)  # units, and as many as are shown
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,17 @@ def repairs(group: Group, network: models.Network, units: Units, shared: Mapping
     return pd.DataFrame(rows)
 
 
+def _fewest(group: Group, network: models.Network, units: Units, ids: Tensor) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What pruning the first k does, for a few k; and the row after which most is right, the first of equal ones.
+
+    Mistakes count as much as all others together: ten units can be too many where one is to blame.
+    """
+    ks = [*(k for k in _PRUNED if k < len(ids)), len(ids)]
+    tried = pd.concat([repairs(group, network, units, {"gains": ids[:k]}) for k in ks], ignore_index=True)
+    right = tried["mistakes read right"] + tried["rest after"].fillna(0)
+    return tried, tried.loc[right.idxmax()].to_dict()
+
+
 def patches(group: Group, network: models.Network, units: Units, budget: float = 0.01) -> dict[int, Patch]:
     """One patch for each of the largest clusters, by its number: fitted to a half, and measured on the other.
 
@@ -341,8 +353,10 @@ def tell(
     ids = torch.tensor(together.pop("unit").tolist())
     random = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))[: len(ids)]
     adds = rank_together(group.gains, None, "raw", len(ids), units)[["unit", "name", "score"]].head(len(ids))
-    chosen = {"gains": torch.tensor(adds.pop("unit").tolist()), "shared": ids, "random": random}
-    ends = repairs(group, network, units, chosen)
+    gains = torch.tensor(adds.pop("unit").tolist())
+    tried, best = _fewest(group, network, units, gains)
+    others = repairs(group, network, units, {"shared": ids[: best["k"]], "random": random[: best["k"]]})
+    ends = pd.concat([pd.DataFrame([best]), others], ignore_index=True)
     edit = {row["units"]: row for row in ends.to_dict("records")}
     verdict, first, count = sentence("group repair", **edit), together.iloc[0], len(group.table)
     right = ends.set_index("units")["mistakes read right"]
@@ -373,7 +387,8 @@ def tell(
         report.say(*told)
         report.show(contact_sheet(group, network, cluster), f"cluster_{cluster}", *told)
     report.say(*verdict)
-    report.table(ends, "What pruning these units does", "これらのユニットの枝刈りの効果")
+    every = pd.concat([tried, others], ignore_index=True)
+    report.table(every, "What pruning the first k of these units does", "これらのユニットの先頭k個の枝刈りの効果")
     report.keep("mistakes.csv", group.table.to_csv(index=False))
     summary = {"mistakes": wrong, "clusters": len(found), "shared_unit": first["name"]}
     summary |= {"shared_by": int(first["mistakes"]), "mistakes_repaired": float(right["gains"]), "verdict": verdict}

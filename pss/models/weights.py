@@ -105,13 +105,11 @@ def _unprefixed(state: dict[str, torch.Tensor], names: set[str]) -> dict[str, to
     DistributedDataParallel, Lightning and `torch.compile` put there what they call the network in it.
     """
     short = state
-    while not names & set(short):
+    while short and not names & set(short):
         parts = [name.partition(".") for name in short]
-        if len({first for first, _, _ in parts}) != 1 or not all(rest for *_, rest in parts):
-            short = state
-            break
-        short = {rest: tensor for (*_, rest), tensor in zip(parts, short.values(), strict=True)}
-    state = short
+        alike = len({first for first, _, _ in parts}) == 1 and all(rest for *_, rest in parts)
+        short = {rest: tensor for (*_, rest), tensor in zip(parts, short.values(), strict=True)} if alike else {}
+    state = short or state
     renamed = {_OLD_DENSENET.sub(r"\1", name): tensor for name, tensor in state.items()}
     return renamed if set(renamed) <= names else state
 
